@@ -1,0 +1,78 @@
+"""What the PPO trainer asks of the objects it is given; it never imports their classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from rlhf_fast.types import PackedSequences, PromptBatch, Rollout, SamplingParams
+
+
+@runtime_checkable
+class PolicyModel(Protocol):
+    """A causal language model that yields log-probs of given tokens: actor and reference."""
+
+    module: nn.Module
+
+    def logprobs(
+        self,
+        sequences: PackedSequences,
+        targets: Tensor,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(log-probs [N] float32, entropy [N] float32 or None) of `targets` [N] at each position.
+
+        Positions whose target is IGNORE_INDEX give exact 0 and cost no vocabulary work. Gradients
+        flow if grad mode is on.
+        """
+        ...
+
+
+@runtime_checkable
+class ValueModel(Protocol):
+    """A critic."""
+
+    module: nn.Module
+
+    def values(self, sequences: PackedSequences) -> Tensor:
+        """[N] float32: the value of the state after reading each position."""
+        ...
+
+
+class RewardOutput(NamedTuple):
+    """scores [S] or [S, R] float32, finite; scored [S] bool, false where the reward abstained."""
+
+    scores: Tensor
+    scored: Tensor
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores finished responses: a model, a function over texts, or a sum of both."""
+
+    def score(self, rollout: Rollout) -> RewardOutput:
+        """Score all S samples of a rollout, before any KL term."""
+        ...
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """Samples responses from the actor's present weights."""
+
+    def generate(
+        self,
+        prompts: PromptBatch,
+        sampling: SamplingParams,
+        *,
+        samples_per_prompt: int,
+        seeds: Sequence[int],
+    ) -> Rollout:
+        """Draw G samples per prompt; `seeds` has S = B*G entries, one a sample.
+
+        A sample depends on its prompt, its seed and the weights alone, not on its batch.
+        """
+        ...
