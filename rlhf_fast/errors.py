@@ -1,8 +1,8 @@
 """One message per user mistake: code, what, where, what was expected, what to do.
 
-The command line prints `str(error)` and leaves with `error.exit_code`; a traceback appears only with
-`--debug`. Library users catch `RLHFError` or one of its kinds. Codes are stable: `docs/errors.md`
-lists them, and a test holds that list against the source.
+The command line prints `str(error)` and leaves with `error.exit_code`; a traceback appears only
+with `--debug`. Library users catch `RLHFError` or one of its kinds. Codes are stable:
+`docs/errors.md` lists them, and a test holds that list against the source.
 
     RF1xxx config and command line    RF2xxx data                  RF3xxx models and tokenizers
     RF4xxx generation                 RF5xxx rewards               RF6xxx numerics

@@ -116,7 +116,7 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How responses are drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 are off."""
+    """How responses are drawn; temperature 0 is greedy, top_k 0, top_p 1 and min_p 0 are off."""
 
     max_new_tokens: int
     temperature: float = 1.0

@@ -1,0 +1,400 @@
+"""The config of every stage: one tree of frozen dataclasses, one sentence and one source a leaf.
+
+`setting()` carries the documentation, the bounds and the choices of a leaf; `violations()` checks a
+whole tree and returns every fault at once. Defaults are for real models (1B and up) and lie where
+the literature puts them; the embedded tasks bring their own. Sources, by short name:
+
+    OAI     Ziegler et al. 2019, "Fine-tuning language models from human preferences", and its code
+    TLDR    Stiennon et al. 2020, "Learning to summarize", and Huang et al. 2024, "The N+
+            implementation details of RLHF with PPO"
+    IGPT    Ouyang et al. 2022, "InstructGPT"
+    PPO     Schulman et al. 2017;  GAE  Schulman et al. 2016
+    RLOO    Ahmadian et al. 2024;  GRPO  Shao et al. 2024 (DeepSeekMath)
+    DUAL    Ye et al. 2020, "Mastering complex control in MOBA games" (dual clip)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A config leaf: default, documentation, inclusive bounds, exclusive lower bound, choices."""
+    metadata = {"doc": doc, "low": low, "high": high, "above": above, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and how it is kept."""
+
+    output_dir: str = setting("", "folder of the run: checkpoints, metrics.jsonl, exported model")
+    seed: int = setting(1, "seeds data order, weights made here and every sample", low=0)
+    device: str = setting("auto", "auto, cpu or cuda")
+    dtype: str = setting(
+        "float32",
+        "compute type; bfloat16 keeps fp32 master weights (pure bf16 cannot learn at lr 1e-6)",
+        choices=("float32", "bfloat16"),
+    )
+    threads: int = setting(0, "CPU threads; 0 leaves torch's choice", low=0)
+    resume: bool = setting(True, "continue from the newest valid checkpoint in output_dir")
+    resume_step: int = setting(-1, "resume from this very step; -1 is the newest valid", low=-1)
+    overwrite: bool = setting(False, "discard what another run left in output_dir")
+    allow_data_change: bool = setting(False, "resume although the data changed; resets the cursor")
+    save_every: int = setting(50, "optimizer or PPO steps between checkpoints", low=1)
+    keep_last: int = setting(2, "checkpoints kept", low=1)
+    max_bad_steps: int = setting(3, "non-finite steps in a row before the run aborts", low=1)
+    sinks: list[str] = setting(
+        [], "extra metric sinks beside metrics.jsonl: tensorboard, wandb, trackio"
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Rows in, examples out."""
+
+    train: str = setting("", "JSONL, parquet or arrow file, or a hub name")
+    eval: str = setting("", "held-out rows, same forms; empty: none")
+    split: str = setting("train", "split of a hub dataset used for training")
+    eval_split: str = setting("test", "split of a hub dataset used for evaluation")
+    chat_template: str = setting("", "Jinja template text or file; empty: the tokenizer's own")
+    max_prompt_length: int = setting(512, "tokens of a prompt", low=1)
+    max_length: int = setting(1024, "tokens of prompt and response", low=2)
+    overlong: str = setting(
+        "filter",
+        "rows over length: drop and count, cut the prompt from the left, or stop",
+        choices=("filter", "truncate-left", "error"),
+    )
+    on_bad_row: str = setting("error", "unreadable rows: stop, or skip", choices=("error", "skip"))
+    max_bad_rows: int = setting(100, "skipped rows before the run stops all the same", low=0)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = setting(
+        3e-6, "peak learning rate; 1e-6 to 5e-6 usual in PPO (TLDR 3e-6, OAI 5e-6)", above=0
+    )
+    beta1: float = setting(0.9, "first-moment decay", low=0, high=0.999999)
+    beta2: float = setting(0.95, "second-moment decay (IGPT 0.95)", low=0, high=0.999999)
+    eps: float = setting(1e-5, "added to sqrt(v); 1e-5 in TLDR", above=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay", low=0)
+    max_grad_norm: float = setting(1.0, "clip of the global gradient norm; 0 is off", low=0)
+    schedule: str = setting(
+        "linear",
+        "decay to 0 (TLDR), half a cosine, or none",
+        choices=("linear", "cosine", "constant"),
+    )
+    warmup_steps: int = setting(0, "optimizer steps of linear warm-up", low=0)
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Stage 1: supervised fine-tuning on demonstrations."""
+
+    model: str = setting("", "Hugging Face causal LM directory to start from")
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, schedule="cosine"))
+    epochs: int = setting(1, "passes over the data", low=1)
+    max_steps: int = setting(0, "optimizer steps; 0 is by epochs", low=0)
+    batch_size: int = setting(64, "sequences of an optimizer step", low=1)
+    microbatch_tokens: int = setting(8192, "tokens of one forward", low=1)
+    packing: bool = setting(True, "fill forwards by best fit; off keeps data order within a batch")
+    eval_every: int = setting(0, "steps between evaluations; 0 is at the end", low=0)
+    gradient_checkpointing: bool = setting(False, "recompute activations in backward")
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """Stage 2: a reward model from ranked completions."""
+
+    model: str = setting("", "causal LM (head made here) or sequence-classification directory")
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
+    init_head: bool = setting(True, "make a new scalar head where the directory has none")
+    epochs: int = setting(1, "passes over the data; more than 1 over-fits (IGPT)", low=1)
+    max_steps: int = setting(0, "optimizer steps; 0 is by epochs", low=0)
+    batch_size: int = setting(
+        64, "prompts of an optimizer step, all their completions together", low=1
+    )
+    microbatch_tokens: int = setting(8192, "tokens of one forward", low=1)
+    margin: bool = setting(False, "subtract the data's `margin` column inside the sigmoid")
+    eval_fraction: float = setting(
+        0.1, "part of the training rows held out when data.eval is empty", low=0, high=0.9
+    )
+    demonstrations: str = setting(
+        "", "prompt-completion rows whose mean score becomes 0 (TLDR, IGPT); empty: chosen ones"
+    )
+    unit_gain: bool = setting(False, "also scale scores of the demonstrations to std 1 (OAI)")
+    gradient_checkpointing: bool = setting(False, "recompute activations in backward")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How responses are drawn."""
+
+    max_new_tokens: int = setting(512, "response tokens, EOS included", low=1)
+    temperature: float = setting(
+        1.0, "0.7 to 1.0 usual (OAI, TLDR 0.7); used in training too", low=0
+    )
+    top_p: float = setting(1.0, "nucleus; 1 is off. Warping biases KL and ratio", low=0, high=1)
+    top_k: int = setting(0, "0 is off", low=0)
+    min_p: float = setting(0.0, "0 is off", low=0, high=1)
+    stop: list[str] = setting([], "stop strings; the response ends right after one")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """One rollout batch."""
+
+    prompts: int = setting(512, "prompts of a rollout batch; 256 to 1024 usual (IGPT 512)", low=1)
+    samples_per_prompt: int = setting(1, "G; at least 2 for rloo and grpo", low=1)
+    max_batch: int = setting(256, "sequences decoded side by side", low=1)
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """From raw scores to what GAE sees."""
+
+    model: str = setting("", "reward-model directory; empty: none")
+    function: str = setting("", "file.py:name of a Python reward over texts; empty: none")
+    function_weight: float = setting(1.0, "weight of the function beside a model's score")
+    on_error: str = setting(
+        "fail",
+        "a reward function that raises: stop, or leave the row out",
+        choices=("fail", "abstain"),
+    )
+    normalize: bool = setting(
+        True, "subtract the running mean and divide by the running std of scores"
+    )
+    clip: float = setting(
+        10.0, "clip of the score, before the KL term; 0 is off (DS-Chat 5, OpenRLHF 10)", low=0
+    )
+    whiten: bool = setting(
+        False, "divide per-token rewards by their std, mean kept (OAI on, TLDR off)"
+    )
+    missing_eos: str = setting(
+        "penalty",
+        "a truncated response: nothing, subtract missing_eos_value, or replace the score by it",
+        choices=("none", "penalty", "replace"),
+    )
+    missing_eos_value: float = setting(
+        1.0, "subtracted (penalty) or negated and put in place (replace; TLDR: -1)"
+    )
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """The leash to the reference."""
+
+    coef: float = setting(0.05, "0.01 to 0.2 usual (TLDR 0.05, IGPT 0.02)", low=0)
+    estimator: str = setting(
+        "k1", "per-token estimator (Schulman 2020)", choices=("k1", "k2", "k3")
+    )
+    placement: str = setting(
+        "reward", "in the reward (OAI) or in the loss (GRPO)", choices=("reward", "loss")
+    )
+    adaptive: bool = setting(False, "Ziegler's proportional controller of coef (OAI)")
+    target: float = setting(6.0, "nats per sequence the controller aims at (OAI 6)", above=0)
+    horizon: int = setting(10000, "episodes of the controller's time constant (OAI 10000)", low=1)
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """Advantages and losses."""
+
+    estimator: str = setting(
+        "gae", "gae has a critic; rloo and grpo are critic-free", choices=("gae", "rloo", "grpo")
+    )
+    gamma: float = setting(1.0, "discount (OAI 1)", low=0, high=1)
+    gae_lambda: float = setting(0.95, "GAE lambda (OAI 0.95)", low=0, high=1)
+    bootstrap_truncated: bool = setting(
+        False, "value of the last state follows a truncated response"
+    )
+    ppo_epochs: int = setting(4, "passes over a rollout batch; 1 to 4 usual (OAI 4)", low=1)
+    minibatches: int = setting(1, "optimizer steps of one pass (TLDR 1)", low=1)
+    clip_eps_low: float = setting(0.2, "lower clip of the ratio (PPO 0.2)", above=0, high=1)
+    clip_eps_high: float = setting(0.2, "upper clip of the ratio (PPO 0.2)", above=0)
+    dual_clip: float = setting(
+        0.0, "bound of the loss for negative advantages, > 1 (DUAL 3); 0 is off", low=0
+    )
+    value_clip_eps: float = setting(0.2, "clip of the value change; 0 is off (OAI 0.2)", low=0)
+    entropy_coef: float = setting(0.0, "entropy bonus (0 in OAI, TLDR, IGPT)", low=0)
+    target_kl: float = setting(
+        0.0, "mean k3 of new against old policy that ends the PPO epochs; 0 is off", low=0
+    )
+    whiten: bool = setting(True, "whiten advantages (OAI)")
+    whiten_scope: str = setting(
+        "batch",
+        "statistics over the rollout batch or each minibatch",
+        choices=("batch", "minibatch"),
+    )
+    whiten_unbiased: bool = setting(False, "Bessel's correction (TRL, verl on; OAI off)")
+    rollout_correction: float = setting(
+        0.0, "cap of the truncated importance weight trainer/generator; 0 is off", low=0
+    )
+    max_logprob_gap: float = setting(
+        1.0, "mean |trainer - generator| log-prob that aborts the run; 0.05 warns", above=0
+    )
+
+
+@dataclass(frozen=True)
+class PtxConfig:
+    """PPO-ptx: a pretraining loss beside PPO (IGPT)."""
+
+    coef: float = setting(0.0, "weight of the language-model loss; 0 is off (IGPT 27.8)", low=0)
+    data: str = setting("", "rows with `text`, prompt-completion or messages")
+    batch_size: int = setting(64, "sequences of an optimizer step", low=1)
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Stage 3: PPO, RLOO and GRPO as settings of one trainer."""
+
+    actor: str = setting("", "causal LM directory from SFT")
+    reference: str = setting("", "frozen reference; empty: a copy of the actor as loaded")
+    critic: str = setting(
+        "", "critic to start from; empty: the reward model, else the actor's trunk"
+    )
+    run: RunConfig = field(default_factory=lambda: RunConfig(save_every=10))
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    ptx: PtxConfig = field(default_factory=PtxConfig)
+    actor_optim: OptimConfig = field(default_factory=OptimConfig)
+    critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=9e-6))
+    total_steps: int = setting(500, "rollout batches", low=1)
+    microbatch_tokens: int = setting(8192, "tokens of one forward", low=1)
+    sample_every: int = setting(10, "steps between samples written to samples.jsonl", low=1)
+    gradient_checkpointing: bool = setting(False, "recompute activations in backward")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Scores of a policy: reward, KL to a reference, best-of-N."""
+
+    model: str = setting("", "causal LM directory to evaluate")
+    reference: str = setting("", "directory the KL is taken against; empty: no KL")
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    max_prompts: int = setting(256, "prompts evaluated", low=1)
+    samples_per_prompt: int = setting(1, "samples a prompt", low=1)
+    best_of: list[int] = setting([], "n of best-of-n to report; each at most samples_per_prompt")
+    max_batch: int = setting(256, "sequences decoded side by side", low=1)
+    microbatch_tokens: int = setting(8192, "tokens of one forward", low=1)
+
+
+StageConfig = SFTConfig | RewardModelConfig | PPOConfig | EvalConfig
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+    """(dotted key, value, field) of every leaf of a config tree."""
+    for f in dataclasses.fields(config):
+        value, key = getattr(config, f.name), f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{key}.")
+        else:
+            yield key, value, f
+
+
+def _leaf_violation(key: str, value: Any, rules: Any) -> str | None:
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{key}={value}: expected a finite number"
+    low, high, above, choices = (rules.get(k) for k in ("low", "high", "above", "choices"))
+    if choices is not None and value not in choices:
+        return f"{key}={value!r}: expected one of {', '.join(choices)}"
+    if above is not None and not value > above:
+        return f"{key}={value}: expected more than {above}"
+    if low is not None and value < low:
+        return f"{key}={value}: expected at least {low}"
+    if high is not None and value > high:
+        return f"{key}={value}: expected at most {high}"
+    return None
+
+
+def violations(config: StageConfig) -> list[str]:
+    """Every fault of a config: bounds and choices of each leaf, then rules across keys."""
+    found = [_leaf_violation(k, v, f.metadata) for k, v, f in leaves(config)]
+    faults = [v for v in found if v is not None]
+    known = ("tensorboard", "wandb", "trackio")
+    faults += [
+        f"run.sinks: unknown sink {s!r}: expected {', '.join(known)}"
+        for s in config.run.sinks
+        if s not in known
+    ]
+    if config.run.overwrite and config.run.resume_step >= 0:
+        faults.append("run.overwrite and run.resume_step exclude each other: keep one")
+    if isinstance(config, PPOConfig):
+        faults += _ppo_violations(config)
+    if isinstance(config, EvalConfig):
+        faults += [
+            f"best_of has {n}: expected 1 to samples_per_prompt={config.samples_per_prompt}"
+            for n in config.best_of
+            if not 1 <= n <= config.samples_per_prompt
+        ]
+    return faults
+
+
+def _ppo_violations(config: PPOConfig) -> list[str]:
+    faults = []
+    rollout, algorithm = config.rollout, config.algorithm
+    samples = rollout.prompts * rollout.samples_per_prompt
+    if samples % algorithm.minibatches:
+        divisors = [n for n in range(1, samples + 1) if samples % n == 0]
+        near = sorted(divisors, key=lambda n: abs(n - algorithm.minibatches))[:2]
+        faults.append(
+            f"algorithm.minibatches={algorithm.minibatches} does not divide rollout.prompts="
+            f"{rollout.prompts} x rollout.samples_per_prompt={rollout.samples_per_prompt}: "
+            f"take {' or '.join(map(str, near))}"
+        )
+    if algorithm.estimator in ("rloo", "grpo") and rollout.samples_per_prompt < 2:
+        faults.append(
+            f"algorithm.estimator={algorithm.estimator} needs rollout.samples_per_prompt of at "
+            f"least 2, got {rollout.samples_per_prompt}"
+        )
+    if 0 < algorithm.dual_clip <= 1:
+        faults.append(f"algorithm.dual_clip={algorithm.dual_clip}: expected 0 (off) or more than 1")
+    if config.sampling.temperature == 0:
+        faults.append(
+            "sampling.temperature=0: PPO needs samples, take more than 0 (0.7 to 1.0 usual)"
+        )
+    if not config.reward.model and not config.reward.function:
+        faults.append("reward.model and reward.function are both empty: name at least one")
+    if config.ptx.coef > 0 and not config.ptx.data:
+        faults.append("ptx.coef is set but ptx.data is empty: name the pretraining rows")
+    if config.kl.adaptive and config.kl.coef == 0:
+        faults.append("kl.adaptive with kl.coef=0: a multiplicative controller never leaves 0")
+    longest = config.data.max_prompt_length + config.sampling.max_new_tokens
+    if longest > config.data.max_length:
+        faults.append(
+            f"data.max_prompt_length={config.data.max_prompt_length} + sampling.max_new_tokens="
+            f"{config.sampling.max_new_tokens} exceeds data.max_length={config.data.max_length}"
+        )
+    return faults
+
+
+def to_dict(config: StageConfig) -> dict[str, Any]:
+    """The config as nested plain dicts, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
