@@ -1,0 +1,130 @@
+"""One optimizer step, guarded: clip, check for NaN and Inf, apply or skip, advance the schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast.config import OptimConfig
+from rlhf_fast.errors import NumericalError
+
+
+class StepResult(NamedTuple):
+    """grad_norm before clipping; applied is false if it was not finite and nothing changed."""
+
+    grad_norm: float
+    applied: bool
+
+
+def schedule(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
+    """Learning-rate factor of optimizer step 0, 1, ...: linear warm-up, then decay to 0."""
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        span = max(1, total_steps - config.warmup_steps)
+        done = min(1.0, (step - config.warmup_steps) / span)
+        if config.schedule == "linear":
+            return 1.0 - done
+        if config.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * done))
+        return 1.0
+
+    return factor
+
+
+class GuardedOptimizer:
+    """AdamW over a module's trainable parameters, its schedule, and the non-finite guard.
+
+    Weight decay spares vectors (norms and biases). A step whose gradient norm is NaN or Inf is
+    skipped before it touches weights or moments; the schedule advances all the same, so that a
+    skipped step does not shift the ones after it.
+
+    Args:
+        module: its parameters with requires_grad are trained.
+        config: hyper-parameters.
+        total_steps: optimizer steps of the whole run, the span of the schedule.
+        max_bad_steps: skipped steps in a row that raise NumericalError.
+        name: the role, for messages.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: OptimConfig,
+        total_steps: int,
+        *,
+        max_bad_steps: int = 3,
+        name: str = "model",
+    ) -> None:
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        self.named_parameters: list[tuple[str, nn.Parameter]] = named
+        matrices = [p for _, p in named if p.dim() >= 2]
+        vectors = [p for _, p in named if p.dim() < 2]
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, schedule(config, total_steps)
+        )
+        self.max_grad_norm = config.max_grad_norm
+        self.max_bad_steps = max_bad_steps
+        self.name = name
+        self.bad_steps = 0
+
+    @property
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """The trained parameters."""
+        return (p for _, p in self.named_parameters)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return float(self.scheduler.get_last_lr()[0])
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> StepResult:
+        """Clip and apply the accumulated gradients, then drop them.
+
+        Raises:
+            NumericalError: `max_bad_steps` steps in a row had a non-finite gradient.
+        """
+        grads: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
+        total = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        norm = float(total)
+        applied = math.isfinite(norm)
+        if applied:
+            if self.max_grad_norm > 0 and grads:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, total)
+            self.optimizer.step()
+            self.bad_steps = 0
+        else:
+            self.bad_steps += 1
+        # LambdaLR warns when the optimizer has not stepped yet; a skipped first step is legal here.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        self.scheduler.step()
+        self.zero_grad()
+        if self.bad_steps >= self.max_bad_steps:
+            raise NumericalError(
+                "RF6001",
+                f"{self.name}: gradient norm was {norm} in {self.bad_steps} steps in a row",
+                where=f"optimizer of the {self.name}",
+                remedy="lower the learning rate, check rewards and data for extremes, or resume "
+                "from the last checkpoint with other settings; weights were not touched",
+            )
+        return StepResult(norm, applied)
