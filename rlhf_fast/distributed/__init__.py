@@ -1,0 +1,33 @@
+"""Checkpoints, and what a training state is made of.
+
+Save and load: `save`, `load`. Taking a state apart and putting it together, without pickle:
+`module_tensors`, `optimizer_state`, `scheduler_state`, `rng_state` and their `load_` counterparts.
+"""
+
+from rlhf_fast.distributed.checkpoint import Checkpoint, CheckpointWriter, load, save, steps
+from rlhf_fast.distributed.durable import staged_directory
+from rlhf_fast.distributed.module_state import load_module_tensors, module_tensors
+from rlhf_fast.distributed.optimizer_state import (
+    load_optimizer_state,
+    load_scheduler_state,
+    optimizer_state,
+    scheduler_state,
+)
+from rlhf_fast.distributed.rng_state import load_rng_state, rng_state
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointWriter",
+    "load",
+    "load_module_tensors",
+    "load_optimizer_state",
+    "load_rng_state",
+    "load_scheduler_state",
+    "module_tensors",
+    "optimizer_state",
+    "rng_state",
+    "save",
+    "scheduler_state",
+    "staged_directory",
+    "steps",
+]

@@ -1,0 +1,210 @@
+"""Optimizer and learning-rate scheduler state as named tensors and JSON.
+
+`torch.optim` numbers its parameters; here they go by name, so that a checkpoint does not depend on
+the order in which a model happens to register them. Loading writes the state into the optimizer
+directly: `Optimizer.load_state_dict` would cast every state tensor to its parameter's dtype, which
+rounds the fp32 moments of bf16 weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rlhf_fast.distributed.json_state import checked
+from rlhf_fast.errors import CheckpointError
+
+_GROUPS = "param_groups"
+# Bookkeeping that belongs to the live optimizer, not to its state.
+_NOT_STORED = frozenset({"params", "param_names"})
+
+
+def optimizer_state(
+    optimizer: Optimizer, named_parameters: Iterable[tuple[str, Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Take an optimizer's state apart.
+
+    Args:
+        optimizer: any `torch.optim` optimizer whose per-parameter state holds tensors and plain
+            values.
+        named_parameters: names for at least the parameters that it updates.
+
+    Returns:
+        tensors: `<parameter>/<slot>` (`.../exp_avg`, `.../step`) and, for options that are tensors,
+            `param_groups/<index>/<option>`. They alias the live state; save before the next step.
+        state: groups with their options and parameter names, and per parameter its slots.
+
+    Raises:
+        CheckpointError: an unnamed parameter (RF8005) or a value that cannot be stored (RF8004).
+    """
+    names = _names_by_parameter(optimizer, named_parameters)
+    tensors: dict[str, Tensor] = {}
+    groups = []
+    for index, group in enumerate(optimizer.param_groups):
+        options = {}
+        for key, value in group.items():
+            if key in _NOT_STORED:
+                continue
+            if isinstance(value, Tensor):
+                _add(tensors, f"{_GROUPS}/{index}/{key}", value)
+            else:
+                options[key] = checked(value, f"{_GROUPS}[{index}].{key}")
+        listed = [names[parameter] for parameter in group["params"]]
+        groups.append({"params": listed, "options": options})
+    parameters = {}
+    for parameter, slots in optimizer.state.items():
+        name = names[parameter]
+        entry: dict[str, Any] = {"tensors": [], "values": {}}
+        for key, value in slots.items():
+            if isinstance(value, Tensor):
+                _add(tensors, f"{name}/{key}", value)
+                entry["tensors"].append(key)
+            else:
+                entry["values"][key] = checked(value, f"{name}/{key}")
+        parameters[name] = entry
+    kind = type(optimizer).__name__
+    return tensors, {"optimizer": kind, "groups": groups, "parameters": parameters}
+
+
+def load_optimizer_state(
+    optimizer: Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> None:
+    """Put back what `optimizer_state` took out, bit for bit.
+
+    Args:
+        optimizer: same class, same parameter groups (each group the same names, in any order).
+        named_parameters: as for `optimizer_state`.
+        tensors: as saved; they are copied, `step` stays on the CPU unless the group is capturable
+            or fused, everything else goes to its parameter's device, dtypes unchanged.
+        state: as saved.
+
+    Raises:
+        CheckpointError: another optimizer class, other groups or other shapes (RF8005); the
+            optimizer is unchanged then.
+    """
+    names = _names_by_parameter(optimizer, named_parameters)
+    _check_structure(optimizer, names, tensors, state)
+    fresh: dict[Tensor, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        on_device = bool(group.get("capturable")) or bool(group.get("fused"))
+        for parameter in group["params"]:
+            name = names[parameter]
+            entry = state["parameters"].get(name)
+            if entry is None:
+                continue
+            slots: dict[str, Any] = copy.deepcopy(entry["values"])
+            for key in entry["tensors"]:
+                device = parameter.device if key != "step" or on_device else torch.device("cpu")
+                slots[key] = tensors[f"{name}/{key}"].to(device, copy=True)
+            fresh[parameter] = slots
+    optimizer.state.clear()
+    optimizer.state.update(fresh)
+    for index, (group, saved) in enumerate(
+        zip(optimizer.param_groups, state["groups"], strict=True)
+    ):
+        prefix = f"{_GROUPS}/{index}/"
+        options = dict(saved["options"])
+        options.update(
+            {
+                key.removeprefix(prefix): tensors[key].clone()
+                for key in tensors
+                if key.startswith(prefix)
+            }
+        )
+        for key, value in options.items():
+            group[key] = value
+
+
+def scheduler_state(scheduler: LRScheduler) -> dict[str, Any]:
+    """A scheduler's counters as plain values.
+
+    Raises:
+        CheckpointError: it carries something that is not a plain value (RF8004).
+    """
+    plain: dict[str, Any] = checked(dict(scheduler.state_dict()), "scheduler")
+    return plain
+
+
+def load_scheduler_state(scheduler: LRScheduler, state: Mapping[str, Any]) -> None:
+    """Put back what `scheduler_state` returned.
+
+    Raises:
+        CheckpointError: it belongs to another kind of scheduler (RF8005).
+    """
+    current = set(scheduler.state_dict())
+    if current != set(state):
+        difference = ", ".join(sorted(current ^ set(state)))
+        raise _mismatch(f"the saved scheduler has other fields: {difference}")
+    scheduler.load_state_dict(copy.deepcopy(dict(state)))
+
+
+def _names_by_parameter(
+    optimizer: Optimizer, named_parameters: Iterable[tuple[str, Tensor]]
+) -> dict[Tensor, str]:
+    names = {parameter: name for name, parameter in named_parameters}
+    if len(set(names.values())) != len(names):
+        raise _mismatch("two parameters have the same name")
+    updated = [p for group in optimizer.param_groups for p in group["params"]]
+    unnamed = [tuple(p.shape) for p in updated if p not in names]
+    if unnamed:
+        raise _mismatch(f"{len(unnamed)} parameters of the optimizer have no name: {unnamed[:5]}")
+    return names
+
+
+def _add(tensors: dict[str, Tensor], key: str, value: Tensor) -> None:
+    if key in tensors:
+        raise _mismatch(f"two state tensors would be called {key!r}")
+    tensors[key] = value.detach()
+
+
+def _check_structure(
+    optimizer: Optimizer,
+    names: Mapping[Tensor, str],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> None:
+    kind = type(optimizer).__name__
+    if state["optimizer"] != kind:
+        raise _mismatch(f"the checkpoint holds {state['optimizer']} state, the run uses {kind}")
+    live, saved = optimizer.param_groups, state["groups"]
+    if len(live) != len(saved):
+        raise _mismatch(f"{len(saved)} parameter groups were saved, the optimizer has {len(live)}")
+    for index, (group, entry) in enumerate(zip(live, saved, strict=True)):
+        here, there = {names[p] for p in group["params"]}, set(entry["params"])
+        if here != there:
+            missing, extra = sorted(here - there), sorted(there - here)
+            raise _mismatch(
+                f"group {index} differs: {len(missing)} not in the checkpoint {missing[:5]}, "
+                f"{len(extra)} not in the optimizer {extra[:5]}"
+            )
+    shapes = {names[p]: p.shape for group in live for p in group["params"]}
+    for name, entry in state["parameters"].items():
+        for key in entry["tensors"]:
+            tensor = tensors.get(f"{name}/{key}")
+            if tensor is None:
+                raise _mismatch(f"the checkpoint lacks {name}/{key}")
+            # Moments have the parameter's shape; scalars such as `step` have none.
+            if tensor.dim() and key.startswith("exp_avg") and tensor.shape != shapes[name]:
+                raise _mismatch(
+                    f"{name}/{key} has shape {tuple(tensor.shape)}, the parameter "
+                    f"{tuple(shapes[name])}"
+                )
+
+
+def _mismatch(what: str) -> CheckpointError:
+    return CheckpointError(
+        "RF8005",
+        what,
+        where="optimizer state",
+        expected="the optimizer that the checkpoint was saved from",
+        remedy="resume with the configuration of the saved run",
+    )
