@@ -285,7 +285,8 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """loss [] with graph; metrics: sums that may be added over microbatches and ranks."""
+    """loss [] with graph; metrics: sums over tokens; extrema: to be combined by maximum."""
 
     loss: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    extrema: Mapping[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,111 @@
+"""Advantage estimators: GAE with a critic, RLOO and GRPO without."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.config import AlgorithmConfig, KLConfig, RewardConfig
+from rlhf_fast.ppo.rewards import sequence_sum
+from rlhf_fast.types import Experience, ScoredRollout
+from rlhf_fast_kernels import gae, rewards_and_gae, whiten
+
+GROUP_STD_FLOOR = 1e-4
+
+
+def estimate(
+    scored: ScoredRollout,
+    shaped_scores: Tensor,
+    *,
+    kl_coef: float,
+    bootstrap: Tensor | None,
+    algorithm: AlgorithmConfig,
+    kl: KLConfig,
+    reward: RewardConfig,
+) -> Experience:
+    """Rewards, KL, advantages and returns of a scored rollout, unwhitened.
+
+    Args:
+        scored: the rollout and the roles' outputs.
+        shaped_scores: [S] or [S, R] from `shape_scores`.
+        kl_coef: present coefficient of the KL penalty.
+        bootstrap: [S] value of the state after the last token, 0 for ended rows; None: all 0.
+        algorithm, kl, reward: the rules.
+    """
+    mask = scored.loss_mask
+    out = rewards_and_gae(
+        scored.old_logprobs,
+        scored.ref_logprobs,
+        scored.values,
+        shaped_scores,
+        mask,
+        kl_coef=kl_coef,
+        kl_estimator=kl.estimator,
+        kl_in_reward=kl.placement == "reward",
+        gamma=algorithm.gamma,
+        gae_lambda=algorithm.gae_lambda,
+        bootstrap=bootstrap,
+    )
+    rewards = out.rewards
+    if reward.whiten:
+        # Keeping the mean keeps the sign of a reward; dividing by the std alone is OAI's rule.
+        rewards = whiten(rewards, mask, shift_mean=False)
+    if algorithm.estimator == "gae":
+        advantages, returns = out.advantages, out.returns
+        if reward.whiten:
+            advantages, returns = gae(
+                rewards,
+                scored.values,
+                mask,
+                gamma=algorithm.gamma,
+                gae_lambda=algorithm.gae_lambda,
+                bootstrap=bootstrap,
+            )
+        return Experience(scored, rewards, out.kl, advantages, returns)
+    totals = sequence_sum(rewards, mask)
+    group = scored.rollout.samples_per_prompt
+    relative = rloo if algorithm.estimator == "rloo" else grpo
+    # A row that abstained, or has no trainable token, takes no part in its group's baseline.
+    per_sequence = relative(totals, mask.any(1), group)
+    advantages = torch.where(mask, per_sequence[:, None], rewards.new_zeros(()))
+    returns = torch.where(mask, totals[:, None], rewards.new_zeros(()))
+    return Experience(scored, rewards, out.kl, advantages, returns)
+
+
+def _grouped(totals: Tensor, valid: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(totals [B, G] with invalid rows 0, valid [B, G] as float, count [B, 1])."""
+    ok = valid.view(-1, group)
+    x = torch.where(ok, totals.view(-1, group), totals.new_zeros(()))
+    return x, ok.to(totals.dtype), ok.sum(1, keepdim=True).to(totals.dtype)
+
+
+def rloo(totals: Tensor, valid: Tensor, group: int) -> Tensor:
+    """[S] reward minus the mean of the others of its group (Ahmadian et al. 2024, eq. 8).
+
+    Args:
+        totals: [S] summed reward of each sequence, groups of `group` adjacent rows.
+        valid: [S] bool; invalid rows get 0 and are in no baseline. A row alone gets 0.
+        group: samples per prompt G.
+    """
+    x, ok, n = _grouped(totals, valid, group)
+    others = (x.sum(1, keepdim=True) - x) / (n - 1).clamp(min=1)
+    return torch.where((ok > 0) & (n > 1), x - others, x.new_zeros(())).flatten()
+
+
+def grpo(totals: Tensor, valid: Tensor, group: int) -> Tensor:
+    """[S] (reward - group mean) / group std, unbiased std (Shao et al. 2024, section 4.1.2).
+
+    A group whose std is below GROUP_STD_FLOOR says nothing about its members: advantage 0, not
+    amplified rounding noise. Arguments as in `rloo`.
+    """
+    x, ok, n = _grouped(totals, valid, group)
+    mean = x.sum(1, keepdim=True) / n.clamp(min=1)
+    centred = (x - mean) * ok
+    std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+    scaled = centred / std.clamp(min=GROUP_STD_FLOOR)
+    return torch.where((n > 1) & (std > GROUP_STD_FLOOR), scaled, x.new_zeros(())).flatten()
+
+
+def whitened(advantages: Tensor, mask: Tensor, *, unbiased: bool) -> Tensor:
+    """Advantages with mean 0 and std 1 over the true slots of `mask`, exactly 0 elsewhere."""
+    return whiten(advantages, mask, shift_mean=True, unbiased=unbiased)

@@ -1,0 +1,115 @@
+"""Between padded [S, R], where the algorithm is read, and packed [N], where models run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.types import IGNORE_INDEX, Experience, Microbatch, PackedSequences, Rollout
+
+
+@dataclass(frozen=True)
+class ResponseSlots:
+    """Some samples of a rollout, packed, and where their response tokens lie.
+
+    Slot j is response token `cols[j]` of sample `rows[j]`; its log-prob and the value of the state
+    before it are read at packed position `positions[j]`, and the token itself is one further on.
+
+    Args:
+        sequences: the chosen samples, prompt and response, packed in the order chosen.
+        rows, cols, positions: [M] int64.
+        last: [K] int64 packed position of the last token of each chosen sample.
+    """
+
+    sequences: PackedSequences
+    rows: Tensor
+    cols: Tensor
+    positions: Tensor
+    last: Tensor
+
+    def to_packed(self, padded: Tensor) -> Tensor:
+        """[N] with `padded` [S, R] at the slots and 0 elsewhere."""
+        packed = padded.new_zeros(self.sequences.ids.numel())
+        packed[self.positions] = padded[self.rows, self.cols]
+        return packed
+
+    def to_padded(self, packed: Tensor, out: Tensor) -> None:
+        """Write `packed` [N] into `out` [S, R] at the slots."""
+        out[self.rows, self.cols] = packed[self.positions].to(out.dtype)
+
+
+def response_slots(rollout: Rollout, indices: Sequence[int]) -> ResponseSlots:
+    """Pack samples `indices` of a rollout and locate their response tokens."""
+    device = rollout.responses.device
+    chosen = torch.as_tensor(indices, dtype=torch.int64, device=device)
+    lengths = rollout.lengths.to(device)[chosen]
+    prompt_lengths = rollout.prompt_lengths.to(device)[chosen]
+    totals = prompt_lengths + lengths
+    starts = totals.cumsum(0) - totals
+    count = int(lengths.sum())
+    rows = torch.repeat_interleave(chosen, lengths, output_size=count)
+    first_slot = lengths.cumsum(0) - lengths
+    cols = torch.arange(count, device=device) - torch.repeat_interleave(
+        first_slot, lengths, output_size=count
+    )
+    before = torch.repeat_interleave(starts + prompt_lengths - 1, lengths, output_size=count)
+    positions = before + cols
+    ids = torch.empty(int(totals.sum()), dtype=torch.int64, device=device)
+    _copy_prompts(rollout, chosen, starts, prompt_lengths, ids)
+    ids[positions + 1] = rollout.responses[rows, cols]
+    sequences = PackedSequences.from_flat(ids, totals)
+    return ResponseSlots(sequences, rows, cols, positions, starts + totals - 1)
+
+
+def _copy_prompts(
+    rollout: Rollout, chosen: Tensor, starts: Tensor, prompt_lengths: Tensor, ids: Tensor
+) -> None:
+    """Gather each chosen sample's prompt into `ids` at its start, without a loop over samples."""
+    packed = rollout.prompts.sequences
+    sources = packed.cu_seqlens.to(ids.device, torch.int64)[chosen // rollout.samples_per_prompt]
+    count = int(prompt_lengths.sum())
+    first = prompt_lengths.cumsum(0) - prompt_lengths
+    within = torch.arange(count, device=ids.device) - torch.repeat_interleave(
+        first, prompt_lengths, output_size=count
+    )
+    target = torch.repeat_interleave(starts, prompt_lengths, output_size=count) + within
+    source = torch.repeat_interleave(sources, prompt_lengths, output_size=count) + within
+    ids[target] = packed.ids.to(ids.device)[source]
+
+
+def build_microbatch(
+    experience: Experience,
+    indices: Sequence[int],
+    *,
+    advantages: Tensor,
+    weights: Tensor,
+    num_loss_tokens: int,
+) -> Microbatch:
+    """Pack samples `indices` with everything their update reads.
+
+    Args:
+        experience: the rollout batch.
+        indices: samples of this microbatch.
+        advantages: [S, R] float32, whitened as configured.
+        weights: [S, R] float32 detached importance weights.
+        num_loss_tokens: loss tokens of the whole optimizer step.
+    """
+    scored = experience.scored
+    slots = response_slots(scored.rollout, indices)
+    loss_mask = slots.to_packed(scored.loss_mask)
+    following = torch.roll(slots.sequences.ids, -1)
+    return Microbatch(
+        sequences=slots.sequences,
+        targets=torch.where(loss_mask, following, IGNORE_INDEX),
+        loss_mask=loss_mask,
+        old_logprobs=slots.to_packed(scored.old_logprobs),
+        ref_logprobs=slots.to_packed(scored.ref_logprobs),
+        old_values=slots.to_packed(scored.values),
+        advantages=slots.to_packed(advantages),
+        returns=slots.to_packed(experience.returns),
+        weights=slots.to_packed(weights),
+        num_loss_tokens=num_loss_tokens,
+    )

@@ -1,0 +1,357 @@
+"""The PPO step as named phases: generate, score, prepare, update, control."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.config import PPOConfig
+from rlhf_fast.data.packing import pack_by_tokens
+from rlhf_fast.errors import NumericalError
+from rlhf_fast.optim import GuardedOptimizer
+from rlhf_fast.ppo.advantages import estimate, whitened
+from rlhf_fast.ppo.kl_control import KLController
+from rlhf_fast.ppo.layout import build_microbatch, response_slots
+from rlhf_fast.ppo.losses import policy_loss, value_loss
+from rlhf_fast.ppo.rewards import RunningMoments, shape_scores
+from rlhf_fast.ppo.statistics import UpdateStatistics, rollout_metrics
+from rlhf_fast.protocols import Generator, PolicyModel, Reward, ValueModel
+from rlhf_fast.types import (
+    Experience,
+    Microbatch,
+    PackedSequences,
+    PromptBatch,
+    Rollout,
+    SamplingParams,
+    ScoredRollout,
+)
+
+LOGPROB_GAP_WARNING = 0.05
+# Rounding of a log-prob: forwards of other shapes sum in another order.
+FIRST_RATIO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+
+
+class PretrainingSource(Protocol):
+    """Batches for the PPO-ptx term."""
+
+    def next_batch(self) -> list[tuple[PackedSequences, Tensor]]:
+        """One optimizer step's microbatches: (sequences, targets [N] with IGNORE_INDEX)."""
+        ...
+
+
+@dataclass
+class Roles:
+    """The four models and what moves them. `critic` and its optimizer are None without a critic."""
+
+    actor: PolicyModel
+    reference: PolicyModel
+    critic: ValueModel | None
+    reward: Reward
+    generator: Generator
+    actor_optimizer: GuardedOptimizer
+    critic_optimizer: GuardedOptimizer | None
+    pretraining: PretrainingSource | None = None
+    on_update: Callable[[], None] = field(default=lambda: None)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one PPO step leaves: metrics by name, and the experience for samples on disk."""
+
+    metrics: dict[str, float]
+    experience: Experience
+    warnings: list[str]
+
+
+class PPOLearner:
+    """Turns prompts into an improved actor and critic, one rollout batch at a time.
+
+    Args:
+        config: the PPO stage's config.
+        roles: models and optimizers; `roles.on_update` runs after every optimizer step of the
+            actor (it bumps the weight version).
+        phase: `with phase("generate"): ...` times a phase.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        roles: Roles,
+        phase: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext(),
+    ) -> None:
+        self.config = config
+        self.roles = roles
+        self.phase = phase
+        self.kl_controller = KLController(config.kl)
+        self.score_moments = RunningMoments()
+        self.steps = 0
+        self.episodes = 0
+        sampling = config.sampling
+        self.sampling = SamplingParams(
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            stop_strings=tuple(sampling.stop),
+        )
+
+    def step(self, prompts: PromptBatch) -> StepOutput:
+        """One rollout batch: sample, score, estimate advantages, update both models."""
+        with self.phase("generate"):
+            rollout = self.generate(prompts)
+        with self.phase("score"):
+            scored = self.score(rollout)
+        with self.phase("prepare"):
+            experience, shaped = self.prepare(scored)
+        with self.phase("update"):
+            update = self.update(experience)
+        metrics = rollout_metrics(experience, shaped, kl_coef=self.kl_controller.coef)
+        warnings = self._check_logprob_gap(metrics) + self._check_first_ratio(update)
+        self.kl_controller.update(metrics["objective/kl"], len(rollout))
+        self.steps += 1
+        self.episodes += len(rollout)
+        metrics |= update | {"episode": float(self.episodes), "kl_coef": self.kl_controller.coef}
+        return StepOutput(metrics, experience, warnings)
+
+    def generate(self, prompts: PromptBatch) -> Rollout:
+        """Sample G responses per prompt, each keyed by (seed, step, prompt, sample)."""
+        group = self.config.rollout.samples_per_prompt
+        seeds = [
+            draw_seed(self.config.run.seed, self.steps, row, g)
+            for row in range(len(prompts))
+            for g in range(group)
+        ]
+        return self.roles.generator.generate(
+            prompts, self.sampling, samples_per_prompt=group, seeds=seeds
+        )
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> ScoredRollout:
+        """The four roles read the finished sequences."""
+        scores, scored = self.roles.reward.score(rollout)
+        shape, device = rollout.responses.shape, rollout.responses.device
+        old, ref, values = (torch.zeros(shape, device=device) for _ in range(3))
+        for indices in self._packs(rollout, range(len(rollout))):
+            slots = response_slots(rollout, indices)
+            mask = slots.to_packed(rollout.response_mask)
+            targets = torch.where(mask, slots.sequences.ids.roll(-1), -100)
+            for policy, out in ((self.roles.actor, old), (self.roles.reference, ref)):
+                logprobs, _ = policy.logprobs(
+                    slots.sequences, targets, temperature=self.sampling.temperature
+                )
+                slots.to_padded(logprobs, out)
+            if self.roles.critic is not None:
+                slots.to_padded(self.roles.critic.values(slots.sequences), values)
+        return ScoredRollout(rollout, scores.to(device), scored.to(device), old, ref, values)
+
+    def prepare(self, scored: ScoredRollout) -> tuple[Experience, Tensor]:
+        """Shape scores, place them, subtract KL, estimate advantages; also the shaped scores."""
+        config, rollout = self.config, scored.rollout
+        shaped = shape_scores(
+            scored.scores,
+            scored.scored,
+            rollout.response_mask,
+            rollout.ended,
+            self.score_moments,
+            config.reward,
+        )
+        experience = estimate(
+            scored,
+            shaped,
+            kl_coef=self.kl_controller.coef,
+            bootstrap=self._bootstrap(rollout),
+            algorithm=config.algorithm,
+            kl=config.kl,
+            reward=config.reward,
+        )
+        return experience, shaped
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        """Several PPO epochs of minibatches; returns the means over all their loss tokens."""
+        algorithm = self.config.algorithm
+        mask = experience.scored.loss_mask
+        advantages = experience.advantages
+        if algorithm.whiten and algorithm.whiten_scope == "batch":
+            advantages = whitened(advantages, mask, unbiased=algorithm.whiten_unbiased)
+        weights = self._importance_weights(experience.scored)
+        statistics = UpdateStatistics()
+        for epoch in range(algorithm.ppo_epochs):
+            for minibatch in self._minibatches(len(mask), epoch):
+                if not self._update_minibatch(
+                    experience, minibatch, advantages, weights, statistics
+                ):
+                    return statistics.finalize(early_stop=True)
+        return statistics.finalize(early_stop=False)
+
+    def _update_minibatch(
+        self,
+        experience: Experience,
+        minibatch: Sequence[int],
+        advantages: Tensor,
+        weights: Tensor,
+        statistics: UpdateStatistics,
+    ) -> bool:
+        """One optimizer step of actor and critic; false if target_kl ended the epochs first."""
+        algorithm, roles = self.config.algorithm, self.roles
+        rows = torch.as_tensor(minibatch, device=advantages.device)
+        mask = experience.scored.loss_mask[rows]
+        if algorithm.whiten and algorithm.whiten_scope == "minibatch":
+            advantages = advantages.clone()
+            advantages[rows] = whitened(advantages[rows], mask, unbiased=algorithm.whiten_unbiased)
+        tokens = int(mask.sum())
+        statistics.begin_minibatch()
+        for indices in self._packs(experience.scored.rollout, minibatch):
+            microbatch = build_microbatch(
+                experience,
+                indices,
+                advantages=advantages,
+                weights=weights,
+                num_loss_tokens=max(tokens, 1),
+            )
+            self._backward(microbatch, statistics)
+        if algorithm.target_kl > 0 and statistics.minibatch_kl() > algorithm.target_kl:
+            roles.actor_optimizer.zero_grad()
+            if roles.critic_optimizer is not None:
+                roles.critic_optimizer.zero_grad()
+            return False
+        if self.roles.pretraining is not None:
+            statistics.add_pretraining(self._pretraining_backward(self.roles.pretraining))
+        statistics.add_step("policy", roles.actor_optimizer.lr, roles.actor_optimizer.step())
+        roles.on_update()
+        if roles.critic_optimizer is not None:
+            statistics.add_step("value", roles.critic_optimizer.lr, roles.critic_optimizer.step())
+        return True
+
+    def _backward(self, microbatch: Microbatch, statistics: UpdateStatistics) -> None:
+        """Forward and backward of both models over one microbatch; gradients accumulate."""
+        algorithm = self.config.algorithm
+        logprobs, entropy = self.roles.actor.logprobs(
+            microbatch.sequences,
+            microbatch.targets,
+            temperature=self.sampling.temperature,
+            with_entropy=True,
+        )
+        policy = policy_loss(
+            microbatch,
+            logprobs,
+            entropy,
+            algorithm=algorithm,
+            kl=self.config.kl,
+            kl_coef=self.kl_controller.coef,
+        )
+        policy.loss.backward()
+        statistics.add(policy)
+        if self.roles.critic is not None:
+            values = self.roles.critic.values(microbatch.sequences)
+            value = value_loss(microbatch, values, algorithm=algorithm)
+            value.loss.backward()
+            statistics.add(value)
+
+    def _pretraining_backward(self, source: PretrainingSource) -> float:
+        """Add the gradient of coef * mean cross-entropy of one batch; returns the mean."""
+        batch = source.next_batch()
+        tokens = max(1, sum(int((targets != -100).sum()) for _, targets in batch))
+        total = 0.0
+        for sequences, targets in batch:
+            logprobs, _ = self.roles.actor.logprobs(sequences, targets)
+            loss = -logprobs.sum() / tokens
+            (self.config.ptx.coef * loss).backward()
+            total += float(loss.detach())
+        return total
+
+    @torch.no_grad()
+    def _bootstrap(self, rollout: Rollout) -> Tensor | None:
+        """[S] value of the state after the last token of truncated rows, 0 for ended ones."""
+        critic = self.roles.critic
+        if critic is None or not self.config.algorithm.bootstrap_truncated:
+            return None
+        out = torch.zeros(len(rollout), device=rollout.responses.device)
+        truncated = torch.nonzero(~rollout.ended).flatten().tolist()
+        for indices in self._packs(rollout, truncated):
+            slots = response_slots(rollout, indices)
+            out[torch.as_tensor(indices)] = critic.values(slots.sequences)[slots.last]
+        return out
+
+    def _importance_weights(self, scored: ScoredRollout) -> Tensor:
+        """[S, R] truncated importance weight trainer/generator, or 1 everywhere."""
+        cap = self.config.algorithm.rollout_correction
+        ones = torch.ones_like(scored.old_logprobs)
+        if cap <= 0:
+            return ones
+        gap = scored.old_logprobs - scored.rollout.rollout_logprobs
+        # Clamp in log space: exp never overflows, and masked slots are selected away.
+        weights = gap.clamp(-20.0, 20.0).exp().clamp(max=cap)
+        return torch.where(scored.loss_mask, weights, ones)
+
+    def _minibatches(self, samples: int, epoch: int) -> Iterator[list[int]]:
+        """Samples of each optimizer step: a new permutation each epoch, from counters alone."""
+        generator = torch.Generator().manual_seed(
+            draw_seed(self.config.run.seed, self.steps, epoch, -1)
+        )
+        order = torch.randperm(samples, generator=generator).tolist()
+        size = samples // self.config.algorithm.minibatches
+        for start in range(0, samples, size):
+            yield order[start : start + size]
+
+    def _packs(self, rollout: Rollout, indices: Sequence[int]) -> Iterator[list[int]]:
+        """Split samples into forwards of at most `microbatch_tokens` tokens."""
+        lengths = (rollout.prompt_lengths.cpu() + rollout.lengths.cpu()).tolist()
+        chosen = list(indices)
+        for pack in pack_by_tokens([lengths[i] for i in chosen], self.config.microbatch_tokens):
+            yield [chosen[i] for i in pack]
+
+    def _check_logprob_gap(self, metrics: Mapping[str, float]) -> list[str]:
+        """The generator must sample from the policy that is trained; measured in every step."""
+        gap = metrics["rollout/logprob_gap"]
+        limit = self.config.algorithm.max_logprob_gap
+        if not gap <= limit:
+            raise NumericalError(
+                "RF6002",
+                f"generator and trainer disagree: mean |log-prob gap| is {gap:.3g} nats",
+                where=f"step {self.steps + 1}",
+                expected=f"at most algorithm.max_logprob_gap={limit}",
+                remedy="check that dropout is off and that both sides use the same weights, "
+                "dtype and temperature",
+            )
+        if gap > LOGPROB_GAP_WARNING:
+            return [f"mean |trainer - generator| log-prob gap is {gap:.3g} nats"]
+        return []
+
+    def _check_first_ratio(self, update: Mapping[str, float]) -> list[str]:
+        """On the first minibatch nothing has moved yet: the ratio must be 1, to rounding."""
+        gap = update["val/first_ratio_gap"]
+        tolerance = FIRST_RATIO_TOLERANCE[self.config.run.dtype]
+        if gap > tolerance:
+            return [
+                f"ratio differs from 1 by {gap:.3g} on the first minibatch (tolerance {tolerance})"
+            ]
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything of the learner, beside models and optimizers, that a checkpoint must hold."""
+        return {
+            "steps": self.steps,
+            "episodes": self.episodes,
+            "kl_controller": self.kl_controller.state_dict(),
+            "score_moments": self.score_moments.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.steps = int(state["steps"])
+        self.episodes = int(state["episodes"])
+        self.kl_controller.load_state_dict(state["kl_controller"])
+        self.score_moments.load_state_dict(state["score_moments"])
+
+
+def draw_seed(*key: int) -> int:
+    """A 63-bit seed from a tuple of integers; equal keys give equal draws on every machine."""
+    digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
