@@ -1,0 +1,49 @@
+# Two commands a newcomer needs: `make demo` and `make test`. Both set up their own virtual
+# environment in .venv from the package index.
+
+PYTHON ?= python3
+VENV ?= .venv
+# A CPU build where the index has one; name another build to train on a GPU.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
+
+.PHONY: demo test check bench env clean setup
+
+setup: $(READY)
+
+$(READY): $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "rlhf_fast needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 3; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/rlhf-fast demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	$(BIN)/python -m bench.kernels.bench_gae
+	$(BIN)/python -m bench.kernels.bench_logprobs
+	$(BIN)/python -m bench.kernels.bench_ppo_loss
+	$(BIN)/python -m bench.bench_generate
+
+env: $(READY)
+	$(BIN)/rlhf-fast env
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kernels/rlhf_fast_kernels/_core*.so \
+		kernels/rlhf_fast_kernels/build_report.json
