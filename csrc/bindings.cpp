@@ -1,0 +1,199 @@
+// The only pybind11 file: rlhf_fast_kernels._core.
+//
+// A tensor arrives as a tuple (address, dtype, row stride, column stride), a mask as (address, row
+// stride, column stride), an absent optional one as None; rlhf_fast_kernels/native.py builds them.
+// Kernels run with the GIL released. Python has validated shapes and dtypes before it calls.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/rewards_and_gae.h"
+#include "cpu/whiten.h"
+#include "host/cpu_features.h"
+#include "host/tensor_view.h"
+
+#ifdef RLHF_FAST_WITH_CUDA
+#include "cuda/device.h"
+#include "cuda/rewards_and_gae.h"
+#endif
+
+namespace py = pybind11;
+
+namespace rlhf_fast {
+namespace {
+
+template <class T>
+T* pointer(py::handle address) {
+  return reinterpret_cast<T*>(address.cast<uintptr_t>());
+}
+
+View to_view(py::handle tensor) {
+  View view;
+  if (tensor.is_none()) return view;
+  const auto fields = py::reinterpret_borrow<py::tuple>(tensor);
+  view.data = pointer<const void>(fields[0]);
+  view.dtype = static_cast<DType>(fields[1].cast<int32_t>());
+  view.row_stride = fields[2].cast<int64_t>();
+  view.column_stride = fields[3].cast<int64_t>();
+  return view;
+}
+
+MaskView to_mask(py::handle tensor) {
+  MaskView view;
+  if (tensor.is_none()) return view;
+  const auto fields = py::reinterpret_borrow<py::tuple>(tensor);
+  view.data = pointer<const uint8_t>(fields[0]);
+  view.row_stride = fields[1].cast<int64_t>();
+  view.column_stride = fields[2].cast<int64_t>();
+  return view;
+}
+
+// ---- rewards_and_gae --------------------------------------------------------------------------
+
+// shape: (rows, columns, tokens, cu_seqlens address or 0); outputs: addresses of advantages, returns
+// and, unless rewards are given, rewards and kl.
+RewardsAndGaeArgs make_gae_args(const py::tuple& shape, py::handle values, py::handle mask,
+                                py::handle bootstrap, float gamma, float gae_lambda,
+                                const py::tuple& outputs) {
+  RewardsAndGaeArgs args;
+  args.rows = shape[0].cast<int64_t>();
+  args.columns = shape[1].cast<int64_t>();
+  args.tokens = shape[2].cast<int64_t>();
+  args.cu_seqlens = pointer<const int64_t>(shape[3]);
+  args.values = to_view(values);
+  args.mask = to_mask(mask);
+  args.bootstrap = to_view(bootstrap);
+  args.gamma = gamma;
+  args.gae_lambda = gae_lambda;
+  args.out_advantages = pointer<float>(outputs[0]);
+  args.out_returns = pointer<float>(outputs[1]);
+  if (outputs.size() == 4) {
+    args.out_rewards = pointer<float>(outputs[2]);
+    args.out_kl = pointer<float>(outputs[3]);
+  }
+  return args;
+}
+
+// kl: (old_logprobs, ref_logprobs, scores, scores_per_token, estimator, kl_coef, kl_in_reward, clamp)
+void set_kl(RewardsAndGaeArgs& args, const py::tuple& kl) {
+  args.old_logprobs = to_view(kl[0]);
+  args.ref_logprobs = to_view(kl[1]);
+  args.scores = to_view(kl[2]);
+  args.scores_per_token = kl[3].cast<bool>();
+  args.kl_estimator = static_cast<KlEstimator>(kl[4].cast<int32_t>());
+  args.kl_coef = kl[5].cast<float>();
+  args.kl_in_reward = kl[6].cast<bool>();
+  args.log_ratio_clamp =
+      kl[7].is_none() ? std::numeric_limits<float>::infinity() : kl[7].cast<float>();
+}
+
+// placement: number of CPU threads, or (CUDA device, stream handle).
+void run_gae(RewardsAndGaeArgs& args, py::handle placement) {
+  if (py::isinstance<py::int_>(placement)) {
+    args.threads = placement.cast<int>();
+    const py::gil_scoped_release release;
+    rewards_and_gae(args);
+    return;
+  }
+#ifdef RLHF_FAST_WITH_CUDA
+  const auto [device, stream] = placement.cast<std::pair<int, uintptr_t>>();
+  std::string error;
+  {
+    const py::gil_scoped_release release;
+    error = rewards_and_gae_cuda(args, device, reinterpret_cast<void*>(stream));
+  }
+  if (!error.empty()) throw std::runtime_error("rewards_and_gae (cuda): " + error);
+#else
+  throw std::runtime_error("rewards_and_gae (cuda): this build has no CUDA code");
+#endif
+}
+
+void bind_rewards_and_gae(py::module_& m) {
+  m.def("gae", [](const py::tuple& shape, py::handle rewards, py::handle values, py::handle mask,
+                  py::handle bootstrap, float gamma, float gae_lambda, const py::tuple& outputs,
+                  py::handle placement) {
+    auto args = make_gae_args(shape, values, mask, bootstrap, gamma, gae_lambda, outputs);
+    args.rewards = to_view(rewards);
+    run_gae(args, placement);
+  });
+  m.def("rewards_and_gae", [](const py::tuple& shape, const py::tuple& kl, py::handle values,
+                              py::handle mask, py::handle bootstrap, float gamma,
+                              float gae_lambda, const py::tuple& outputs, py::handle placement) {
+    auto args = make_gae_args(shape, values, mask, bootstrap, gamma, gae_lambda, outputs);
+    set_kl(args, kl);
+    run_gae(args, placement);
+  });
+}
+
+// ---- whiten -----------------------------------------------------------------------------------
+
+void bind_whiten(py::module_& m) {
+  m.def("masked_moments", [](int64_t rows, int64_t columns, py::handle x, py::handle mask,
+                             uintptr_t out, int threads) {
+    MaskedMomentsArgs args;
+    args.rows = rows;
+    args.columns = columns;
+    args.x = to_view(x);
+    args.mask = to_mask(mask);
+    args.out = reinterpret_cast<double*>(out);
+    args.threads = threads;
+    const py::gil_scoped_release release;
+    masked_moments(args);
+  });
+  m.def("whiten", [](int64_t rows, int64_t columns, py::handle x, py::handle mask, double mean,
+                     double scale, double offset, uintptr_t out, int threads) {
+    WhitenArgs args;
+    args.rows = rows;
+    args.columns = columns;
+    args.x = to_view(x);
+    args.mask = to_mask(mask);
+    args.mean = mean;
+    args.scale = scale;
+    args.offset = offset;
+    args.out = reinterpret_cast<float*>(out);
+    args.threads = threads;
+    const py::gil_scoped_release release;
+    whiten(args);
+  });
+}
+
+// ---- what this build is -----------------------------------------------------------------------
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = RLHF_FAST_COMPILER;
+#ifdef RLHF_FAST_WITH_CUDA
+  info["cuda"] = cuda_toolkit_version();
+  info["cuda_archs"] = RLHF_FAST_CUDA_ARCHS;
+#else
+  info["cuda"] = py::none();
+  info["cuda_archs"] = "";
+#endif
+  return info;
+}
+
+void bind_build(py::module_& m) {
+  m.def("build_info", &build_info, "Compiler, CUDA toolkit and architectures of this build.");
+  m.def("cpu_features", &describe_cpu, "The instruction set in use and those available.");
+#ifdef RLHF_FAST_WITH_CUDA
+  m.def("cuda_status", &cuda_status, "State of the CUDA driver as text; never raises.");
+  m.def("cuda_unusable_reason", &cuda_unusable_reason,
+        "'' if kernels of this build run on the device, otherwise why not; never raises.");
+#else
+  m.def("cuda_status", [] { return std::string("built without CUDA"); });
+  m.def("cuda_unusable_reason", [](int) { return std::string("built without CUDA"); });
+#endif
+}
+
+}  // namespace
+}  // namespace rlhf_fast
+
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+  m.doc() = "Compiled ops of rlhf_fast_kernels; use the Python functions of that package instead.";
+  rlhf_fast::bind_build(m);
+  rlhf_fast::bind_rewards_and_gae(m);
+  rlhf_fast::bind_whiten(m);
+}

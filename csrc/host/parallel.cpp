@@ -1,0 +1,159 @@
+#include "host/parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
+namespace rlhf_fast {
+namespace {
+
+constexpr int kMaxHelpers = 255;
+// About 10 us: longer than the tail of a balanced job, shorter than a wake-up through the kernel.
+constexpr int kSpins = 4000;
+
+thread_local bool inside_parallel_region = false;
+
+inline void pause_cpu() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+struct Job {
+  int64_t items;
+  int64_t grain;
+  RangeFunction function;
+  const void* context;
+  std::atomic<int64_t> next_chunk{0};
+
+  void work() {
+    const int64_t chunks = (items + grain - 1) / grain;
+    for (;;) {
+      const int64_t chunk = next_chunk.fetch_add(1, std::memory_order_relaxed);
+      if (chunk >= chunks) return;
+      function(context, chunk * grain, std::min(items, (chunk + 1) * grain));
+    }
+  }
+};
+
+class Pool {
+ public:
+  // False if another thread is using the pool: the caller then works alone.
+  bool try_run(Job& job, int helpers_wanted) {
+    std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
+    if (!owner.owns_lock()) return false;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      start_helpers(helpers_wanted);
+      job_ = &job;
+      seats_ = std::min(helpers_wanted, helpers_);
+    }
+    if (seats_ == 1) {
+      wake_.notify_one();
+    } else {
+      wake_.notify_all();
+    }
+    job.work();
+    finish();
+    return true;
+  }
+
+ private:
+  void start_helpers(int wanted) {
+    wanted = std::min(wanted, kMaxHelpers);
+    try {
+      for (; helpers_ < wanted; ++helpers_) std::thread([this] { help(); }).detach();
+    } catch (const std::system_error&) {
+      // The process may not start more threads: those that exist (perhaps none) do the work.
+    }
+  }
+
+  void help() {
+    inside_parallel_region = true;
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return job_ != nullptr && seats_ > 0; });
+      --seats_;
+      Job* job = job_;
+      active_.fetch_add(1, std::memory_order_relaxed);
+      lock.unlock();
+      job->work();
+      lock.lock();
+      if (active_.fetch_sub(1, std::memory_order_release) == 1) done_.notify_one();
+    }
+  }
+
+  // Closes the job to late helpers, then waits for those that are still inside it.
+  void finish() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = nullptr;
+      seats_ = 0;
+    }
+    for (int spin = 0; spin < kSpins; ++spin) {
+      if (active_.load(std::memory_order_acquire) == 0) return;
+      pause_cpu();
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return active_.load(std::memory_order_acquire) == 0; });
+  }
+
+  std::mutex owner_;  // held by the thread whose job is running
+  std::mutex mutex_;  // guards everything below
+  std::condition_variable wake_, done_;
+  Job* job_ = nullptr;
+  int seats_ = 0;
+  int helpers_ = 0;
+  std::atomic<int> active_{0};
+};
+
+// Never deleted: helpers may be asleep inside it when the process ends, and after a fork the parent's
+// pool (whose threads do not exist in the child, and whose locks may be held) is left where it is.
+std::atomic<Pool*> current_pool{nullptr};
+
+Pool& pool() {
+  Pool* existing = current_pool.load(std::memory_order_acquire);
+  if (existing != nullptr) return *existing;
+  static std::mutex creation;
+  static bool fork_handler_set = false;
+  std::lock_guard<std::mutex> lock(creation);
+  existing = current_pool.load(std::memory_order_acquire);
+  if (existing != nullptr) return *existing;
+#ifndef _WIN32
+  if (!fork_handler_set) {
+    pthread_atfork(nullptr, nullptr, [] { current_pool.store(nullptr); });
+    fork_handler_set = true;
+  }
+#endif
+  existing = new Pool();
+  current_pool.store(existing, std::memory_order_release);
+  return *existing;
+}
+
+}  // namespace
+
+void parallel_for_raw(int64_t items, int64_t grain, int threads, RangeFunction function,
+                      const void* context) {
+  if (items <= 0) return;
+  Job job{items, std::max<int64_t>(grain, 1), function, context};
+  const int64_t chunks = (items + job.grain - 1) / job.grain;
+  const int helpers = static_cast<int>(std::min<int64_t>(threads, chunks)) - 1;
+  if (helpers <= 0 || inside_parallel_region) {
+    job.work();
+    return;
+  }
+  inside_parallel_region = true;
+  if (!pool().try_run(job, helpers)) job.work();
+  inside_parallel_region = false;
+}
+
+}  // namespace rlhf_fast
