@@ -1,0 +1,1 @@
+"""Hugging Face models in the roles of PPO: load, forward packed tokens, score, export."""

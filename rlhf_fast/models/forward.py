@@ -1,0 +1,185 @@
+"""Backbone forward over packed tokens: ids [N] to hidden states [N, H].
+
+Architectures in `PACKED_MODEL_TYPES` run packed: a test holds each of them against the stock
+forward of every sequence by itself. All others run the stock forward on right-padded sequences,
+which is correct for any causal model and pays for the padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast.errors import ModelError
+from rlhf_fast.models.packed_attention import (
+    PackedLayout,
+    packed_attention_mode,
+    recompute_contexts,
+)
+from rlhf_fast.types import PackedSequences
+
+ComputeDtype = Literal["float32", "bfloat16"]
+
+# Position comes from `position_ids` alone, attention goes through the attention interface, and
+# nothing else mixes tokens.
+PACKED_MODEL_TYPES = frozenset(
+    {
+        "gemma",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+        "starcoder2",
+    }
+)
+
+_DTYPE_ATTRIBUTE = "rlhf_fast_compute_dtype"
+
+
+def set_compute_dtype(module: nn.Module, dtype: ComputeDtype) -> None:
+    """Choose the type matrix products run in; parameters keep theirs.
+
+    "bfloat16" is autocast over fp32 master weights: a pure bf16 weight near 1 has a spacing of
+    2^-8 and never moves under a learning rate of 1e-6. "float32" is plain.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ModelError(
+            "RF3001",
+            f"unknown compute dtype {dtype!r}",
+            expected="float32 or bfloat16",
+            remedy="choose one of the two; masters are fp32 in both",
+        )
+    setattr(module, _DTYPE_ATTRIBUTE, dtype)
+
+
+def compute_dtype(module: nn.Module) -> ComputeDtype:
+    """What `set_compute_dtype` chose; "float32" if it never did."""
+    dtype: ComputeDtype = getattr(module, _DTYPE_ATTRIBUTE, "float32")
+    return dtype
+
+
+def autocast(module: nn.Module) -> AbstractContextManager[Any]:
+    """The autocast region in which `module` computes."""
+    if compute_dtype(module) == "float32":
+        return nullcontext()
+    return torch.autocast(device_of(module).type, dtype=torch.bfloat16)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of the module's first parameter."""
+    return next(module.parameters()).device
+
+
+def runs_packed(module: nn.Module) -> bool:
+    """True if the architecture runs on packed tokens, false if it needs right padding."""
+    config: Any = module.config
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    return (
+        config.model_type in PACKED_MODEL_TYPES
+        and layer_types <= {"full_attention", "sliding_attention"}
+        and not getattr(config, "reorder_and_upcast_attn", False)
+    )
+
+
+def packed_hidden(module: nn.Module, sequences: PackedSequences) -> Tensor:
+    """Last hidden states of every packed token, before any head.
+
+    Args:
+        module: a Hugging Face causal LM or sequence classifier.
+        sequences: N tokens in K segments, on any device; moved to the module's.
+
+    Returns:
+        [N, H] on the module's device, in the type the backbone computes. Gradients flow if grad
+        mode is on. A segment's rows depend on that segment alone.
+
+    Raises:
+        ModelError: gradient checkpointing is on, but not through `enable_gradient_checkpointing`.
+    """
+    sequences = sequences.to(device_of(module))
+    if sequences.ids.numel() == 0:
+        width = module.get_input_embeddings().weight.shape[1]
+        return torch.zeros(0, width, device=sequences.ids.device)
+    with autocast(module):
+        if not runs_packed(module):
+            return _right_padded_hidden(module, sequences)
+        _require_our_checkpointing(module)
+        layout = PackedLayout.build(sequences)
+        with packed_attention_mode(module):
+            output = module.base_model(
+                input_ids=sequences.ids[None],
+                position_ids=sequences.positions[None],
+                use_cache=False,
+                packed_layout=layout,
+            )
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+def right_pad(sequences: PackedSequences) -> tuple[Tensor, Tensor]:
+    """(ids [K, L] int64 with 0 in the padding, mask [K, L] bool, true on real tokens).
+
+    Empty segments get no row: one without any key would give NaN, and NaN in its gradients.
+    """
+    lengths = sequences.lengths
+    lengths = lengths[lengths > 0]
+    mask = torch.arange(int(lengths.max()), device=lengths.device)[None] < lengths[:, None]
+    # Id 0 is legal in every vocabulary; what it computes is masked and never read.
+    ids = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
+    ids[mask] = sequences.ids
+    return ids, mask
+
+
+def _right_padded_hidden(module: nn.Module, sequences: PackedSequences) -> Tensor:
+    ids, mask = right_pad(sequences)
+    output = module.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+    hidden: Tensor = output.last_hidden_state[mask]
+    return hidden
+
+
+def enable_gradient_checkpointing(module: nn.Module) -> None:
+    """Recompute each layer in backward instead of keeping its activations.
+
+    transformers' own switch is not enough: it would recompute packed layers with stock attention.
+    Takes effect in train mode only, as in transformers.
+    """
+    settings = {"use_reentrant": False, "context_fn": recompute_contexts}
+    # transformers renames the switch from 5.2x on; the older name still works, with a warning.
+    if hasattr(module, "activation_checkpointing_enable"):
+        module.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
+def _checkpoint_functions(module: nn.Module) -> Iterator[Any]:
+    for child in module.modules():
+        if getattr(child, "gradient_checkpointing", False):
+            yield getattr(child, "_gradient_checkpointing_func", None)
+
+
+def _require_our_checkpointing(module: nn.Module) -> None:
+    if not module.training:
+        return
+    for function in _checkpoint_functions(module):
+        context = getattr(function, "keywords", {}).get("context_fn")
+        if context is not recompute_contexts:
+            raise ModelError(
+                "RF3002",
+                "gradient checkpointing was switched on outside rlhf_fast",
+                where=type(module).__name__,
+                expected="layers that recompute under packed attention",
+                remedy="call rlhf_fast.models.forward.enable_gradient_checkpointing(module)",
+            )

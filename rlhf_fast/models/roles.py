@@ -1,0 +1,224 @@
+"""The four models of PPO: actor, reference, critic, reward model.
+
+Each wraps a Hugging Face module and adds what its role needs; `module` stays an ordinary module
+that optimizers, checkpoints and generators use as it is. Dropout is off in all of them, in train
+mode too: with it the PPO ratio is not 1 on the first minibatch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast.errors import RewardError
+from rlhf_fast.models.dropout import disable_dropout
+from rlhf_fast.models.forward import device_of, packed_hidden
+from rlhf_fast.models.heads import (
+    MAX_LOGITS_ELEMENTS,
+    scalar_head,
+    scalar_outputs,
+    target_logprobs,
+)
+from rlhf_fast.types import PackedSequences
+
+DEFAULT_TOKEN_BUDGET = 16384
+
+
+class _Policy:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        vocab_size: int | None = None,
+        max_logits_elements: int = MAX_LOGITS_ELEMENTS,
+    ) -> None:
+        disable_dropout(module)
+        self.module = module
+        self.vocab_size = vocab_size
+        self.max_logits_elements = max_logits_elements
+
+    def logprobs(
+        self,
+        sequences: PackedSequences,
+        targets: Tensor,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs of `targets` under softmax(logits / temperature).
+
+        Args:
+            sequences: N packed tokens.
+            targets: [N] int64, the token after each position, IGNORE_INDEX where none is asked for.
+            temperature: as in sampling.
+            with_entropy: also return the entropy at each target.
+
+        Returns:
+            (log-probs [N] float32, entropy [N] float32 or None), exact 0 where IGNORE_INDEX.
+        """
+        return target_logprobs(
+            self.module,
+            sequences,
+            targets,
+            temperature=temperature,
+            with_entropy=with_entropy,
+            vocab_size=self.vocab_size,
+            max_logits_elements=self.max_logits_elements,
+        )
+
+
+class Actor(_Policy):
+    """The policy that is trained.
+
+    Args:
+        module: causal LM; its dropout is switched off.
+        vocab_size: number of real tokens, to leave padded embedding rows out of the softmax; None
+            keeps every row, as stock transformers does.
+        max_logits_elements: logits alive at once; more are computed in chunks that are recomputed
+            in backward.
+
+    `weight_version` counts optimizer steps: a rollout carries the version that generated it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        vocab_size: int | None = None,
+        max_logits_elements: int = MAX_LOGITS_ELEMENTS,
+    ) -> None:
+        super().__init__(module, vocab_size=vocab_size, max_logits_elements=max_logits_elements)
+        self.weight_version = 0
+
+    def bump_version(self) -> int:
+        """Count one change of the weights; returns the new version."""
+        self.weight_version += 1
+        return self.weight_version
+
+
+class Reference(_Policy):
+    """The frozen policy the KL term is measured against: parameters frozen, eval mode, no graph.
+
+    Arguments as for `Actor`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        vocab_size: int | None = None,
+        max_logits_elements: int = MAX_LOGITS_ELEMENTS,
+    ) -> None:
+        super().__init__(module, vocab_size=vocab_size, max_logits_elements=max_logits_elements)
+        freeze(module)
+
+    @torch.no_grad()
+    def logprobs(
+        self,
+        sequences: PackedSequences,
+        targets: Tensor,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Actor.logprobs`, never with a graph."""
+        return super().logprobs(
+            sequences, targets, temperature=temperature, with_entropy=with_entropy
+        )
+
+
+class Critic:
+    """The value function: a sequence classifier read at every position.
+
+    Args:
+        module: sequence classifier with one label; its dropout is switched off. A calibration in
+            its config is applied, so a critic copied from a reward model starts on its scale.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        scalar_head(module)
+        disable_dropout(module)
+        self.module = module
+
+    def values(self, sequences: PackedSequences) -> Tensor:
+        """[N] float32: the value of the state after reading each position; gradients flow."""
+        return scalar_outputs(self.module, packed_hidden(self.module, sequences))
+
+
+class RewardModel:
+    """The frozen judge: one calibrated score per sequence, read at its last token.
+
+    The last token is known from the segment's length, never from pad ids, so pad == eos does not
+    matter. Plain transformers on the same directory gives the raw score: without `gain * raw +
+    bias`.
+
+    Args:
+        module: sequence classifier with one label; it is frozen and set to eval.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        scalar_head(module)
+        disable_dropout(module)
+        freeze(module)
+        self.module = module
+
+    @torch.no_grad()
+    def score_sequences(
+        self, sequences: PackedSequences, *, token_budget: int = DEFAULT_TOKEN_BUDGET
+    ) -> Tensor:
+        """Score K sequences.
+
+        Args:
+            sequences: K segments of at least one token.
+            token_budget: tokens per forward; a longer single sequence is run by itself.
+
+        Returns:
+            [K] float32 on the module's device, in the order of the segments.
+
+        Raises:
+            RewardError: a segment has no token.
+        """
+        lengths = sequences.lengths.tolist()
+        if 0 in lengths:
+            raise RewardError(
+                "RF5001",
+                "a sequence to score is empty",
+                where=f"sequence {lengths.index(0)}",
+                expected="at least one token",
+            )
+        scores = torch.zeros(len(sequences), device=device_of(self.module))
+        for chosen in microbatches(lengths, token_budget):
+            part = sequences.select(chosen)
+            last = last_token_hidden(self.module, part)
+            index = torch.tensor(chosen, device=scores.device)
+            scores[index] = scalar_outputs(self.module, last)
+        return scores
+
+
+def last_token_hidden(module: nn.Module, sequences: PackedSequences) -> Tensor:
+    """[K, H] hidden state of the last token of each segment; gradients flow."""
+    hidden = packed_hidden(module, sequences)
+    last = sequences.cu_seqlens[1:].to(hidden.device, torch.int64) - 1
+    return hidden.index_select(0, last)
+
+
+def microbatches(lengths: list[int], token_budget: int) -> list[list[int]]:
+    """Indices of sequences in groups of at most `token_budget` tokens, neighbours in length.
+
+    Sorting by length keeps padding small where an architecture needs it.
+    """
+    groups: list[list[int]] = []
+    used = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not groups or used + lengths[i] > token_budget:
+            groups.append([])
+            used = 0
+        groups[-1].append(i)
+        used += lengths[i]
+    return groups
+
+
+def freeze(module: nn.Module) -> None:
+    """Eval mode, and no parameter asks for a gradient."""
+    module.eval()
+    module.requires_grad_(False)

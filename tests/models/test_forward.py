@@ -1,0 +1,176 @@
+"""The packed forward equals the stock forward of every sequence by itself."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from rlhf_fast.errors import ModelError
+from rlhf_fast.models.dropout import disable_dropout
+from rlhf_fast.models.forward import (
+    PACKED_MODEL_TYPES,
+    compute_dtype,
+    enable_gradient_checkpointing,
+    packed_hidden,
+    runs_packed,
+    set_compute_dtype,
+)
+from rlhf_fast.types import PackedSequences
+from tests.models.tiny import build, random_sequences
+
+MIXED = [5, 1, 9, 3]
+# One long and many short segments: more than one padded group.
+SKEWED = [40, 2, 3, 1, 2, 5, 4, 2, 3]
+
+
+def stock_hidden(model: torch.nn.Module, sequences: PackedSequences) -> torch.Tensor:
+    """Every sequence alone through the untouched backbone, in eval mode."""
+    model = copy.deepcopy(model).eval()
+    bounds = sequences.cu_seqlens.tolist()
+    rows = [
+        model.base_model(input_ids=sequences.ids[None, a:b], use_cache=False).last_hidden_state[0]
+        for a, b in zip(bounds, bounds[1:], strict=False)
+        if b > a
+    ]
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("model_type", sorted(PACKED_MODEL_TYPES))
+@pytest.mark.parametrize("lengths", [MIXED, SKEWED, [4, 4, 4], [7]], ids=str)
+def test_packed_hidden_equals_each_sequence_alone(model_type: str, lengths: list[int]) -> None:
+    model, sequences = build(model_type), random_sequences(lengths)
+    disable_dropout(model)
+    assert runs_packed(model)
+    with torch.no_grad():
+        ours, stock = packed_hidden(model, sequences), stock_hidden(model, sequences)
+    torch.testing.assert_close(ours, stock, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("model_type", ["opt", "gemma2"])
+def test_other_architectures_run_right_padded(model_type: str) -> None:
+    model, sequences = build(model_type), random_sequences(MIXED)
+    disable_dropout(model)
+    assert not runs_packed(model)
+    with torch.no_grad():
+        ours, stock = packed_hidden(model, sequences), stock_hidden(model, sequences)
+    torch.testing.assert_close(ours, stock, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 100])
+def test_sliding_window(window: int) -> None:
+    model, sequences = build("mistral", sliding_window=window), random_sequences(SKEWED)
+    with torch.no_grad():
+        ours, stock = packed_hidden(model, sequences), stock_hidden(model, sequences)
+    torch.testing.assert_close(ours, stock, rtol=2e-6, atol=2e-6)
+
+
+def test_gradients_equal_those_of_each_sequence_alone() -> None:
+    model, sequences = build("qwen2"), random_sequences(SKEWED)
+    weight = torch.randn(int(sequences.ids.numel()), 16)
+    (packed_hidden(model, sequences) * weight).sum().backward()
+    ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    bounds = sequences.cu_seqlens.tolist()
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        hidden = model.base_model(input_ids=sequences.ids[None, a:b]).last_hidden_state[0]
+        (hidden * weight[a:b]).sum().backward()
+    stock = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert ours.keys() == stock.keys()
+    for name, grad in stock.items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-4 * float(grad.abs().max()))
+
+
+def test_a_segment_does_not_depend_on_its_neighbours() -> None:
+    model = build("llama")
+    alone = random_sequences([6], seed=3)
+    parts = [*random_sequences([9], seed=1).ids.split(9), alone.ids]
+    with torch.no_grad():
+        together = packed_hidden(model, PackedSequences.from_lists(parts))
+        torch.testing.assert_close(together[9:], packed_hidden(model, alone), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("lengths", [[6, 2, 3], SKEWED], ids=str)
+def test_nan_in_one_segment_stays_there(lengths: list[int]) -> None:
+    model = build("llama", tie_word_embeddings=False)
+    sequences = random_sequences(lengths)
+    ids = torch.where(sequences.ids == 36, 5, sequences.ids)
+    ids[0] = 36
+    with torch.no_grad():
+        model.get_input_embeddings().weight[36] = float("nan")
+    with torch.no_grad():
+        hidden = packed_hidden(
+            model, PackedSequences(ids, sequences.positions, sequences.cu_seqlens)
+        )
+    assert hidden[: lengths[0]].isnan().all()
+    assert hidden[lengths[0] :].isfinite().all()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_empty_segments_and_empty_batches(model_type: str) -> None:
+    model = build(model_type)
+    disable_dropout(model)
+    with torch.no_grad():
+        some = packed_hidden(model, random_sequences([0, 5, 0, 2]))
+        dense = packed_hidden(model, random_sequences([5, 2]))
+        torch.testing.assert_close(some, dense, rtol=2e-6, atol=2e-6)
+        assert packed_hidden(model, random_sequences([])).shape == (0, 16)
+        assert packed_hidden(model, random_sequences([0, 0])).shape == (0, 16)
+
+
+def test_attention_is_stock_again_after_success_and_after_an_exception() -> None:
+    model = build("llama")
+    packed_hidden(model, random_sequences(MIXED))
+    assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {
+        "sdpa"
+    }
+    bad = random_sequences(MIXED)
+    bad.ids[3] = 1000
+    with pytest.raises(IndexError):
+        packed_hidden(model, bad)
+    assert model.config._attn_implementation == "sdpa"
+    prompt = random_sequences([4]).ids[None]
+    tokens = model.eval().generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert tokens.shape[1] > 4
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox"])
+def test_gradient_checkpointing_gives_the_same_gradients(model_type: str) -> None:
+    sequences = random_sequences(SKEWED)
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(model_type)
+        disable_dropout(model)
+        if checkpointing:
+            enable_gradient_checkpointing(model)
+            # A copy recomputes with its own configs, not with the original's.
+            model = copy.deepcopy(model)
+        model.train()
+        packed_hidden(model, sequences).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-6, atol=1e-6)
+
+
+def test_foreign_gradient_checkpointing_is_refused() -> None:
+    model = build("llama")
+    model._set_gradient_checkpointing(True)
+    with pytest.raises(ModelError, match="RF3002"):
+        packed_hidden(model.train(), random_sequences(MIXED))
+    with torch.no_grad():
+        packed_hidden(model.eval(), random_sequences(MIXED))
+
+
+def test_bfloat16_is_autocast_over_fp32_masters() -> None:
+    model, sequences = build("llama"), random_sequences(MIXED)
+    with torch.no_grad():
+        exact = packed_hidden(model, sequences)
+        set_compute_dtype(model, "bfloat16")
+        rounded = packed_hidden(model, sequences)
+    assert compute_dtype(model) == "bfloat16"
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    error = (rounded.float() - exact).abs().max()
+    assert 1e-5 < error < 0.2
+    with pytest.raises(ModelError, match="RF3001"):
+        set_compute_dtype(model, "float16")  # type: ignore[arg-type]
