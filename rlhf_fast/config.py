@@ -51,7 +51,11 @@ class RunConfig:
         choices=("float32", "bfloat16"),
     )
     threads: int = setting(0, "CPU threads; 0 leaves torch's choice", low=0)
-    resume: bool = setting(True, "continue from the newest valid checkpoint in output_dir")
+    resume: str = setting(
+        "auto",
+        "auto continues the same config's run; always also a changed one's; never starts anew only",
+        choices=("auto", "always", "never"),
+    )
     resume_step: int = setting(-1, "resume from this very step; -1 is the newest valid", low=-1)
     overwrite: bool = setting(False, "discard what another run left in output_dir")
     allow_data_change: bool = setting(False, "resume although the data changed; resets the cursor")
@@ -344,8 +348,10 @@ def violations(config: StageConfig) -> list[str]:
         for s in config.run.sinks
         if s not in known
     ]
-    if config.run.overwrite and config.run.resume_step >= 0:
-        faults.append("run.overwrite and run.resume_step exclude each other: keep one")
+    if config.run.overwrite and (config.run.resume_step >= 0 or config.run.resume == "always"):
+        faults.append("run.overwrite excludes run.resume=always and run.resume_step: keep one")
+    if config.run.resume == "never" and config.run.resume_step >= 0:
+        faults.append("run.resume=never excludes run.resume_step: keep one")
     if isinstance(config, PPOConfig):
         faults += _ppo_violations(config)
     if isinstance(config, EvalConfig):

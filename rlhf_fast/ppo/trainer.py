@@ -304,7 +304,9 @@ class PPOLearner:
         """Split samples into forwards of at most `microbatch_tokens` tokens."""
         lengths = (rollout.prompt_lengths.cpu() + rollout.lengths.cpu()).tolist()
         chosen = list(indices)
-        for pack in pack_by_tokens([lengths[i] for i in chosen], self.config.microbatch_tokens):
+        for pack in pack_by_tokens(
+            [lengths[i] for i in chosen], self.config.microbatch_tokens, balanced=True
+        ):
             yield [chosen[i] for i in pack]
 
     def _check_logprob_gap(self, metrics: Mapping[str, float]) -> list[str]:

@@ -1,0 +1,221 @@
+"""`rlhf-fast demo | sft | rm | ppo | eval | report | env | check`.
+
+Exit codes: 0 ok, 1 internal error, 2 config or data, 3 environment, 4 numerical abort, 75 preempted
+after a good checkpoint, 130 interrupted. A user's mistake is one message; `--debug` adds the
+traceback. Stages are imported when they run, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import rlhf_fast
+from rlhf_fast.config import EvalConfig, PPOConfig, RewardModelConfig, SFTConfig, StageConfig
+from rlhf_fast.config_loading import documented_yaml, load_config, to_yaml
+from rlhf_fast.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_OK, RLHFError
+
+STAGES: dict[str, type[StageConfig]] = {
+    "sft": SFTConfig,
+    "rm": RewardModelConfig,
+    "ppo": PPOConfig,
+    "eval": EvalConfig,
+}
+STAGE_HELP = {
+    "sft": "stage 1: supervised fine-tuning on demonstrations",
+    "rm": "stage 2: reward model from ranked completions",
+    "ppo": "stage 3: PPO with a KL penalty (RLOO and GRPO as settings)",
+    "eval": "reward, KL and best-of-N of a policy",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        _fail(f"RF1006: unknown option {unknown[0]}\n  to do:    see rlhf-fast --help")
+        return 2
+    try:
+        handler: Callable[[argparse.Namespace], int] = options.handler
+        return handler(options)
+    except RLHFError as error:
+        if options.debug:
+            traceback.print_exc()
+        _fail(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _fail("RF8099: interrupted before there was anything to save")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output left (`| head`): not an error of this program.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except OSError as error:
+        return _os_fault(error, options.debug)
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        _fail(
+            f"RF9001: internal error: {type(error).__name__}: {error}\n"
+            "  to do:    run again with --debug and report the traceback"
+        )
+        return 1
+
+
+def _fail(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _os_fault(error: OSError, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "the disk is full" if full else f"{error.strerror or error}"
+    remedy = "free some space and run again; the last checkpoint is intact" if full else ""
+    lines = [f"RF7001: {what}", f"  where:    {error.filename or 'a file of the run'}"]
+    _fail("\n".join([*lines, f"  to do:    {remedy}"] if remedy else lines))
+    return EXIT_ENVIRONMENT
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its mistakes in the project's one-message form."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        _fail(f"RF1006: {message}\n  to do:    see {self.prog} --help")
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="rlhf-fast", description="RLHF of language models with PPO.")
+    parser.add_argument("--version", action="version", version=rlhf_fast.__version__)
+    common = _Parser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo", parents=[common], help="SFT -> reward model -> PPO on a built-in task, on the CPU"
+    )
+    demo.add_argument("--output", default="runs/demo", help="folder of the run (%(default)s)")
+    demo.add_argument("--seed", type=int, default=1)
+    demo.add_argument("--quick", action="store_true", help="about a minute, smaller effects")
+    demo.add_argument("--overwrite", action="store_true", help="discard an earlier demo there")
+    demo.set_defaults(handler=_demo)
+
+    for name in STAGES:
+        stage = commands.add_parser(name, parents=[common], help=STAGE_HELP[name])
+        _add_config_arguments(stage)
+        stage.add_argument(
+            "--print-config",
+            action="store_true",
+            help="print the resulting config, or with no config the documented defaults",
+        )
+        stage.set_defaults(handler=_stage)
+
+    report = commands.add_parser("report", parents=[common], help="report.html of a run directory")
+    report.add_argument("run_dir", type=Path)
+    report.add_argument("--out", type=Path, default=None, help="default: RUN_DIR/report.html")
+    report.set_defaults(handler=_report)
+
+    env = commands.add_parser("env", parents=[common], help="what was built and what each op uses")
+    env.add_argument("--json", action="store_true")
+    env.set_defaults(handler=_env)
+
+    check = commands.add_parser(
+        "check", parents=[common], help="validate config, data and models without training"
+    )
+    check.add_argument("stage", nargs="?", choices=list(STAGES))
+    check.add_argument("--ops", action="store_true", help="parity self-test of the compiled ops")
+    _add_config_arguments(check)
+    check.set_defaults(handler=_check)
+    return parser
+
+
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, default=None, help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example kl.coef=0.1")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from rlhf_fast.report import build_demo_report
+    from rlhf_fast.stages.demo import conclusion, run_demo
+
+    results = run_demo(
+        Path(options.output), seed=options.seed, quick=options.quick, overwrite=options.overwrite
+    )
+    report = build_demo_report(results, Path(options.output) / "report.html")
+    text, succeeded = conclusion(results, report)
+    print(text)
+    return EXIT_OK if succeeded else 1
+
+
+def _stage(options: argparse.Namespace) -> int:
+    kind = STAGES[options.command]
+    if options.print_config:
+        bare = options.config is None and not options.overrides
+        print(
+            documented_yaml(kind)
+            if bare
+            else to_yaml(load_config(kind, options.config, options.overrides)),
+            end="",
+        )
+        return EXIT_OK
+    config = load_config(kind, options.config, options.overrides)
+    print(_run_stage(config))
+    return EXIT_OK
+
+
+def _run_stage(config: StageConfig) -> str:
+    if isinstance(config, SFTConfig):
+        from rlhf_fast.stages.sft import run_sft
+
+        return run_sft(config).summary()
+    if isinstance(config, RewardModelConfig):
+        from rlhf_fast.stages.reward_model import run_reward_model
+
+        return run_reward_model(config).summary()
+    if isinstance(config, PPOConfig):
+        from rlhf_fast.stages.ppo import run_ppo
+
+        return run_ppo(config).summary()
+    from rlhf_fast.stages.evaluate import run_evaluate
+
+    return run_evaluate(config).summary()
+
+
+def _report(options: argparse.Namespace) -> int:
+    from rlhf_fast.report import build_report
+
+    out = options.out or options.run_dir / "report.html"
+    print(f"report: {build_report(options.run_dir, out)}")
+    return EXIT_OK
+
+
+def _env(options: argparse.Namespace) -> int:
+    from rlhf_fast.environment import collect, render
+
+    facts = collect()
+    print(json.dumps(facts, indent=2) if options.json else render(facts))
+    return EXIT_OK
+
+
+def _check(options: argparse.Namespace) -> int:
+    if options.ops:
+        from rlhf_fast.environment import check_ops
+
+        text, passed = check_ops()
+        print(text)
+        return EXIT_OK if passed else EXIT_ENVIRONMENT
+    if options.stage is None:
+        _fail(f"RF1006: check needs a stage ({', '.join(STAGES)}) or --ops")
+        return 2
+    from rlhf_fast.stages.check import check_stage
+
+    print(check_stage(load_config(STAGES[options.stage], options.config, options.overrides)))
+    return EXIT_OK
