@@ -369,7 +369,7 @@ def _ppo_violations(config: PPOConfig) -> list[str]:
     samples = rollout.prompts * rollout.samples_per_prompt
     if samples % algorithm.minibatches:
         divisors = [n for n in range(1, samples + 1) if samples % n == 0]
-        near = sorted(divisors, key=lambda n: abs(n - algorithm.minibatches))[:2]
+        near = sorted(sorted(divisors, key=lambda n: abs(n - algorithm.minibatches))[:2])
         faults.append(
             f"algorithm.minibatches={algorithm.minibatches} does not divide rollout.prompts="
             f"{rollout.prompts} x rollout.samples_per_prompt={rollout.samples_per_prompt}: "
