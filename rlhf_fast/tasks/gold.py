@@ -188,7 +188,7 @@ def ranked_rows(
 
     Returns:
         Rows `{"prompt", "completions", "ranks"}`: completions in the order given, `ranks[i]` the
-        rank of completion i with 0 for the best.
+        rank of completion i with 1 for the best.
 
     Raises:
         DataError: RF2904, fewer than two completions for a prompt.
@@ -207,7 +207,7 @@ def ranked_rows(
         ]
         order = sorted(range(len(texts)), key=lambda i, u=utilities: -u[i])  # type: ignore[misc]
         ranks = [0] * len(texts)
-        for rank, index in enumerate(order):
+        for rank, index in enumerate(order, start=1):
             ranks[index] = rank
         rows.append({"prompt": prompt, "completions": [_spaced(t) for t in texts], "ranks": ranks})
     return rows

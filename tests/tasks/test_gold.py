@@ -175,6 +175,6 @@ def test_ranked_rows_keep_order_and_give_each_rank_once() -> None:
     assert rows == g.ranked_rows([PROMPT] * 3, texts, seed=1)
     for row, given_texts in zip(rows, texts, strict=True):
         assert row["completions"] == [" " + text for text in given_texts]
-        assert sorted(row["ranks"]) == list(range(len(given_texts)))
+        assert sorted(row["ranks"]) == list(range(1, len(given_texts) + 1))
     with pytest.raises(DataError, match="RF2904"):
         g.ranked_rows([PROMPT], [[WARM]], seed=0)
