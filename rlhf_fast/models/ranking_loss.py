@@ -66,7 +66,8 @@ def ranking_loss(
         scores: [C] scores, prompt by prompt, best completion first within a prompt.
         counts: [P] int64 completions of each prompt, sum C. A prompt with fewer than two has no
             pair and contributes exact 0.
-        margin: [P] subtracted inside the sigmoid of every pair of a prompt; None is 0.
+        margin: [P] least difference wanted between neighbours in rank: (j - i) * margin is
+            subtracted inside the sigmoid of the pair of ranks i and j; None is 0.
         num_prompts: divisor of the sum over prompts: prompts of the whole optimizer step, so that
             microbatches of one step add up to its mean; None is P.
 
@@ -84,8 +85,7 @@ def ranking_loss(
     padded, valid = _pad(wide, counts.to(scores.device))
     is_pair = _pairs(valid)
     difference = padded[:, :, None] - padded[:, None, :]
-    shift = 0.0 if margin is None else margin.to(padded)[:, None, None]
-    per_pair = -F.logsigmoid(difference - shift)
+    per_pair = -F.logsigmoid(difference - _wanted(margin, padded))
     weight = is_pair.sum((1, 2)).clamp(min=1).to(padded.dtype)
 
     def mean_over_pairs(values: Tensor) -> Tensor:
@@ -161,6 +161,14 @@ def _pad(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     valid = torch.arange(widest, device=scores.device)[None, :] < counts[:, None]
     padded = scores.new_zeros(valid.shape).masked_scatter(valid, scores)
     return padded, valid
+
+
+def _wanted(margin: Tensor | None, padded: Tensor) -> Tensor | float:
+    """[P, K, K] difference asked for between ranks i and j, or 0."""
+    if margin is None:
+        return 0.0
+    rank = torch.arange(padded.shape[1], device=padded.device, dtype=padded.dtype)
+    return margin.to(padded)[:, None, None] * (rank[None, :] - rank[:, None])
 
 
 def _pairs(valid: Tensor) -> Tensor:

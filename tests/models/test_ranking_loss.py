@@ -23,12 +23,15 @@ from rlhf_fast.models.ranking_loss import (
 
 
 def definition(groups: list[list[float]], margins: list[float]) -> float:
-    """Mean over prompts of the mean over pairs of log(1 + exp(-(r_w - r_l - margin)))."""
+    """Mean over prompts of the mean over pairs of log(1 + exp(-(r_i - r_j - (j - i) margin)))."""
     total = 0.0
     for scores, margin in zip(groups, margins, strict=True):
-        pairs = list(itertools.combinations(scores, 2))
+        pairs = list(itertools.combinations(enumerate(scores), 2))
         if pairs:
-            total += sum(math.log1p(math.exp(-(w - b - margin))) for w, b in pairs) / len(pairs)
+            total += sum(
+                math.log1p(math.exp(-(better - worse - (j - i) * margin)))
+                for (i, better), (j, worse) in pairs
+            ) / len(pairs)
     return total / len(groups)
 
 
