@@ -1,0 +1,41 @@
+"""Registration with torch.library for ops without gradient.
+
+Eager calls go straight to the launcher, because the dispatcher costs about 20 us a call; torch.compile
+and tensor subclasses see one opaque op with a fake implementation, and the choice of implementation is
+made when that op runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "rlhf_fast"
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
+def opaque_op(
+    name: str, run: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Register `run` as `torch.ops.rlhf_fast.<name>`.
+
+    Args:
+        name: name of the op.
+        run: the computation; its annotations become the schema, its outputs must be new tensors.
+        fake: same arguments, outputs of the right shape, dtype and device without data.
+
+    Returns:
+        A function of the same positional arguments. Its outputs carry no gradient.
+    """
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=())
+    op.register_fake(fake)
+
+    def call(*arguments: Any) -> Any:
+        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+        if torch.compiler.is_compiling() or any(type(x) not in _PLAIN_TENSORS for x in tensors):
+            return op(*(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments))
+        return run(*arguments)
+
+    return call
