@@ -1,0 +1,1 @@
+"""Generation from the weights that training updates: sampling, decoding, best-of-n curves."""
