@@ -9,7 +9,7 @@
 //                known beforehand, so a step is one shuffle and one multiply-add, and the chain from
 //                vector to vector is a single multiply-add
 //   all masked   zeros; the carried value and advantage pass through
-//   mixed        token by token
+//   mixed        the same scan with the coefficients carried along
 #include "cpu/rewards_and_gae.h"
 
 #include <cmath>
@@ -25,7 +25,8 @@ constexpr int64_t kChunk = 256;
 constexpr int64_t kTokensPerTask = 8192;
 constexpr int64_t kSingleThreadTokens = 16384;
 
-// Lane i becomes lane i + 1; the last lane becomes lane 0 of `next`. And so on for 2, 4, 8.
+// shift(x, next, level): with K = 2^level, lane i takes lane i + K of x, and the last K lanes take the
+// first K of `next`. Every call has a constant level, so the switch vanishes.
 #if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
 #define RLHF_FAST_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -33,31 +34,38 @@ constexpr int64_t kSingleThreadTokens = 16384;
 #endif
 
 #if defined(__AVX512F__)
-inline vfloat shift1(vfloat x, vfloat next) {
-  return RLHF_FAST_SHUFFLE(x, next, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
-}
-inline vfloat shift2(vfloat x, vfloat next) {
-  return RLHF_FAST_SHUFFLE(x, next, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17);
-}
-inline vfloat shift4(vfloat x, vfloat next) {
-  return RLHF_FAST_SHUFFLE(x, next, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19);
-}
-inline vfloat shift8(vfloat x, vfloat next) {
-  return RLHF_FAST_SHUFFLE(x, next, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23);
+constexpr int kShifts = 4;
+template <class V>
+inline V shift(V x, V next, int level) {
+  switch (level) {
+    case 0:
+      return RLHF_FAST_SHUFFLE(x, next, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
+    case 1:
+      return RLHF_FAST_SHUFFLE(x, next, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17);
+    case 2:
+      return RLHF_FAST_SHUFFLE(x, next, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19);
+    default:
+      return RLHF_FAST_SHUFFLE(x, next, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22,
+                               23);
+  }
 }
 #elif defined(__AVX2__)
-inline vfloat shift1(vfloat x, vfloat next) {
-  return RLHF_FAST_SHUFFLE(x, next, 1, 2, 3, 4, 5, 6, 7, 8);
-}
-inline vfloat shift2(vfloat x, vfloat next) {
-  return RLHF_FAST_SHUFFLE(x, next, 2, 3, 4, 5, 6, 7, 8, 9);
-}
-inline vfloat shift4(vfloat x, vfloat next) {
-  return RLHF_FAST_SHUFFLE(x, next, 4, 5, 6, 7, 8, 9, 10, 11);
+constexpr int kShifts = 3;
+template <class V>
+inline V shift(V x, V next, int level) {
+  switch (level) {
+    case 0: return RLHF_FAST_SHUFFLE(x, next, 1, 2, 3, 4, 5, 6, 7, 8);
+    case 1: return RLHF_FAST_SHUFFLE(x, next, 2, 3, 4, 5, 6, 7, 8, 9);
+    default: return RLHF_FAST_SHUFFLE(x, next, 4, 5, 6, 7, 8, 9, 10, 11);
+  }
 }
 #else
-inline vfloat shift1(vfloat x, vfloat next) { return RLHF_FAST_SHUFFLE(x, next, 1, 2, 3, 4); }
-inline vfloat shift2(vfloat x, vfloat next) { return RLHF_FAST_SHUFFLE(x, next, 2, 3, 4, 5); }
+constexpr int kShifts = 2;
+template <class V>
+inline V shift(V x, V next, int level) {
+  if (level == 0) return RLHF_FAST_SHUFFLE(x, next, 1, 2, 3, 4);
+  return RLHF_FAST_SHUFFLE(x, next, 2, 3, 4, 5);
+}
 #endif
 
 struct Decay {
@@ -111,22 +119,47 @@ inline void scan_token(const Chunk& chunk, int64_t i, const Decay& decay, Carry&
 
 inline void scan_valid_vector(const Chunk& chunk, int64_t i, const Decay& decay, Carry& carry) {
   const vfloat values = load(chunk.values + i);
-  const vfloat next_values = shift1(values, splat(carry.value));
-  const vfloat zero = {};
+  const vfloat next_values = shift(values, splat(carry.value), 0);
   vfloat x = load(chunk.rewards + i) + decay.gamma * next_values - values;
-  x += decay.step[0] * shift1(x, zero);
-  x += decay.step[1] * shift2(x, zero);
-#if defined(__AVX2__)
-  x += decay.step[2] * shift4(x, zero);
-#endif
-#if defined(__AVX512F__)
-  x += decay.step[3] * shift8(x, zero);
-#endif
+#pragma GCC unroll 4
+  for (int level = 0; level < kShifts; ++level) {
+    x += decay.step[level] * shift(x, vfloat{}, level);
+  }
   x += load(decay.carry) * carry.advantage;
   carry.advantage = x[0];
   carry.value = values[0];
   store(chunk.advantages + i, x);
   store(chunk.returns + i, x + values);
+}
+
+// The same with holes: the next valid value is itself found by a scan, and the coefficients of the
+// recurrence (1 on masked tokens) are multiplied along.
+inline void scan_mixed_vector(const Chunk& chunk, int64_t i, const Decay& decay, Carry& carry) {
+  vint valid;
+  for (int lane = 0; lane < kLanes; ++lane) valid[lane] = chunk.mask[i + lane];
+  valid = valid != 0;
+  const vint yes = vint{} == 0;
+  const vfloat zero = {}, one = splat(1.0f), carried = splat(carry.value);
+  const vfloat values = valid ? load(chunk.values + i) : zero;
+  vfloat next_values = shift(values, carried, 0);
+  vint known = shift(valid, yes, 0);
+#pragma GCC unroll 4
+  for (int level = 0; level < kShifts; ++level) {
+    next_values = known ? next_values : shift(next_values, carried, level);
+    known = known | shift(known, yes, level);
+  }
+  vfloat x = valid ? load(chunk.rewards + i) + decay.gamma * next_values - values : zero;
+  vfloat a = valid ? splat(decay.step[0]) : one;
+#pragma GCC unroll 4
+  for (int level = 0; level < kShifts; ++level) {
+    x += a * shift(x, zero, level);
+    a *= shift(a, one, level);
+  }
+  x += a * carry.advantage;
+  carry.advantage = x[0];
+  carry.value = valid[0] ? values[0] : next_values[0];
+  store(chunk.advantages + i, valid ? x : zero);
+  store(chunk.returns + i, valid ? x + values : zero);
 }
 
 enum class Run { valid, masked, mixed };
@@ -150,7 +183,7 @@ void scan_chunk(const Chunk& chunk, int64_t count, const Decay& decay, Carry& ca
       store(chunk.advantages + first, vfloat{});
       store(chunk.returns + first, vfloat{});
     } else {
-      for (int64_t t = i - 1; t >= first; --t) scan_token(chunk, t, decay, carry);
+      scan_mixed_vector(chunk, first, decay, carry);
     }
   }
   while (--i >= 0) scan_token(chunk, i, decay, carry);
