@@ -1,16 +1,17 @@
 """Builds the wheel; compiles `rlhf_fast_kernels._core` when the machine can.
 
-A missing or failing compiler never fails the installation: without the CUDA part the module is built
-for CPUs, without the CPU part the wheel is pure Python and the ops run on PyTorch. What was built and
-why the rest was not is written to `rlhf_fast_kernels/build_report.json`; `rlhf-fast env` prints it.
+A missing or failing compiler never fails the installation: without the CUDA part the module is
+built for CPUs, without the CPU part the wheel is pure Python and the ops run on PyTorch. What was
+built and why the rest was not is written to `rlhf_fast_kernels/build_report.json`; `rlhf-fast env`
+prints it.
 Nothing here imports torch, looks for a GPU or downloads anything.
 
 Environment:
-    RLHF_FAST_BUILD       auto (default) | require: a failure is fatal | cpu: no CUDA | off: pure Python
-    RLHF_FAST_CUDA_ARCHS  e.g. "80;90": CUDA architectures; default: those of DEFAULT_CUDA_ARCHS that
-                          the toolkit knows, and PTX of the newest
+    RLHF_FAST_BUILD       auto (default); require: a failure is fatal; cpu: no CUDA; off: pure Python
+    RLHF_FAST_CUDA_ARCHS  CUDA architectures, e.g. "80;90"; default: those of DEFAULT_CUDA_ARCHS
+                          that the toolkit knows, and PTX of the newest
     CXX, CUDACXX, CUDA_HOME   compilers to use, before PATH and /usr/local/cuda*
-    MAX_JOBS              parallel compile jobs; default: cores, but at least 2 GB of memory for each
+    MAX_JOBS              parallel compile jobs; default: cores, with 2 GB of memory for each
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ def cuda_architectures(nvcc: str) -> str:
 def job_count() -> int:
     if os.environ.get("MAX_JOBS", "").isdigit():
         return max(1, int(os.environ["MAX_JOBS"]))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     try:
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):

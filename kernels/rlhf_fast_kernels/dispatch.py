@@ -12,7 +12,7 @@ and a call picks with another:
 Order of precedence: the argument `impl=`, the environment variable RLHF_FAST_OPS, and otherwise the
 registered implementation of highest preference that can run. RLHF_FAST_OPS holds one name for all
 ops (`auto`, `reference`, `cpu`, `cuda`, `triton`), names per op (`gae=reference,ppo_loss=cpu`), or
-both (`reference,gae=cpu`). Who names an implementation gets it or a RuntimeError, never another one.
+both (`reference,gae=cpu`). Who names an implementation gets it or a RuntimeError, never another.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import torch
 
 IMPLEMENTATIONS = ("triton", "cuda", "cpu", "reference")
 ENVIRONMENT = "RLHF_FAST_OPS"
-# The default preference: a launch of CUDA C++ costs 2 to 5 us, one of Triton 6 to 13 us, which decides
-# for ops on [tokens]. An op on [tokens, vocab] may register Triton above CUDA.
+# The default preference: a launch of CUDA C++ costs 2 to 5 us, one of Triton 6 to 13 us, which
+# decides for ops on [tokens]. An op on [tokens, vocab] may register Triton above CUDA.
 PREFERENCES = {"cuda": 3, "triton": 2, "cpu": 1, "reference": 0}
 # Against the reference on the same inputs, relative to 1 + |reference|: fp32 sums in another order.
 SELFTEST_TOLERANCE = 2e-4
@@ -235,8 +235,7 @@ def report() -> list[ReportRow]:
     for op in ops():
         for device in devices():
             problems = {
-                name: entry.problem(device, ())
-                for name, entry in _ops[op].implementations.items()
+                name: entry.problem(device, ()) for name, entry in _ops[op].implementations.items()
             }
             try:
                 choice = _choose(op, None, environment, device, frozenset({torch.float32}))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -93,7 +93,7 @@ def on_cuda(*functions: str) -> Availability:
     return available
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cuda_reason(index: int) -> str | None:
     reason = core().cuda_unusable_reason(index)
     if reason == "built without CUDA":

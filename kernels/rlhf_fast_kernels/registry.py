@@ -1,8 +1,8 @@
 """Registration with torch.library for ops without gradient.
 
-Eager calls go straight to the launcher, because the dispatcher costs about 20 us a call; torch.compile
-and tensor subclasses see one opaque op with a fake implementation, and the choice of implementation is
-made when that op runs.
+Eager calls go straight to the launcher, because the dispatcher costs about 20 us a call;
+torch.compile and tensor subclasses see one opaque op with a fake implementation, and the choice of
+implementation is made when that op runs.
 """
 
 from __future__ import annotations

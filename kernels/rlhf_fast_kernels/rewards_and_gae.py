@@ -9,14 +9,16 @@ With t+1 the next token whose mask is true (masked steps in between carry value 
     A_t      = delta_t + gamma gae_lambda A_{t+1}             Schulman et al. 2016, eq. 16
     return_t = A_t + V_t
 
-V after the last true token is `bootstrap` (0 by default: the sequence ended), A after it is 0. Every
-output is exactly 0 where the mask is false, and what masked slots hold, NaN included, changes nothing.
+V after the last true token is `bootstrap` (0 by default: the sequence ended), A after it is 0.
+Every output is exactly 0 where the mask is false, and what masked slots hold, NaN included, changes
+nothing.
 
 No gradient flows through these ops: advantages and returns are targets. Outputs are detached.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -105,7 +107,7 @@ def _check_segments(op: str, cu_seqlens: Tensor | None, tokens: int) -> None:
     if cu_seqlens is None or cu_seqlens.device.type != "cpu":
         return
     ends = cu_seqlens.tolist()
-    rising = all(a <= b for a, b in zip(ends, ends[1:], strict=False))
+    rising = all(a <= b for a, b in pairwise(ends))
     if ends[0] != 0 or ends[-1] != tokens or not rising:
         raise ValueError(
             f"{op}: cu_seqlens must rise from 0 to the number of tokens ({tokens}), got {ends}"
@@ -260,9 +262,7 @@ def _run_rewards_and_gae(
 
 def _fake_outputs(values: Tensor, count: int, *arguments: object) -> tuple[Tensor, ...]:
     dtype = output_dtype(*(x for x in arguments if isinstance(x, Tensor)))
-    return tuple(
-        torch.empty(values.shape, dtype=dtype, device=values.device) for _ in range(count)
-    )
+    return tuple(torch.empty(values.shape, dtype=dtype, device=values.device) for _ in range(count))
 
 
 _gae = opaque_op("gae", _run_gae, lambda *args: _fake_outputs(args[1], 2, *args))
@@ -335,8 +335,8 @@ def rewards_and_gae(
     """Everything between the four models' outputs and the loss, in one pass over the tokens.
 
     Args:
-        old_logprobs: log-probs of the tokens under the policy that the trainer starts from, `[S, R]`
-            padded or `[N]` packed, fp32 or bf16, any strides.
+        old_logprobs: log-probs of the tokens under the policy at the start of the PPO step,
+            `[S, R]` padded or `[N]` packed, fp32 or bf16, any strides.
         ref_logprobs: the same under the reference; None: the KL is 0.
         values: the critic's, same shape.
         scores: one per sequence (`[S]` or `[K]`), added at the last token whose mask is true, or

@@ -4,8 +4,8 @@
     y = (x - mean) / sqrt(m2 / count + eps)     (m2 / (count - 1) if unbiased)     (+ mean if kept)
 
 Two passes in fp64 and a fixed order, so the result does not depend on the number of threads, and a
-mean that is large against the spread costs no digits. The moments of several ranks merge exactly
-(Chan, Golub and LeVeque 1979): gather [3] from each, `merge_moments`, and pass the result as `stats`.
+mean that is large against the spread costs no digits. The moments of several ranks merge (Chan,
+Golub and LeVeque 1979): gather [3] from each, `merge_moments`, and pass the result as `stats`.
 
 No gradient flows through these ops; outputs are detached.
 """
