@@ -23,6 +23,7 @@ from rlhf_fast.ppo.rewards import RunningMoments, shape_scores
 from rlhf_fast.ppo.statistics import UpdateStatistics, rollout_metrics
 from rlhf_fast.protocols import Generator, PolicyModel, Reward, ValueModel
 from rlhf_fast.types import (
+    IGNORE_INDEX,
     Experience,
     Microbatch,
     PackedSequences,
@@ -57,7 +58,7 @@ class Roles:
     actor_optimizer: GuardedOptimizer
     critic_optimizer: GuardedOptimizer | None
     pretraining: PretrainingSource | None = None
-    on_update: Callable[[], None] = field(default=lambda: None)
+    on_update: Callable[[], object] = field(default=lambda: None)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class PPOLearner:
         for indices in self._packs(rollout, range(len(rollout))):
             slots = response_slots(rollout, indices)
             mask = slots.to_packed(rollout.response_mask)
-            targets = torch.where(mask, slots.sequences.ids.roll(-1), -100)
+            targets = torch.where(mask, slots.sequences.ids.roll(-1), IGNORE_INDEX)
             for policy, out in ((self.roles.actor, old), (self.roles.reference, ref)):
                 logprobs, _ = policy.logprobs(
                     slots.sequences, targets, temperature=self.sampling.temperature
@@ -257,7 +258,7 @@ class PPOLearner:
     def _pretraining_backward(self, source: PretrainingSource) -> float:
         """Add the gradient of coef * mean cross-entropy of one batch; returns the mean."""
         batch = source.next_batch()
-        tokens = max(1, sum(int((targets != -100).sum()) for _, targets in batch))
+        tokens = max(1, sum(int((targets != IGNORE_INDEX).sum()) for _, targets in batch))
         total = 0.0
         for sequences, targets in batch:
             logprobs, _ = self.roles.actor.logprobs(sequences, targets)

@@ -78,7 +78,9 @@ def train(beta: float, seed: int) -> tuple[ExactTask, torch.Tensor, torch.Tensor
             critic=critic,
             reward=TaskReward(task),
             generator=HFGenerator(
-                actor.module, eos_ids=(), weight_version=lambda: actor.weight_version,
+                actor.module,
+                eos_ids=(),
+                weight_version=lambda: actor.weight_version,
                 max_batch=PROMPTS,
             ),
             actor_optimizer=GuardedOptimizer(actor.module, config.actor_optim, steps),

@@ -1,0 +1,305 @@
+"""Stage 3: PPO. `run_ppo` works from directories, `PPOTrainer` from models in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rlhf_fast.config import PPOConfig
+from rlhf_fast.data import (
+    EpochSampler,
+    LoadedData,
+    LoadOptions,
+    PromptExample,
+    collate_prompts,
+    load_prompts,
+    load_sft,
+)
+from rlhf_fast.data.readers import RowSource
+from rlhf_fast.distributed.durable import write_atomically
+from rlhf_fast.metrics import METRICS_NAME, read_metrics
+from rlhf_fast.models.checks import check_context, check_vocabulary
+from rlhf_fast.models.export import export_model
+from rlhf_fast.models.loading import load_tokenizer
+from rlhf_fast.models.reward_function import RewardFunction
+from rlhf_fast.ppo.health import hints
+from rlhf_fast.ppo.trainer import PPOLearner, StepOutput
+from rlhf_fast.stages.ppo_roles import PretrainingBatches, build_roles
+from rlhf_fast.stages.run import Run
+from rlhf_fast.stages.training import (
+    MODEL_NAME,
+    TrainingState,
+    finished_summary,
+    load_training_state,
+    open_metrics,
+    open_run,
+    require_settings,
+    say,
+    setup_run,
+    show_reports,
+    train,
+    training_bytes,
+)
+
+CRITIC_NAME = "critic"
+SAMPLES_NAME = "samples.jsonl"
+SAMPLES_A_TIME = 4
+_SHOWN = {"score": "objective/scores", "kl": "objective/kl", "len": "rollout/length"}
+_KEPT = ("objective/scores", "objective/kl", "rollout/length", "rollout/ended_fraction")
+
+OnStep = Callable[[int, StepOutput], Mapping[str, float] | None]
+
+
+@dataclass(frozen=True)
+class PPOResult:
+    """What a PPO run leaves.
+
+    Args:
+        model_dir: exported policy, loadable by `AutoModelForCausalLM`.
+        steps: PPO steps done.
+        metrics: means of the last step.
+    """
+
+    model_dir: Path
+    steps: int
+    metrics: dict[str, float]
+
+    def summary(self) -> str:
+        """A few plain lines."""
+        m = self.metrics
+        return (
+            f"PPO: {self.steps} steps; last step: score {m['objective/scores']:.3f}, "
+            f"KL {m['objective/kl']:.2f} nats per response, "
+            f"length {m['rollout/length']:.1f}, ended {m['rollout/ended_fraction']:.0%}\n"
+            f"policy: {self.model_dir}"
+        )
+
+
+class PPOTrainer:
+    """PPO on a policy, a reward and prompts.
+
+    Example:
+        trainer = PPOTrainer(
+            PPOConfig(run=RunConfig(output_dir="out"), total_steps=100),
+            model=policy, tokenizer=tokenizer, reward_model=reward_model,
+            train_dataset=[{"prompt": "..."}, ...],
+        )
+        trainer.train()
+
+    Args:
+        config: settings; `config.actor`, `config.reward.model` and so on name directories for
+            whatever is not passed here.
+        model: the policy, a Hugging Face causal LM; trained in place.
+        tokenizer: its tokenizer.
+        train_dataset: rows with a `prompt` column: path, list of dicts or `datasets.Dataset`.
+        reference: frozen reference; None copies the policy as it is now.
+        critic: sequence classifier with one label; None copies the reward model, or puts a zero
+            head on a copy of the policy's trunk.
+        reward_model: sequence classifier with one label.
+        reward_tokenizer: its tokenizer if it is not the policy's.
+        reward_function: called as fn(prompts=[...], completions=[...], **columns), returns a list
+            of numbers, of None to abstain, or of per-token lists.
+        pretraining_dataset: rows for the PPO-ptx term.
+        on_step: called after each step with (step, StepOutput); the metrics it returns are logged.
+        quiet: rare plain lines instead of progress bars.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        *,
+        model: nn.Module | None = None,
+        tokenizer: Any = None,
+        train_dataset: RowSource | None = None,
+        reference: nn.Module | None = None,
+        critic: nn.Module | None = None,
+        reward_model: nn.Module | None = None,
+        reward_tokenizer: Any = None,
+        reward_function: RewardFunction | None = None,
+        pretraining_dataset: RowSource | None = None,
+        on_step: OnStep | None = None,
+        quiet: bool = False,
+    ) -> None:
+        needed = [] if model is not None else ["actor"]
+        needed += [] if train_dataset is not None else ["data.train"]
+        require_settings(config, "run.output_dir", *needed)
+        self.config = config
+        self.on_step = on_step
+        self.quiet = quiet
+        self.device = setup_run(config.run)
+        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.actor)
+        options = LoadOptions.from_config(config.data)
+        self.data: LoadedData[PromptExample] = load_prompts(
+            config.data.train if train_dataset is None else train_dataset,
+            self.tokenizer,
+            options,
+            split=config.data.split,
+        )
+        self.sampler = EpochSampler(
+            len(self.data),
+            config.rollout.prompts,
+            seed=config.run.seed,
+            fingerprint=self.data.fingerprint,
+        )
+        self.pretraining = self._load_pretraining(pretraining_dataset, options)
+        self.roles = build_roles(
+            config,
+            self.tokenizer,
+            self.device,
+            actor=model,
+            reference=reference,
+            critic=critic,
+            reward_model=reward_model,
+            reward_tokenizer=reward_tokenizer,
+            reward_function=reward_function,
+            pretraining=self.pretraining,
+        )
+        check_vocabulary(self.tokenizer, self.roles.actor.module)
+        longest = max(len(e) for e in self.data.examples)
+        check_context(self.roles.actor.module, longest, config.sampling.max_new_tokens)
+        self.learner = PPOLearner(config, self.roles)
+        self._hinted: set[str] = set()
+
+    def _load_pretraining(
+        self, dataset: RowSource | None, options: LoadOptions
+    ) -> PretrainingBatches | None:
+        ptx = self.config.ptx
+        if ptx.coef == 0:
+            return None
+        source = ptx.data if dataset is None else dataset
+        data = load_sft(source, self.tokenizer, options, name="pretraining")
+        show_reports(data.report)
+        sampler = EpochSampler(
+            len(data), ptx.batch_size, seed=self.config.run.seed, fingerprint=data.fingerprint
+        )
+        return PretrainingBatches(
+            data.examples, sampler, self.config.microbatch_tokens, self.device
+        )
+
+    def train(self) -> PPOResult:
+        """Run to `config.total_steps`, continuing a run found in the output directory.
+
+        Raises:
+            RLHFError: a user's mistake, a numerical abort, or a signal after a good checkpoint.
+        """
+        config = self.config
+        run = open_run(
+            config,
+            "ppo",
+            outputs=(MODEL_NAME, CRITIC_NAME, SAMPLES_NAME),
+            bytes_needed=2 * training_bytes(config.actor, config.run.keep_last),
+            quiet=self.quiet,
+        )
+        with run:
+            if run.already_complete:
+                return self._finished(run)
+            show_reports(self.data.report)
+            with open_metrics(run, config) as log:
+                return self._train(run, self._state(log))
+
+    def _state(self, log: Any) -> TrainingState:
+        modules = {"actor": self.roles.actor.module}
+        optimizers = {"actor": self.roles.actor_optimizer}
+        if self.roles.critic is not None and self.roles.critic_optimizer is not None:
+            modules[CRITIC_NAME] = self.roles.critic.module
+            optimizers[CRITIC_NAME] = self.roles.critic_optimizer
+        samplers = {"prompts": self.sampler}
+        if self.pretraining is not None:
+            samplers["pretraining"] = self.pretraining.sampler
+        return TrainingState(modules, optimizers, samplers, log)
+
+    def _train(self, run: Run, state: TrainingState) -> PPOResult:
+        config, learner = self.config, self.learner
+        load_training_state(run.checkpoint, state, allow_data_change=config.run.allow_data_change)
+        if run.checkpoint is not None:
+            learner.load_state_dict(state.extra)
+        learner.phase = run.phase
+        samples = run.path / SAMPLES_NAME
+        _keep_samples(samples, state.step)
+
+        def step() -> dict[str, float]:
+            batch = collate_prompts([self.data[i] for i in self.sampler.next_batch()])
+            output = learner.step(batch)
+            state.extra = learner.state_dict()
+            done = state.step + 1
+            metrics = output.metrics
+            if self.on_step is not None:
+                metrics |= self.on_step(done, output) or {}
+            self._advise(output, metrics)
+            if done % config.sample_every == 0 or done == config.total_steps:
+                _append_samples(samples, done, output, self.tokenizer)
+            return metrics
+
+        train(
+            run,
+            state,
+            step,
+            total_steps=config.total_steps,
+            save_every=config.run.save_every,
+            description="PPO",
+            shown=_SHOWN,
+        )
+        self.save_model(run.path / MODEL_NAME)
+        if self.roles.critic is not None:
+            export_model(self.roles.critic.module, self.tokenizer, run.path / CRITIC_NAME)
+        last = read_metrics(run.path / METRICS_NAME)[-1]
+        metrics = {name: float(last[name] or 0.0) for name in _KEPT}
+        run.mark_complete(state.step, metrics)
+        return PPOResult(run.path / MODEL_NAME, state.step, metrics)
+
+    def save_model(self, directory: str | Path) -> None:
+        """Export the policy and its tokenizer as a Hugging Face directory."""
+        export_model(self.roles.actor.module, self.tokenizer, Path(directory))
+
+    def _advise(self, output: StepOutput, metrics: Mapping[str, float]) -> None:
+        """Show warnings, and each health hint once a run."""
+        say(f"warning: {text}" for text in output.warnings)
+        for hint in hints(metrics, self.config):
+            if hint.name not in self._hinted:
+                self._hinted.add(hint.name)
+                say([f"hint: {hint.text}"])
+
+    def _finished(self, run: Run) -> PPOResult:
+        return PPOResult(run.path / MODEL_NAME, self.config.total_steps, finished_summary(run))
+
+
+def run_ppo(config: PPOConfig) -> PPOResult:
+    """Stage 3 from the directories that the config names."""
+    return PPOTrainer(config).train()
+
+
+def _append_samples(path: Path, step: int, output: StepOutput, tokenizer: Any) -> None:
+    """Write a few prompts and responses of a step, one JSON object a line."""
+    scored = output.experience.scored
+    rollout = scored.rollout
+    responses = rollout.response_ids()
+    scores = scored.scores if scored.scores.dim() == 1 else scored.scores.sum(1)
+    with path.open("a", encoding="utf-8") as file:
+        for s in range(min(SAMPLES_A_TIME, len(rollout))):
+            row = {
+                "step": step,
+                "prompt": rollout.prompts.texts[s // rollout.samples_per_prompt],
+                "response": tokenizer.decode(responses[s], skip_special_tokens=True),
+                "score": float(scores[s]) if bool(scored.scored[s]) else None,
+                "ended": bool(rollout.ended[s]),
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _keep_samples(path: Path, steps_done: int) -> None:
+    """Drop samples of steps that will be done again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= steps_done:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # a line cut off by a crash
+    write_atomically(path, "".join(f"{line}\n" for line in kept).encode("utf-8"))

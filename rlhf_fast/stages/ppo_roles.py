@@ -1,0 +1,205 @@
+"""The four roles of PPO from modules or directories, and the batches of the PPO-ptx term."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast.config import PPOConfig
+from rlhf_fast.data import EpochSampler, pack_sft
+from rlhf_fast.data.examples import SFTExample
+from rlhf_fast.engine.generator import HFGenerator
+from rlhf_fast.errors import ConfigError
+from rlhf_fast.models.forward import (
+    ComputeDtype,
+    enable_gradient_checkpointing,
+    set_compute_dtype,
+)
+from rlhf_fast.models.loading import (
+    critic_from,
+    load_causal_lm,
+    load_critic,
+    load_sequence_classifier,
+    load_tokenizer,
+)
+from rlhf_fast.models.reward_function import (
+    FunctionReward,
+    RewardFunction,
+    load_reward_function,
+)
+from rlhf_fast.models.rewards import ModelReward, SumReward
+from rlhf_fast.models.roles import Actor, Critic, Reference, RewardModel
+from rlhf_fast.optim import GuardedOptimizer
+from rlhf_fast.ppo.trainer import Roles
+from rlhf_fast.protocols import Reward
+from rlhf_fast.types import PackedSequences
+
+
+def compute_dtype(config: PPOConfig) -> ComputeDtype:
+    """The type matrix products run in."""
+    return "bfloat16" if config.run.dtype == "bfloat16" else "float32"
+
+
+class PretrainingBatches:
+    """`PretrainingSource` over SFT examples, resumable through its sampler."""
+
+    def __init__(
+        self,
+        examples: tuple[SFTExample, ...],
+        sampler: EpochSampler,
+        token_budget: int,
+        device: torch.device,
+    ) -> None:
+        self.examples = examples
+        self.sampler = sampler
+        self.token_budget = token_budget
+        self.device = device
+
+    def next_batch(self) -> list[tuple[PackedSequences, Tensor]]:
+        """One optimizer step's microbatches: (sequences, targets [N])."""
+        chosen = [self.examples[i] for i in self.sampler.next_batch()]
+        packs = [pack.to(self.device) for pack in pack_sft(chosen, self.token_budget)]
+        return [(pack.sequences, pack.targets) for pack in packs]
+
+
+def build_reward(
+    config: PPOConfig,
+    tokenizer: Any,
+    device: torch.device,
+    *,
+    model: nn.Module | None = None,
+    model_tokenizer: Any = None,
+    function: RewardFunction | None = None,
+) -> Reward:
+    """The reward: a model, a function, or the model plus `function_weight` times the function.
+
+    Modules and functions given here come before what the config names.
+    """
+    settings = config.reward
+    parts: list[tuple[float, Reward]] = []
+    if model is None and settings.model:
+        model = load_sequence_classifier(
+            settings.model, init_head=False, dtype=compute_dtype(config)
+        )
+        model_tokenizer = load_tokenizer(settings.model)
+    if model is not None:
+        set_compute_dtype(model, compute_dtype(config))
+        parts.append(
+            (
+                1.0,
+                ModelReward(
+                    RewardModel(model.to(device)),
+                    tokenizer,
+                    tokenizer if model_tokenizer is None else model_tokenizer,
+                    token_budget=config.microbatch_tokens,
+                ),
+            )
+        )
+    if function is None and settings.function:
+        function = load_reward_function(settings.function)
+    if function is not None:
+        weight = settings.function_weight if parts else 1.0
+        parts.append(
+            (
+                weight,
+                FunctionReward(
+                    function,
+                    tokenizer,
+                    on_error="abstain" if settings.on_error == "abstain" else "fail",
+                ),
+            )
+        )
+    if not parts:
+        raise ConfigError(
+            "RF1040",
+            "PPO has no reward",
+            where="reward.model, reward.function",
+            remedy="name a reward model or a function, or pass one to PPOTrainer",
+        )
+    return parts[0][1] if len(parts) == 1 else SumReward(parts)
+
+
+def build_critic(
+    config: PPOConfig, actor: nn.Module, *, critic: nn.Module | None, reward: nn.Module | None
+) -> Critic | None:
+    """The critic: as given, from its directory, a copy of the reward model, or the actor's trunk.
+
+    None if the estimator is critic-free.
+    """
+    if config.algorithm.estimator != "gae":
+        return None
+    if critic is None:
+        directory = config.critic or config.reward.model
+        if config.critic or (directory and reward is None):
+            critic = load_critic(directory, dtype=compute_dtype(config))
+        else:
+            critic = critic_from(actor if reward is None else reward)
+    critic.requires_grad_(True)
+    return Critic(critic)
+
+
+def build_roles(
+    config: PPOConfig,
+    tokenizer: Any,
+    device: torch.device,
+    *,
+    actor: nn.Module | None = None,
+    reference: nn.Module | None = None,
+    critic: nn.Module | None = None,
+    reward_model: nn.Module | None = None,
+    reward_tokenizer: Any = None,
+    reward_function: RewardFunction | None = None,
+    pretraining: PretrainingBatches | None = None,
+) -> Roles:
+    """All roles and optimizers, on `device`; modules given come before the config's directories."""
+    if actor is None:
+        actor = load_causal_lm(config.actor, dtype=compute_dtype(config))
+    if reference is None:
+        reference = (
+            load_causal_lm(config.reference, dtype=compute_dtype(config))
+            if config.reference
+            else copy.deepcopy(actor)
+        )
+    value_model = build_critic(config, actor, critic=critic, reward=reward_model)
+    policy = Actor(actor.to(device))
+    trained = [actor] if value_model is None else [actor, value_model.module.to(device)]
+    for module in (*trained, reference):
+        set_compute_dtype(module, compute_dtype(config))
+    if config.gradient_checkpointing:
+        for module in trained:
+            enable_gradient_checkpointing(module)
+    algorithm = config.algorithm
+    steps = config.total_steps * algorithm.ppo_epochs * algorithm.minibatches
+    bad = config.run.max_bad_steps
+
+    def optimizer(module: nn.Module, name: str) -> GuardedOptimizer:
+        settings = config.actor_optim if name == "actor" else config.critic_optim
+        return GuardedOptimizer(module, settings, steps, max_bad_steps=bad, name=name)
+
+    return Roles(
+        actor=policy,
+        reference=Reference(reference.to(device)),
+        critic=value_model,
+        reward=build_reward(
+            config,
+            tokenizer,
+            device,
+            model=reward_model,
+            model_tokenizer=reward_tokenizer,
+            function=reward_function,
+        ),
+        generator=HFGenerator.from_tokenizer(
+            actor,
+            tokenizer,
+            weight_version=lambda: policy.weight_version,
+            max_batch=config.rollout.max_batch,
+            autocast_dtype=torch.bfloat16 if compute_dtype(config) == "bfloat16" else None,
+        ),
+        actor_optimizer=optimizer(actor, "actor"),
+        critic_optimizer=None if value_model is None else optimizer(value_model.module, "critic"),
+        pretraining=pretraining,
+        on_update=lambda: policy.bump_version(),
+    )
