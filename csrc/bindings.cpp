@@ -10,6 +10,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/logprobs_from_logits.h"
+#include "cpu/ppo_loss.h"
 #include "cpu/rewards_and_gae.h"
 #include "cpu/whiten.h"
 #include "host/cpu_features.h"
@@ -160,6 +162,124 @@ void bind_whiten(py::module_& m) {
   });
 }
 
+// ---- logprobs_from_logits ---------------------------------------------------------------------
+
+// layout: (outer, inner, outer stride, inner stride) of the rows.
+LogitRows make_logit_rows(uintptr_t logits, int dtype, const py::tuple& layout, int64_t vocab,
+                          uintptr_t labels, int64_t ignore_index, uintptr_t temperature,
+                          double scalar_temperature, int threads) {
+  LogitRows rows;
+  rows.logits = reinterpret_cast<const void*>(logits);
+  rows.dtype = static_cast<DType>(dtype);
+  rows.outer = layout[0].cast<int64_t>();
+  rows.inner = layout[1].cast<int64_t>();
+  rows.outer_stride = layout[2].cast<int64_t>();
+  rows.inner_stride = layout[3].cast<int64_t>();
+  rows.vocab = vocab;
+  rows.labels = reinterpret_cast<const int64_t*>(labels);
+  rows.ignore_index = ignore_index;
+  rows.temperature = reinterpret_cast<const float*>(temperature);
+  rows.scalar_temperature = scalar_temperature;
+  rows.threads = threads;
+  return rows;
+}
+
+void bind_logprobs_from_logits(py::module_& m) {
+  m.def("logprobs_from_logits_forward",
+        [](uintptr_t logits, int dtype, const py::tuple& layout, int64_t vocab, uintptr_t labels,
+           int64_t ignore_index, uintptr_t temperature, double scalar_temperature, int threads,
+           uintptr_t logprobs, uintptr_t entropy, uintptr_t lse) {
+          LogprobsForwardArgs args;
+          args.rows = make_logit_rows(logits, dtype, layout, vocab, labels, ignore_index,
+                                      temperature, scalar_temperature, threads);
+          args.logprobs = reinterpret_cast<float*>(logprobs);
+          args.entropy = reinterpret_cast<float*>(entropy);
+          args.lse = reinterpret_cast<double*>(lse);
+          const py::gil_scoped_release release;
+          logprobs_from_logits_forward(args);
+        });
+  m.def("logprobs_from_logits_backward",
+        [](uintptr_t logits, int dtype, const py::tuple& layout, int64_t vocab, uintptr_t labels,
+           int64_t ignore_index, uintptr_t temperature, double scalar_temperature, int threads,
+           uintptr_t entropy, uintptr_t lse, uintptr_t grad_logprobs, uintptr_t grad_entropy,
+           uintptr_t grad_logits, const py::tuple& grad_strides) {
+          LogprobsBackwardArgs args;
+          args.rows = make_logit_rows(logits, dtype, layout, vocab, labels, ignore_index,
+                                      temperature, scalar_temperature, threads);
+          args.entropy = reinterpret_cast<const float*>(entropy);
+          args.lse = reinterpret_cast<const double*>(lse);
+          args.grad_logprobs = reinterpret_cast<const float*>(grad_logprobs);
+          args.grad_entropy = reinterpret_cast<const float*>(grad_entropy);
+          args.grad_logits = reinterpret_cast<void*>(grad_logits);
+          args.grad_outer_stride = grad_strides[0].cast<int64_t>();
+          args.grad_inner_stride = grad_strides[1].cast<int64_t>();
+          const py::gil_scoped_release release;
+          logprobs_from_logits_backward(args);
+        });
+}
+
+// ---- ppo_loss ---------------------------------------------------------------------------------
+
+TokenTensor to_tokens(const py::tuple& tensors, size_t index) {
+  TokenTensor tensor;
+  if (tensors[index].is_none()) return tensor;
+  const auto fields = py::reinterpret_borrow<py::tuple>(tensors[index]);
+  tensor.data = pointer<const void>(fields[0]);
+  tensor.dtype = static_cast<DType>(fields[1].cast<int32_t>());
+  return tensor;
+}
+
+void set_ppo_tensors(PpoLossArgs& args, const py::tuple& tensors) {
+  args.logprobs = to_tokens(tensors, 0);
+  args.old_logprobs = to_tokens(tensors, 1);
+  args.advantages = to_tokens(tensors, 2);
+  args.entropy = to_tokens(tensors, 3);
+  args.ref_logprobs = to_tokens(tensors, 4);
+  args.weights = to_tokens(tensors, 5);
+  args.values = to_tokens(tensors, 6);
+  args.old_values = to_tokens(tensors, 7);
+  args.returns = to_tokens(tensors, 8);
+}
+
+void set_ppo_settings(PpoLossArgs& args, const py::tuple& settings) {
+  const auto number = [&settings](size_t index) {
+    return settings[index].is_none() ? std::numeric_limits<double>::infinity()
+                                     : settings[index].cast<double>();
+  };
+  args.clip_eps_low = number(0);
+  args.clip_eps_high = number(1);
+  args.dual_clip = number(2);
+  args.entropy_coef = number(3);
+  args.kl_coef = number(4);
+  args.kl_estimator = static_cast<KlEstimator>(settings[5].cast<int32_t>());
+  args.own_kl_gradient = settings[6].cast<bool>();
+  args.value_clip_eps = number(7);
+  args.value_coef = number(8);
+  args.log_ratio_clamp = number(9);
+  if (settings[7].is_none()) args.old_values = TokenTensor();
+}
+
+void bind_ppo_loss(py::module_& m) {
+  m.def("ppo_loss", [](const py::tuple& tensors, uintptr_t mask, int64_t tokens, double normalizer,
+                       const py::tuple& settings, const py::tuple& outputs, int threads) {
+    PpoLossArgs args;
+    args.tokens = tokens;
+    args.mask = reinterpret_cast<const uint8_t*>(mask);
+    args.normalizer = normalizer;
+    set_ppo_tensors(args, tensors);
+    set_ppo_settings(args, settings);
+    args.loss = pointer<float>(outputs[0]);
+    args.sums = pointer<float>(outputs[1]);
+    args.extrema = pointer<float>(outputs[2]);
+    args.d_logprobs = pointer<float>(outputs[3]);
+    args.d_entropy = pointer<float>(outputs[4]);
+    args.d_values = pointer<float>(outputs[5]);
+    args.threads = threads;
+    const py::gil_scoped_release release;
+    ppo_loss(args);
+  });
+}
+
 // ---- what this build is -----------------------------------------------------------------------
 
 py::dict build_info() {
@@ -196,4 +316,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   rlhf_fast::bind_build(m);
   rlhf_fast::bind_rewards_and_gae(m);
   rlhf_fast::bind_whiten(m);
+  rlhf_fast::bind_logprobs_from_logits(m);
+  rlhf_fast::bind_ppo_loss(m);
 }

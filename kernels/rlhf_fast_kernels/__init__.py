@@ -1,7 +1,8 @@
 """Fused ops for PPO on language models: PyTorch reference, C++ for CPUs, CUDA; needs only torch."""
 
 from rlhf_fast_kernels.logprobs_from_logits import logprobs_from_logits
-from rlhf_fast_kernels.ppo_loss import PPOLossOutput, finalize_metrics, ppo_loss
+from rlhf_fast_kernels.ppo_loss import ppo_loss
+from rlhf_fast_kernels.ppo_metrics import PPOLossOutput, finalize_metrics
 from rlhf_fast_kernels.rewards_and_gae import RewardsAndGAE, gae, rewards_and_gae
 from rlhf_fast_kernels.whiten import masked_moments, merge_moments, whiten
 

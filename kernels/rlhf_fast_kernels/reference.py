@@ -65,9 +65,7 @@ def _gae_packed(
     if values.numel() == 0:
         return values.new_zeros(0, dtype=dtype), values.new_zeros(0, dtype=dtype)
     index, inside = _padded_index(cu_seqlens)
-    padded = gae(
-        rewards[index], values[index], mask[index] & inside, gamma, gae_lambda, bootstrap
-    )
+    padded = gae(rewards[index], values[index], mask[index] & inside, gamma, gae_lambda, bootstrap)
     flat = index[inside]
     advantages, returns = (
         values.new_zeros(values.shape, dtype=dtype).index_copy(0, flat, x[inside]) for x in padded
