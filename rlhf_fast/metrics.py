@@ -12,6 +12,7 @@ training goes on: no hour of training is worth losing to a dashboard.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import logging
 import math
@@ -33,12 +34,18 @@ Number = float | int | bool | None
 _logger = logging.getLogger(__name__)
 
 _SECRET_WORDS = frozenset(
-    "secret secrets password passwd passphrase credential credentials apikey".split()
+    {
+        *("secret", "secrets", "password", "passwd", "passphrase"),
+        *("credential", "credentials", "apikey"),
+    }
 )
 _SECRET_PAIRS = frozenset({("api", "key"), ("access", "key"), ("private", "key")})
 # `pad_token` is a word of tokenizers; `hub_token` is a key to somebody's account.
 _VOCABULARY_TOKENS = frozenset(
-    "pad eos bos unk sep cls mask stop end start begin first last next special per missing new".split()
+    {
+        *("pad", "eos", "bos", "unk", "sep", "cls", "mask", "stop", "end", "start", "begin"),
+        *("first", "last", "next", "special", "per", "missing", "new"),
+    }
 )
 _SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}"
@@ -260,9 +267,7 @@ def _can_hide(value: Any) -> bool:
 def _is_secret_key(key: str) -> bool:
     split = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", key).lower()
     words = [word for word in re.split(r"[^a-z0-9]+", split) if word]
-    if _SECRET_WORDS.intersection(words) or _SECRET_PAIRS.intersection(
-        zip(words, words[1:], strict=False)
-    ):
+    if _SECRET_WORDS.intersection(words) or _SECRET_PAIRS.intersection(itertools.pairwise(words)):
         return True
     if not words or words[-1] != "token":
         return False

@@ -199,7 +199,7 @@ def save(
     for name in tensors:
         if not valid_file_name(name) or name.endswith(SUFFIX):
             raise ValueError(f"tensors keys are file stems without {SUFFIX}, got {name!r}")
-    encoded = dump_json(to_json(state))
+    encoded = dump_json(to_json(state), sort_keys=False)
     writer = CheckpointWriter(root, step, fs)
     try:
         writer.begin()

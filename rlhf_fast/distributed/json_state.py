@@ -67,7 +67,7 @@ def _dict_to_json(value: dict[Any, Any], where: str) -> Any:
 
 
 def checked(value: Any, where: str) -> Any:
-    """Return `value` as it is, or raise CheckpointError (RF8004) if `to_json` could not store it."""
+    """Return `value` as it is; raise CheckpointError (RF8004) if `to_json` could not store it."""
     to_json(value, where)
     return value
 
@@ -95,9 +95,10 @@ def from_json(value: Any) -> Any:
     raise ValueError(f"unknown tagged value {tag!r}")
 
 
-def dump_json(value: Any) -> bytes:
-    """Canonical JSON: sorted keys, no spaces, ASCII; equal values give equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+def dump_json(value: Any, *, sort_keys: bool) -> bytes:
+    """JSON without spaces, in ASCII; with sorted keys, equal values give equal bytes."""
+    text = json.dumps(value, sort_keys=sort_keys, separators=(",", ":"), allow_nan=False)
+    return text.encode("ascii")
 
 
 def parse_json(data: bytes) -> Any:

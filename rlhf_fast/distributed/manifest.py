@@ -11,6 +11,7 @@ Every format version keeps the keys `format_version` and `digest`, so that an ol
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import math
@@ -99,10 +100,12 @@ class Manifest:
 def seal(body: Mapping[str, Any]) -> bytes:
     """Canonical JSON of `body` with its own SHA-256 under `digest`."""
     plain = {key: value for key, value in body.items() if key != "digest"}
-    return dump_json({**plain, "digest": hashlib.sha256(dump_json(plain)).hexdigest()})
+    digest = hashlib.sha256(dump_json(plain, sort_keys=True)).hexdigest()
+    return dump_json({**plain, "digest": digest}, sort_keys=True)
 
 
-def library_versions() -> dict[str, str]:
+@functools.cache
+def library_versions() -> Mapping[str, str]:
     """Versions worth knowing when a checkpoint is opened years later."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in ("rlhf-fast", "transformers", "safetensors"):

@@ -1,0 +1,82 @@
+"""What makes two runs the same run: comparing configurations key by key.
+
+Hard keys decide what is being trained (model, tokenizer, data, seed): a checkpoint is meaningless
+under other values. Every other key is soft: it may change between a stop and a resume, and the
+change is listed. Secrets are redacted before anything is compared or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_fast.metrics import redact
+
+_ABSENT = "(absent)"
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class ConfigDifference:
+    """One key whose value changed; values as JSON text."""
+
+    key: str
+    before: str
+    after: str
+    hard: bool
+
+    def __str__(self) -> str:
+        kind = "hard" if self.hard else "soft"
+        return f"{self.key}: {self.before} -> {self.after} ({kind})"
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A redacted copy made of JSON values only; anything else becomes its text."""
+    plain: dict[str, Any] = json.loads(json.dumps(redact(config), default=str, sort_keys=True))
+    return plain
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, of the redacted configuration, whatever the order of its keys."""
+    text = json.dumps(plain_config(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", errors="backslashreplace")).hexdigest()
+
+
+def compare(
+    before: Mapping[str, Any], after: Mapping[str, Any], hard_keys: Sequence[str]
+) -> list[ConfigDifference]:
+    """Differences between two configurations, hard ones first.
+
+    Args:
+        before: nested configuration of the existing run.
+        after: nested configuration of the run that wants to use its directory.
+        hard_keys: dotted keys; each covers everything below it.
+    """
+    old, new = _flatten(plain_config(before)), _flatten(plain_config(after))
+    found = []
+    for key in sorted(set(old) | set(new)):
+        left, right = old.get(key, _ABSENT), new.get(key, _ABSENT)
+        if left != right:
+            hard = any(key == name or key.startswith(f"{name}.") for name in hard_keys)
+            found.append(ConfigDifference(key, left, right, hard))
+    return sorted(found, key=lambda difference: not difference.hard)
+
+
+def listed(differences: Sequence[ConfigDifference]) -> str:
+    """The differences in one line each, the first twenty of them."""
+    lines = [str(difference) for difference in differences[:_SHOWN]]
+    if len(differences) > _SHOWN:
+        lines.append(f"... and {len(differences) - _SHOWN} more")
+    return "\n            ".join(lines)
+
+
+def _flatten(config: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(config, Mapping) and config:
+        flat: dict[str, str] = {}
+        for key, value in config.items():
+            flat.update(_flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+        return flat
+    return {prefix: json.dumps(config, sort_keys=True)}
