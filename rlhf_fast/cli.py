@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _fail(f"RF1006: unknown option {unknown[0]}\n  to do:    see rlhf-fast --help")
         return 2
     try:
+        _check_op_choice()
         handler: Callable[[argparse.Namespace], int] = options.handler
         return handler(options)
     except RLHFError as error:
@@ -67,6 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "  to do:    run again with --debug and report the traceback"
         )
         return 1
+
+
+def _check_op_choice() -> None:
+    """A wrong RLHF_FAST_OPS is the user's mistake: say so at the start, not in the first step."""
+    if os.environ.get("RLHF_FAST_OPS"):
+        from rlhf_fast.environment import check_op_choice
+
+        check_op_choice()
 
 
 def _fail(message: str) -> None:

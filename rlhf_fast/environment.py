@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import rlhf_fast
+from rlhf_fast.errors import EnvironmentFault
 from rlhf_fast_kernels import dispatch, native
 
 REQUIRED = ("torch", "transformers", "safetensors", "peft", "omegaconf", "rich", "numpy")
@@ -92,6 +93,32 @@ def render(facts: dict[str, Any]) -> str:
         lines.append(f"  {row['op']:<24}{row['device']:<6}{row['impl']:<11}{row['reason']}")
         lines += [f"  {'':<30}not {impl}: {reason}" for impl, reason in row["unavailable"].items()]
     return "\n".join(lines)
+
+
+def check_op_choice() -> None:
+    """Refuse an RLHF_FAST_OPS that names no op or implementation, or one that cannot run here.
+
+    Raises:
+        EnvironmentFault: RF7040.
+    """
+    try:
+        dispatch.parse_environment(os.environ.get(dispatch.ENVIRONMENT, ""))
+    except ValueError as error:
+        raise EnvironmentFault(
+            "RF7040",
+            str(error),
+            where=f"environment variable {dispatch.ENVIRONMENT}",
+            remedy="unset it, or see `rlhf-fast env` for ops and implementations",
+        ) from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    broken = [row for row in dispatch.report() if row.impl == "none" and row.device == device]
+    if broken:
+        raise EnvironmentFault(
+            "RF7040",
+            "; ".join(row.reason for row in broken),
+            where=f"environment variable {dispatch.ENVIRONMENT}",
+            remedy="unset it: by default each op takes what can run",
+        )
 
 
 def check_ops() -> tuple[str, bool]:
