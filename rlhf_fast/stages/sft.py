@@ -1,0 +1,311 @@
+"""Stage 1: supervised fine-tuning on demonstrations.
+
+The loss is the negative log-likelihood of response tokens, summed over an optimizer step and
+divided by the step's own number of response tokens: neither packing nor the size of a microbatch
+changes the gradient. The vocabulary head runs at those positions only. The export in
+`output_dir/model` is what PPO starts from: pad and EOS set, chat template included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast.config import SFTConfig
+from rlhf_fast.data import (
+    EpochSampler,
+    LoadedData,
+    LoadOptions,
+    PackedBatch,
+    SFTExample,
+    collate_sft,
+    load_sft,
+    pack_by_tokens,
+    pack_sft,
+    warn_overlap,
+)
+from rlhf_fast.metrics import MetricLogger
+from rlhf_fast.models.export import export_model
+from rlhf_fast.models.forward import (
+    autocast,
+    device_of,
+    packed_hidden,
+    right_pad,
+    runs_packed,
+)
+from rlhf_fast.models.heads import MAX_LOGITS_ELEMENTS
+from rlhf_fast.models.loading import load_causal_lm
+from rlhf_fast.models.roles import Actor
+from rlhf_fast.optim import GuardedOptimizer
+from rlhf_fast.stages.run import Run
+from rlhf_fast.stages.training import (
+    MODEL_NAME,
+    TrainingState,
+    compute_type,
+    finished_summary,
+    load_stage_tokenizer,
+    load_training_state,
+    open_metrics,
+    open_run,
+    prepare_for_training,
+    require_budget,
+    require_settings,
+    setup_run,
+    show_reports,
+    steps_of,
+    train,
+    training_bytes,
+)
+from rlhf_fast.types import PackedSequences
+
+
+@dataclass(frozen=True)
+class SFTResult:
+    """What a finished run leaves.
+
+    Args:
+        output_dir: the run directory.
+        model_dir: the exported model.
+        steps: optimizer steps.
+        train_loss: nats per response token, of the last step.
+        eval_loss: nats per response token on held-out rows; None without them.
+        eval_token_accuracy: fraction of held-out response tokens that were the likeliest; or None.
+        reports: counts of each data source, as `DataReport.to_dict`.
+    """
+
+    output_dir: str
+    model_dir: str
+    steps: int
+    train_loss: float
+    eval_loss: float | None = None
+    eval_token_accuracy: float | None = None
+    reports: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def eval_perplexity(self) -> float | None:
+        """exp of `eval_loss`."""
+        return None if self.eval_loss is None else math.exp(self.eval_loss)
+
+    def summary(self) -> str:
+        """The result in a few plain lines."""
+        lines = [f"SFT: {self.steps} steps, training loss {self.train_loss:.4f} nats per token"]
+        if self.eval_loss is not None and self.eval_token_accuracy is not None:
+            lines.append(
+                f"  held out: loss {self.eval_loss:.4f}, perplexity {math.exp(self.eval_loss):.2f},"
+                f" token accuracy {self.eval_token_accuracy:.1%}"
+            )
+        return "\n".join([*lines, f"  model: {self.model_dir}"])
+
+
+def run_sft(config: SFTConfig, *, quiet: bool = False) -> SFTResult:
+    """Train, evaluate and export, or continue where an earlier run stopped.
+
+    Args:
+        config: the stage's config; `model`, `data.train` and `run.output_dir` are required.
+        quiet: rare plain lines instead of progress bars.
+
+    Raises:
+        RLHFError: any kind; `Preempted` and `Interrupted` after a good checkpoint.
+    """
+    require_settings(config, "model", "data.train", "run.output_dir")
+    device = setup_run(config.run)
+    space = training_bytes(config.model, config.run.keep_last)
+    with open_run(config, "sft", bytes_needed=space, quiet=quiet) as run:
+        if run.already_complete:
+            return SFTResult(**finished_summary(run))
+        with open_metrics(run, config) as metrics:
+            stage = SFTStage(config, run, metrics, device)
+            stage.train()
+            result = stage.export()
+        run.mark_complete(result.steps, dataclasses.asdict(result))
+    return result
+
+
+class SFTStage:
+    """Model, data and optimizer of a run; `train`, then `export`."""
+
+    def __init__(
+        self, config: SFTConfig, run: Run, metrics: MetricLogger, device: torch.device
+    ) -> None:
+        self.config, self.run, self.device = config, run, device
+        self.tokenizer = load_stage_tokenizer(config.model, config.data)
+        self.data, self.eval_data = self._load_data()
+        sources = [d for d in (self.data, self.eval_data) if d is not None]
+        show_reports(*(d.report for d in sources))
+        longest = max(d.report.longest for d in sources)
+        require_budget(config.microbatch_tokens, longest)
+        module = prepare_for_training(
+            load_causal_lm(config.model, dtype=compute_type(config.run)),
+            self.tokenizer,
+            device,
+            longest=longest,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        self.actor = Actor(module)
+        self.sampler = EpochSampler(
+            len(self.data),
+            config.batch_size,
+            config.run.seed,
+            drop_last=False,
+            fingerprint=self.data.fingerprint,
+        )
+        self.total_steps = steps_of(config.epochs, config.max_steps, self.sampler)
+        self.optimizer = GuardedOptimizer(
+            module,
+            config.optim,
+            self.total_steps,
+            max_bad_steps=config.run.max_bad_steps,
+            name="actor",
+        )
+        self.state = TrainingState(
+            {"actor": module}, {"actor": self.optimizer}, {"train": self.sampler}, metrics
+        )
+        load_training_state(
+            run.checkpoint, self.state, allow_data_change=config.run.allow_data_change
+        )
+
+    def _load_data(self) -> tuple[LoadedData[SFTExample], LoadedData[SFTExample] | None]:
+        source, options = self.config.data, LoadOptions.from_config(self.config.data)
+        data = load_sft(source.train, self.tokenizer, options, split=source.split)
+        if not source.eval:
+            return data, None
+        held_out = load_sft(
+            source.eval, self.tokenizer, options, split=source.eval_split, name="eval"
+        )
+        warn_overlap(data, held_out)
+        return data, held_out
+
+    def train(self) -> None:
+        """All steps that are left."""
+        train(
+            self.run,
+            self.state,
+            self.step,
+            total_steps=self.total_steps,
+            save_every=self.config.run.save_every,
+            description="sft",
+            shown={"loss": "loss/train", "lr": "lr"},
+        )
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step: pack, accumulate gradients, update; evaluate when it is due."""
+        with self.run.phase("data"):
+            epoch = self.sampler.epoch + self.sampler.cursor / self.sampler.n
+            examples = [self.data[i] for i in self.sampler.next_batch()]
+            batches = self.pack(examples)
+            loss_tokens = max(1, sum(batch.num_loss_tokens for batch in batches))
+        with self.run.phase("forward_backward"):
+            loss = self.accumulate(batches, loss_tokens)
+        with self.run.phase("optimizer"):
+            lr = self.optimizer.lr
+            update = self.optimizer.step()
+        metrics = {
+            "loss/train": loss,
+            "lr": lr,
+            "grad_norm": update.grad_norm,
+            "skipped_steps": float(not update.applied),
+            "tokens": float(sum(len(e) for e in examples)),
+            "loss_tokens": float(loss_tokens),
+            "epoch": epoch,
+        }
+        self.state.extra["train_loss"] = loss
+        done, every = self.state.step + 1, self.config.eval_every
+        if self.eval_data is not None and (
+            done == self.total_steps or (every and done % every == 0)
+        ):
+            with self.run.phase("evaluate"):
+                held_out = self.evaluate(self.eval_data.examples)
+            self.state.extra["eval"] = held_out
+            metrics |= held_out
+        return metrics
+
+    def pack(self, examples: Sequence[SFTExample]) -> list[PackedBatch]:
+        """Microbatches of at most `microbatch_tokens` tokens."""
+        budget = self.config.microbatch_tokens
+        if self.config.packing:
+            return pack_sft(examples, budget)
+        bins = pack_by_tokens([len(e) for e in examples], budget)
+        return [collate_sft([examples[i] for i in b]) for b in bins]
+
+    def accumulate(self, batches: Sequence[PackedBatch], loss_tokens: int) -> float:
+        """Add the gradients of all microbatches; returns the loss of the step, nats per token."""
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss = nll_sum(self.actor, batch) / loss_tokens
+            loss.backward()
+            total += loss.detach()
+        return float(total)
+
+    def evaluate(self, examples: Sequence[SFTExample]) -> dict[str, float]:
+        """`loss/eval`, `eval/perplexity` and `eval/token_accuracy` over all response tokens."""
+        nll, hits, tokens = 0.0, 0, 0
+        self.actor.module.eval()
+        with torch.no_grad():
+            for batch in pack_sft(examples, self.config.microbatch_tokens):
+                nll += float(nll_sum(self.actor, batch).double())
+                hits += int(hit_count(self.actor.module, batch))
+                tokens += batch.num_loss_tokens
+        self.actor.module.train()
+        loss = nll / max(1, tokens)
+        return {
+            "loss/eval": loss,
+            "eval/perplexity": math.exp(min(loss, 700.0)),
+            "eval/token_accuracy": hits / max(1, tokens),
+        }
+
+    def export(self) -> SFTResult:
+        """Write `output_dir/model` and sum up."""
+        with self.run.phase("export"):
+            model_dir = export_model(self.actor.module, self.tokenizer, self.run.path / MODEL_NAME)
+        held_out = self.state.extra.get("eval", {})
+        sources = {"train": self.data, "eval": self.eval_data}
+        return SFTResult(
+            output_dir=str(self.run.path),
+            model_dir=str(model_dir),
+            steps=self.state.step,
+            train_loss=self.state.extra["train_loss"],
+            eval_loss=held_out.get("loss/eval"),
+            eval_token_accuracy=held_out.get("eval/token_accuracy"),
+            reports={n: d.report.to_dict() for n, d in sources.items() if d is not None},
+        )
+
+
+def nll_sum(actor: Actor, batch: PackedBatch) -> Tensor:
+    """[] float32 negative log-likelihood in nats, summed over the batch's loss tokens."""
+    logprobs, _ = actor.logprobs(batch.sequences, batch.targets)
+    return -logprobs.sum()
+
+
+def hit_count(module: nn.Module, batch: PackedBatch) -> Tensor:
+    """[] int64 loss tokens that the model finds likelier than every other token."""
+    rows = torch.nonzero(batch.loss_mask).squeeze(1)
+    likeliest = likeliest_tokens(module, batch.sequences, rows)
+    return (likeliest == batch.targets[rows].to(likeliest.device)).sum()
+
+
+def likeliest_tokens(module: nn.Module, sequences: PackedSequences, rows: Tensor) -> Tensor:
+    """[M] int64 argmax of the next-token distribution at packed positions `rows` [M].
+
+    Scaling or capping of logits, which some heads do, does not move the argmax; so packed
+    architectures need no more than their output embedding, in chunks that bound memory.
+    """
+    rows = rows.to(device_of(module))
+    if not runs_packed(module):
+        ids, mask = right_pad(sequences.to(rows.device))
+        with autocast(module):
+            output = module(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+        logits: Tensor = output.logits[mask].index_select(0, rows)
+        return logits.argmax(-1)
+    hidden = packed_hidden(module, sequences).index_select(0, rows)
+    embedding: Any = module
+    head = embedding.get_output_embeddings()
+    size = max(1, MAX_LOGITS_ELEMENTS // head.weight.shape[0])
+    with autocast(module):
+        parts = [head(chunk).argmax(-1) for chunk in hidden.split(size)]
+    return torch.cat(parts)
