@@ -109,9 +109,10 @@ def packed_hidden(module: nn.Module, sequences: PackedSequences) -> Tensor:
     Raises:
         ModelError: gradient checkpointing is on, but not through `enable_gradient_checkpointing`.
     """
+    model: Any = module
     sequences = sequences.to(device_of(module))
     if sequences.ids.numel() == 0:
-        width = module.get_input_embeddings().weight.shape[1]
+        width = model.get_input_embeddings().weight.shape[1]
         return torch.zeros(0, width, device=sequences.ids.device)
     with autocast(module):
         if not runs_packed(module):
@@ -119,7 +120,7 @@ def packed_hidden(module: nn.Module, sequences: PackedSequences) -> Tensor:
         _require_our_checkpointing(module)
         layout = PackedLayout.build(sequences)
         with packed_attention_mode(module):
-            output = module.base_model(
+            output = model.base_model(
                 input_ids=sequences.ids[None],
                 position_ids=sequences.positions[None],
                 use_cache=False,
@@ -144,8 +145,9 @@ def right_pad(sequences: PackedSequences) -> tuple[Tensor, Tensor]:
 
 
 def _right_padded_hidden(module: nn.Module, sequences: PackedSequences) -> Tensor:
+    model: Any = module
     ids, mask = right_pad(sequences)
-    output = module.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+    output = model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
     hidden: Tensor = output.last_hidden_state[mask]
     return hidden
 
@@ -156,12 +158,13 @@ def enable_gradient_checkpointing(module: nn.Module) -> None:
     transformers' own switch is not enough: it would recompute packed layers with stock attention.
     Takes effect in train mode only, as in transformers.
     """
+    model: Any = module
     settings = {"use_reentrant": False, "context_fn": recompute_contexts}
-    # transformers renames the switch from 5.2x on; the older name still works, with a warning.
-    if hasattr(module, "activation_checkpointing_enable"):
-        module.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    # Later versions of transformers renamed the switch and warn about the older name.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 def _checkpoint_functions(module: nn.Module) -> Iterator[Any]:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rlhf_fast_kernels import logprobs_from_logits
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_fast.errors import ModelError
 from rlhf_fast.models.forward import autocast, packed_hidden, right_pad, runs_packed
 from rlhf_fast.types import IGNORE_INDEX, PackedSequences
+from rlhf_fast_kernels import logprobs_from_logits
 
 CALIBRATION_KEY = "rlhf_fast_calibration"
 
@@ -105,6 +105,7 @@ def target_logprobs(
             belong to no token. None keeps all.
         max_logits_elements: as above.
     """
+    model: Any = module
     rows, labels, index = _target_rows(module, sequences, targets)
 
     def chunk(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -116,7 +117,7 @@ def target_logprobs(
         return logprobs, entropy if with_entropy else None
 
     with autocast(module):
-        width = module.get_output_embeddings().weight.shape[0]
+        width = model.get_output_embeddings().weight.shape[0]
         size = max(1, max_logits_elements // width)
         if len(labels) <= size or not runs_packed(module):
             parts = [chunk(rows, labels)]
@@ -154,8 +155,9 @@ def _target_rows(
 
 def _logits(module: nn.Module, rows: Tensor) -> Tensor:
     """[n, V] logits, with the scale that the packed architectures may put behind the head."""
-    logits: Tensor = module.get_output_embeddings()(rows)
-    scaling: Any = getattr(module.config, "logits_scaling", None)
+    model: Any = module
+    logits: Tensor = model.get_output_embeddings()(rows)
+    scaling = getattr(model.config, "logits_scaling", None)
     return logits if scaling is None else logits / scaling
 
 

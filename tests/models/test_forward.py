@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def stock_hidden(model: torch.nn.Module, sequences: PackedSequences) -> torch.Te
     bounds = sequences.cu_seqlens.tolist()
     rows = [
         model.base_model(input_ids=sequences.ids[None, a:b], use_cache=False).last_hidden_state[0]
-        for a, b in zip(bounds, bounds[1:], strict=False)
+        for a, b in itertools.pairwise(bounds)
         if b > a
     ]
     return torch.cat(rows)
@@ -73,7 +74,7 @@ def test_gradients_equal_those_of_each_sequence_alone() -> None:
     ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     bounds = sequences.cu_seqlens.tolist()
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in itertools.pairwise(bounds):
         hidden = model.base_model(input_ids=sequences.ids[None, a:b]).last_hidden_state[0]
         (hidden * weight[a:b]).sum().backward()
     stock = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def stock_logprobs(
     """Log-probs and entropies in fp64 from the stock logits of every sequence alone."""
     logprobs, entropies = [], []
     bounds = sequences.cu_seqlens.tolist()
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in itertools.pairwise(bounds):
         logits = model(input_ids=sequences.ids[None, a:b]).logits[0].double() / temperature
         every = logits.log_softmax(-1)
         keep = targets[a:b] != IGNORE_INDEX
@@ -174,7 +175,7 @@ def stock_values(model: nn.Module, sequences: PackedSequences) -> Tensor:
     bounds, out = sequences.cu_seqlens.tolist(), []
     model = copy.deepcopy(model).eval()
     model.config.pad_token_id = None
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in itertools.pairwise(bounds):
         for end in range(a + 1, b + 1):
             out.append(model(input_ids=sequences.ids[None, a:end]).logits[0, 0])
     return torch.stack(out)
