@@ -117,8 +117,8 @@ class DemoResults:
 
     @property
     def succeeded(self) -> bool:
-        """Whether the gold score rose by at least `REQUIRED_RISE`; False for NaN."""
-        return self.gold_rise >= REQUIRED_RISE
+        """Whether the gold score rose by at least `REQUIRED_RISE`; False if it is not finite."""
+        return REQUIRED_RISE <= self.gold_rise < math.inf
 
     def save(self, folder: Path) -> Path:
         """Write `demo_results.json` into `folder` and return its path."""

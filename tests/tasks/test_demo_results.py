@@ -63,7 +63,9 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
         DemoResults.load(tmp_path / "missing.json")
 
 
-@pytest.mark.parametrize(("gold", "verdict"), [(2.31, True), (2.29, False), (math.nan, False)])
+@pytest.mark.parametrize(
+    ("gold", "verdict"), [(2.31, True), (2.29, False), (math.nan, False), (math.inf, False)]
+)
 def test_verdict_needs_the_required_rise_at_the_last_point(gold: float, verdict: bool) -> None:
     results = dataclasses.replace(RESULTS, ppo=(Point(1.0, 1.0, 9.0), Point(2.0, 1.0, gold)))
     assert results.succeeded is verdict

@@ -1,0 +1,284 @@
+"""Charts as inline SVG: lines with markers and stacked bars, with nothing but the standard library.
+
+A report has to open years later without a network, so its pictures are part of the page. Colours
+are CSS classes of the page (`html.STYLE`), which is how one picture serves light and dark. Every
+marker carries a `<title>` with its exact numbers, which browsers show on hover.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rlhf_fast.report.html import escape
+
+WIDTH, HEIGHT = 560.0, 340.0
+# Small charts stand three in a row: fewer units across keep their letters as large on screen.
+SMALL_WIDTH, SMALL_HEIGHT = 380.0, 240.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 16.0, 12.0, 46.0
+# More marks than this are invisible at this width and make the page slow.
+MAX_POINTS = 300
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of a chart.
+
+    Attributes:
+        name: legend entry.
+        points: (x, y) pairs; those that are not finite interrupt the line.
+        colour: 1 to 6, an entry of the page's palette.
+        dashed: draw the line dashed.
+        markers: draw a dot at each point.
+        labels: text of the hover of each point; empty for plain numbers.
+        errors: half-length of a vertical error bar at each point; empty for none.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    colour: int = 1
+    dashed: bool = False
+    markers: bool = False
+    labels: Sequence[str] = ()
+    errors: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis: its label, and how a tick value is written (the value itself if not given)."""
+
+    label: str
+    tick_text: Callable[[float], str] | None = None
+
+
+def line_chart(
+    title: str, series: Sequence[Series], x: Axis, y: Axis, *, small: bool = False
+) -> str:
+    """Draw lines over common axes; returns a `<figure>` with title, legend and SVG.
+
+    Series without a single finite point are left out; a chart without any says so.
+    """
+    series = [_thinned(line) for line in series if any(map(_finite, line.points))]
+    if not series:
+        return _figure(title, "", '<p class="quiet">no data</p>')
+    points = [point for line in series for point in line.points if _finite(point)]
+    bars = [
+        (px, py + side * error)
+        for line in series
+        for (px, py), error in zip(line.points, line.errors, strict=False)
+        for side in (-1, 1)
+        if _finite((px, py + side * error))
+    ]
+    size = (SMALL_WIDTH, SMALL_HEIGHT) if small else (WIDTH, HEIGHT)
+    frame = _Frame.around(points + bars, *size)
+    body = [_axes(frame, x, y)]
+    body += [_line(frame, line) for line in series]
+    description = escape(f"{title}: {y.label} against {x.label}")
+    box = f"0 0 {frame.width:g} {frame.height:g}"
+    svg = f'<svg viewBox="{box}" role="img" aria-label="{description}">' + "".join(body) + "</svg>"
+    legend = _legend(series) if len(series) > 1 or series[0].name else ""
+    return _figure(title, legend, svg)
+
+
+def bar_chart(title: str, seconds: Sequence[tuple[str, float]]) -> str:
+    """Draw one horizontal bar per (name, seconds), longest scale to fit, with shares of the sum."""
+    rows = [(name, value) for name, value in seconds if math.isfinite(value) and value > 0.0]
+    if not rows:
+        return _figure(title, "", '<p class="quiet">no data</p>')
+    total, longest = sum(value for _, value in rows), max(value for _, value in rows)
+    step, room = 30.0, WIDTH - 330.0
+    body = []
+    for index, (name, value) in enumerate(rows):
+        top = index * step
+        width = max(room * value / longest, 1.0)
+        body.append(
+            f'<text x="164" y="{top + 19:g}" class="tick" text-anchor="end">'
+            f"{escape(name[:26])}</text>"
+            f'<rect x="174" y="{top + 6:g}" width="{width:.1f}" height="18" rx="3" '
+            f'class="fill c{index % 6 + 1}"/>'
+            f'<text x="{174 + width + 8:.1f}" y="{top + 19:g}" class="tick">'
+            f"{seconds_text(value)}, {value / total:.0%}</text>"
+        )
+    height = len(rows) * step + 4
+    svg = (
+        f'<svg viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{escape(title)}">'
+        + "".join(body)
+        + "</svg>"
+    )
+    return _figure(title, "", svg)
+
+
+def seconds_text(value: float) -> str:
+    """A duration for people: `340 ms`, `12.3 s`, `4 min 05 s`."""
+    if not math.isfinite(value):
+        return "n/a"
+    if value < 1.0:
+        return f"{value * 1000:.0f} ms"
+    if value < 100.0:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    if minutes < 120:
+        return f"{minutes} min {seconds:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """Round numbers that cover [low, high]: multiples of 1, 2 or 5 times a power of ten.
+
+    Args:
+        low, high: finite, low < high.
+        count: about how many are wanted.
+    """
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def number_text(value: float) -> str:
+    """A number in at most about six characters, without a needless exponent."""
+    if value == 0.0 or not math.isfinite(value):
+        return "0" if value == 0.0 else "n/a"
+    if 1e-3 <= abs(value) < 1e5:
+        return f"{value:.4g}"
+    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The data rectangle and its map to picture coordinates."""
+
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+    width: float
+    height: float
+
+    @classmethod
+    def around(cls, points: Sequence[tuple[float, float]], width: float, height: float) -> _Frame:
+        x_low, x_high = _padded([x for x, _ in points], 0.02)
+        y_low, y_high = _padded([y for _, y in points], 0.06)
+        return cls(x_low, x_high, y_low, y_high, width, height)
+
+    def x(self, value: float) -> float:
+        part = (value - self.x_low) / (self.x_high - self.x_low)
+        return _LEFT + part * (self.width - _LEFT - _RIGHT)
+
+    def y(self, value: float) -> float:
+        part = (value - self.y_low) / (self.y_high - self.y_low)
+        return self.height - _BOTTOM - part * (self.height - _TOP - _BOTTOM)
+
+
+def _padded(values: Sequence[float], margin: float) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    if high - low <= 1e-12 * max(abs(low), abs(high)):
+        pad = abs(low) * 0.1 or 1.0
+        return low - pad, high + pad
+    pad = (high - low) * margin
+    return low - pad, high + pad
+
+
+def _axes(frame: _Frame, x: Axis, y: Axis) -> str:
+    bottom, right = frame.height - _BOTTOM, frame.width - _RIGHT
+    parts = []
+    for value in ticks(frame.y_low, frame.y_high, 4 if frame.height < HEIGHT else 6):
+        at = frame.y(value)
+        text = (y.tick_text or number_text)(value)
+        parts.append(
+            f'<line x1="{_LEFT:g}" x2="{right:g}" y1="{at:.1f}" y2="{at:.1f}" class="grid"/>'
+            f'<text x="{_LEFT - 8:g}" y="{at + 4:.1f}" class="tick" text-anchor="end">'
+            f"{escape(text)}</text>"
+        )
+    for value in ticks(frame.x_low, frame.x_high, 5 if frame.width < WIDTH else 7):
+        at = frame.x(value)
+        text = (x.tick_text or number_text)(value)
+        parts.append(
+            f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{bottom:g}" y2="{bottom + 4:g}" class="axis"/>'
+            f'<text x="{at:.1f}" y="{bottom + 18:g}" class="tick" text-anchor="middle">'
+            f"{escape(text)}</text>"
+        )
+    middle_x, middle_y = (_LEFT + right) / 2, (_TOP + bottom) / 2
+    parts.append(
+        f'<line x1="{_LEFT:g}" x2="{right:g}" y1="{bottom:g}" y2="{bottom:g}" class="axis"/>'
+        f'<text x="{middle_x:g}" y="{frame.height - 8:g}" class="label" text-anchor="middle">'
+        f"{escape(x.label)}</text>"
+        f'<text x="14" y="{middle_y:g}" class="label" text-anchor="middle" '
+        f'transform="rotate(-90 14 {middle_y:g})">{escape(y.label)}</text>'
+    )
+    return "".join(parts)
+
+
+def _line(frame: _Frame, line: Series) -> str:
+    parts = []
+    for run in _runs(line.points):
+        path = " ".join(f"{frame.x(px):.1f},{frame.y(py):.1f}" for px, py in run)
+        dash = ' stroke-dasharray="6 4"' if line.dashed else ""
+        parts.append(f'<polyline points="{path}" class="line c{line.colour}"{dash}/>')
+    for (px, py), error in zip(line.points, line.errors, strict=False):
+        if _finite((px, py)) and error > 0.0:
+            at, low, high = frame.x(px), frame.y(py - error), frame.y(py + error)
+            parts.append(
+                f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{low:.1f}" y2="{high:.1f}" '
+                f'class="line thin c{line.colour}"/>'
+            )
+    # A line of one point is invisible without its dot.
+    if line.markers or len(line.points) == 1:
+        parts += [_marker(frame, line, index) for index in range(len(line.points))]
+    return "".join(parts)
+
+
+def _marker(frame: _Frame, line: Series, index: int) -> str:
+    px, py = line.points[index]
+    if not _finite((px, py)):
+        return ""
+    text = f"{line.name} {line.labels[index] if line.labels else ''}".strip()
+    hover = escape(f"{text}: x {number_text(px)}, y {number_text(py)}")
+    kind = "dot hollow" if line.dashed else "dot"
+    return (
+        f'<circle cx="{frame.x(px):.1f}" cy="{frame.y(py):.1f}" r="3.6" '
+        f'class="{kind} c{line.colour}"><title>{hover}</title></circle>'
+    )
+
+
+def _runs(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    runs: list[list[tuple[float, float]]] = [[]]
+    for point in points:
+        if _finite(point):
+            runs[-1].append(point)
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if len(run) > 1]
+
+
+def _thinned(line: Series) -> Series:
+    """Average neighbours where there are more points than the picture can show."""
+    if len(line.points) <= MAX_POINTS:
+        return line
+    points = [point for point in line.points if _finite(point)]
+    size = max(1, math.ceil(len(points) / MAX_POINTS))
+    means = []
+    for start in range(0, len(points), size):
+        part = points[start : start + size]
+        means.append((sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)))
+    return Series(line.name, means, line.colour, line.dashed)
+
+
+def _legend(series: Sequence[Series]) -> str:
+    entries = "".join(
+        f'<span class="key c{line.colour}{" dashed" if line.dashed else ""}">'
+        f"{escape(line.name)}</span>"
+        for line in series
+    )
+    return f'<div class="legend">{entries}</div>'
+
+
+def _figure(title: str, legend: str, body: str) -> str:
+    return f"<figure><figcaption>{escape(title)}</figcaption>{legend}{body}</figure>"
+
+
+def _finite(point: tuple[float, float]) -> bool:
+    return math.isfinite(point[0]) and math.isfinite(point[1])

@@ -1,0 +1,118 @@
+"""The report of a run directory from its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_fast.config import PPOConfig, to_dict
+from rlhf_fast.errors import CheckpointError
+from rlhf_fast.report import build_report
+from rlhf_fast.report.curves import column, keys, time_totals
+from rlhf_fast.report.settings import changes
+from tests.report.pages import Page, read
+
+
+def write(path: Path, rows: list[dict[str, Any]], tail: str = "") -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + tail, "utf-8")
+
+
+def metrics(steps: int = 20) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": step,
+            "objective/kl": 0.1 * step,
+            "objective/scores": "nan" if step == 3 else step / 10,
+            "extra/<b>": 1.0,
+            "time/generate": 0.5,
+            "time/train": 1.5,
+        }
+        for step in range(1, steps + 1)
+    ]
+
+
+def build(run: Path) -> Page:
+    return read(build_report(run, run / "report.html"))
+
+
+def test_full_directory(tmp_path: Path) -> None:
+    write(tmp_path / "metrics.jsonl", metrics())
+    config = to_dict(PPOConfig(total_steps=33))
+    (tmp_path / "run.json").write_text(json.dumps({"stage": "ppo", "config": config}))
+    samples = [
+        {"step": i, "prompt": "p", "response": f"\x1b[1m<i>{i}</i>", "score": 0.123456, "note": "n"}
+        for i in range(30)
+    ]
+    write(tmp_path / "samples.jsonl", samples)
+    page = build(tmp_path)
+    assert "20 rows of metrics, 40.0 s in timed phases" in page.text
+    assert "extra/<b>" in page.cells
+    assert "generate" in page.text
+    # 2 headline charts, 1 other, 1 timing.
+    assert page.count("svg") == 4
+    # Newest sample first, the oldest of 30 not shown.
+    responses = [cell for cell in page.cells if cell.startswith("<i>")]
+    assert responses[0] == "<i>29</i>"
+    assert len(responses) == 24
+    assert page.cells[:5] == ["step", "prompt", "response", "score", "note"]
+    assert "0.1235" in page.cells
+    assert changes("ppo", config) == [("total_steps", str(PPOConfig().total_steps), "33")]
+    assert "total_steps" in page.cells
+
+
+def test_metrics_alone_are_enough_also_after_a_crash(tmp_path: Path) -> None:
+    write(tmp_path / "metrics.jsonl", metrics(2), tail='{"step": 3, "obj')
+    page = build(tmp_path)
+    assert "2 rows of metrics" in page.text
+    assert page.text.count("Settings") == page.text.count("Samples") == 0
+
+
+def test_a_run_that_has_logged_nothing_yet_gives_a_page(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "0 rows of metrics" in build(tmp_path).text
+
+
+def test_config_yaml_is_read_where_there_is_no_run_json(tmp_path: Path) -> None:
+    write(tmp_path / "metrics.jsonl", metrics(2))
+    (tmp_path / "config.yaml").write_text("kl:\n  coef: 0.5\n")
+    cells = build(tmp_path).cells
+    assert cells[cells.index("kl.coef") + 2] == "0.5"
+
+
+def test_other_directories_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="RF8901"):
+        build_report(tmp_path, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metrics.jsonl", "{}\nnot json\n{}\n"),
+        ("run.json", "{"),
+        ("run.json", "[]"),
+        ("config.yaml", "a: [1"),
+        ("samples.jsonl", "{}\n[1]\n"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, name: str, text: str) -> None:
+    write(tmp_path / "metrics.jsonl", metrics(2))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError, match="RF8902") as caught:
+        build_report(tmp_path, tmp_path / "report.html")
+    assert caught.value.where == str(tmp_path / name)
+
+
+def test_rows_without_steps_are_counted_on() -> None:
+    rows = [{"loss": 1.0}, {"step": 5, "loss": 2.0}, {"loss": 3.0}, {"other": 1.0}, {"loss": 4.0}]
+    assert column(rows, "loss") == [(1.0, 1.0), (5.0, 2.0), (6.0, 3.0), (8.0, 4.0)]
+
+
+def test_keys_and_times() -> None:
+    rows = [{"step": 1, "a": "text", "b": 2, "time/x": 1.0}, {"c": None, "time/y": 3, "time/x": 1}]
+    assert keys(rows) == ["b", "time/x", "time/y"]
+    assert time_totals(rows) == {"y": 3.0, "x": 2.0}
+    assert list(time_totals(rows)) == ["y", "x"]
