@@ -7,7 +7,7 @@ prints it.
 Nothing here imports torch, looks for a GPU or downloads anything.
 
 Environment:
-    RLHF_FAST_BUILD       auto (default); require: a failure is fatal; cpu: no CUDA; off: pure Python
+    RLHF_FAST_BUILD       auto (default); require: failing is fatal; cpu: no CUDA; off: pure Python
     RLHF_FAST_CUDA_ARCHS  CUDA architectures, e.g. "80;90"; default: those of DEFAULT_CUDA_ARCHS
                           that the toolkit knows, and PTX of the newest
     CXX, CUDACXX, CUDA_HOME   compilers to use, before PATH and /usr/local/cuda*
