@@ -1,0 +1,468 @@
+"""Stage 2: a reward model from ranked completions.
+
+All completions of a prompt share one forward pass and its loss is the mean over their pairs
+(`rlhf_fast.models.ranking_loss`); the step's loss is the mean over its prompts. Held-out accuracy
+comes with a confidence interval, on prompts that training never saw, because a reward model near
+chance is the cheapest way to waste a PPO run. After training, a bias puts the mean score of human
+demonstrations at zero; it travels in the exported config and is applied wherever the model scores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast.config import RewardModelConfig
+from rlhf_fast.data import (
+    EpochSampler,
+    LoadedData,
+    LoadOptions,
+    PreferenceBatch,
+    PreferenceExample,
+    load_preferences,
+    load_sft,
+    pack_best_fit,
+    pack_preferences,
+    warn_overlap,
+)
+from rlhf_fast.errors import DataError, NumericalError
+from rlhf_fast.metrics import MetricLogger
+from rlhf_fast.models.export import export_model
+from rlhf_fast.models.heads import scalar_outputs, set_calibration
+from rlhf_fast.models.loading import load_sequence_classifier
+from rlhf_fast.models.ranking_loss import PairCounts, count_pairs, pair_accuracy, ranking_loss
+from rlhf_fast.models.roles import last_token_hidden
+from rlhf_fast.optim import GuardedOptimizer
+from rlhf_fast.stages.run import Run
+from rlhf_fast.stages.training import (
+    MODEL_NAME,
+    TrainingState,
+    compute_type,
+    finished_summary,
+    load_stage_tokenizer,
+    load_training_state,
+    open_metrics,
+    open_run,
+    prepare_for_training,
+    require_budget,
+    require_settings,
+    say,
+    setup_run,
+    show_reports,
+    steps_of,
+    train,
+    training_bytes,
+    warn_loudly,
+)
+from rlhf_fast.types import LossOutput, PackedSequences
+
+# A judge that cannot be told from 55 % right: PPO climbs its noise (see docs/metrics.md).
+NEAR_CHANCE = 0.55
+
+
+@dataclass(frozen=True)
+class RewardModelResult:
+    """What a finished run leaves.
+
+    Args:
+        output_dir: the run directory.
+        model_dir: the exported model, calibration included.
+        steps: optimizer steps.
+        train_loss: nats per pair, of the last step.
+        accuracy: fraction of held-out pairs ordered rightly, ties one half; None without them.
+        accuracy_low, accuracy_high: 95 % confidence interval of `accuracy`.
+        near_chance: the lower end is below 0.55, so PPO may exploit the model.
+        eval_loss: nats per pair on held-out prompts; None without them.
+        margin: mean score difference of held-out pairs.
+        eval_prompts, eval_pairs: what the held-out figures rest on.
+        gain, bias: the calibration: score = gain * raw + bias.
+        demonstrations: sequences it was fitted on.
+        reports: counts of each data source, as `DataReport.to_dict`.
+    """
+
+    output_dir: str
+    model_dir: str
+    steps: int
+    train_loss: float
+    accuracy: float | None
+    accuracy_low: float | None
+    accuracy_high: float | None
+    near_chance: bool
+    eval_loss: float | None
+    margin: float | None
+    eval_prompts: int
+    eval_pairs: int
+    gain: float
+    bias: float
+    demonstrations: int
+    reports: dict[str, Any] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """The result in a few plain lines."""
+        lines = [f"reward model: {self.steps} steps, training loss {self.train_loss:.4f}"]
+        if self.accuracy is None:
+            lines.append("  held out: nothing, so nobody knows whether it ranks (data.eval)")
+        else:
+            lines.append(f"  held out: {_accuracy_text(self)}, mean margin {self.margin:.3f}")
+        if self.near_chance:
+            lines.append("  WARNING: near chance; PPO will exploit it")
+        return "\n".join(
+            [
+                *lines,
+                f"  calibrated on {self.demonstrations} sequences: score = {self.gain:.4g} * raw "
+                f"{'+' if self.bias >= 0 else '-'} {abs(self.bias):.4g}",
+                f"  model: {self.model_dir}",
+            ]
+        )
+
+
+def _accuracy_text(result: RewardModelResult) -> str:
+    return (
+        f"{result.accuracy:.1%} of {result.eval_pairs} pairs right "
+        f"(95 % interval {result.accuracy_low:.1%} to {result.accuracy_high:.1%}, "
+        f"{result.eval_prompts} rows)"
+    )
+
+
+def run_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> RewardModelResult:
+    """Train, evaluate, calibrate and export, or continue where an earlier run stopped.
+
+    Args:
+        config: the stage's config; `model`, `data.train` and `run.output_dir` are required.
+        quiet: rare plain lines instead of progress bars.
+
+    Raises:
+        RLHFError: any kind; `Preempted` and `Interrupted` after a good checkpoint.
+    """
+    require_settings(config, "model", "data.train", "run.output_dir")
+    device = setup_run(config.run)
+    space = training_bytes(config.model, config.run.keep_last)
+    with open_run(config, "reward_model", bytes_needed=space, quiet=quiet) as run:
+        if run.already_complete:
+            result = RewardModelResult(**finished_summary(run))
+        else:
+            with open_metrics(run, config) as metrics:
+                stage = RewardModelStage(config, run, metrics, device)
+                stage.train()
+                result = stage.finish()
+            run.mark_complete(result.steps, dataclasses.asdict(result))
+        if result.near_chance:
+            warn_near_chance(result)
+    return result
+
+
+def warn_near_chance(result: RewardModelResult) -> None:
+    """The panel on standard error for a model that cannot be told from a coin."""
+    warn_loudly(
+        "this reward model is near chance",
+        f"{_accuracy_text(result)}. The lower end is below {NEAR_CHANCE:.0%}: PPO will exploit the "
+        "model's errors and the text gets worse while the reward rises.\nMore or cleaner "
+        "preferences help most; then more held-out rows, to narrow the interval.",
+    )
+
+
+class Split(NamedTuple):
+    """Training and held-out examples without a common prompt."""
+
+    train: list[PreferenceExample]
+    held_out: list[PreferenceExample]
+
+
+def split_by_prompt(examples: Sequence[PreferenceExample], fraction: float, seed: int) -> Split:
+    """Hold out whole prompts until they make up `fraction` of the rows.
+
+    Prompts go in the order of a hash of (seed, prompt), so that the split does not depend on the
+    order of the rows.
+
+    Raises:
+        DataError: RF2070 if there is only one prompt.
+    """
+    rows: dict[bytes, int] = {}
+    keys = [_prompt_key(example, seed) for example in examples]
+    for key in keys:
+        rows[key] = rows.get(key, 0) + 1
+    if fraction == 0:
+        return Split(list(examples), [])
+    if len(rows) < 2:
+        raise DataError(
+            "RF2070",
+            f"all {len(examples)} rows have the same prompt: none can be held out",
+            where="data.train",
+            expected="at least two prompts, so that held-out accuracy is about new ones",
+            remedy="set data.eval to held-out rows, or eval_fraction=0 to do without",
+        )
+    chosen: set[bytes] = set()
+    taken = 0
+    for key in sorted(rows)[:-1]:
+        if taken >= fraction * len(examples):
+            break
+        chosen.add(key)
+        taken += rows[key]
+    return Split(
+        [e for e, key in zip(examples, keys, strict=True) if key not in chosen],
+        [e for e, key in zip(examples, keys, strict=True) if key in chosen],
+    )
+
+
+def _prompt_key(example: PreferenceExample, seed: int) -> bytes:
+    text = f"{seed}:{','.join(map(str, example.prompt_ids.tolist()))}"
+    return hashlib.sha256(text.encode()).digest()
+
+
+class RewardModelStage:
+    """Model, data and optimizer of a run; `train`, then `finish`."""
+
+    def __init__(
+        self, config: RewardModelConfig, run: Run, metrics: MetricLogger, device: torch.device
+    ) -> None:
+        self.config, self.run, self.device = config, run, device
+        self.tokenizer = load_stage_tokenizer(config.model, config.data)
+        self.reports: dict[str, Any] = {}
+        self.split, fingerprint = self._load_data()
+        self.demonstrations = self._load_demonstrations()
+        self.module = self._load_module()
+        self.sampler = EpochSampler(
+            len(self.split.train),
+            config.batch_size,
+            config.run.seed,
+            drop_last=False,
+            fingerprint=fingerprint,
+        )
+        self.total_steps = steps_of(config.epochs, config.max_steps, self.sampler)
+        self.optimizer = GuardedOptimizer(
+            self.module,
+            config.optim,
+            self.total_steps,
+            max_bad_steps=config.run.max_bad_steps,
+            name="reward_model",
+        )
+        self.state = TrainingState(
+            {"reward_model": self.module},
+            {"reward_model": self.optimizer},
+            {"train": self.sampler},
+            metrics,
+        )
+        load_training_state(
+            run.checkpoint, self.state, allow_data_change=config.run.allow_data_change
+        )
+
+    def _load_data(self) -> tuple[Split, str]:
+        config, source = self.config, self.config.data
+        options = LoadOptions.from_config(source)
+        data = load_preferences(source.train, self.tokenizer, options, split=source.split)
+        self.reports["train"] = data.report.to_dict()
+        show_reports(data.report)
+        if source.eval:
+            return Split(list(data.examples), self._load_eval(data, options)), data.fingerprint
+        split = split_by_prompt(data.examples, config.eval_fraction, config.run.seed)
+        self.reports["train"]["held_out"] = len(split.held_out)
+        say([f"  held out by prompt: {len(split.held_out)} of {len(data)} rows"])
+        return split, data.fingerprint
+
+    def _load_eval(
+        self, data: LoadedData[PreferenceExample], options: LoadOptions
+    ) -> list[PreferenceExample]:
+        source = self.config.data
+        held_out = load_preferences(
+            source.eval, self.tokenizer, options, split=source.eval_split, name="eval"
+        )
+        warn_overlap(data, held_out)
+        self.reports["eval"] = held_out.report.to_dict()
+        show_reports(held_out.report)
+        return list(held_out.examples)
+
+    def _load_demonstrations(self) -> list[Tensor]:
+        """Sequences whose mean score will be zero: the human ones, else the preferred ones."""
+        if not self.config.demonstrations:
+            return [example.sequences()[0] for example in self.split.train]
+        options = LoadOptions.from_config(self.config.data)
+        data = load_sft(self.config.demonstrations, self.tokenizer, options, name="demonstrations")
+        self.reports["demonstrations"] = data.report.to_dict()
+        show_reports(data.report)
+        return [example.ids for example in data.examples]
+
+    def _load_module(self) -> nn.Module:
+        config = self.config
+        examples = [*self.split.train, *self.split.held_out]
+        require_budget(config.microbatch_tokens, max(len(e) for e in examples))
+        longest = max(s.numel() for e in examples for s in e.sequences())
+        longest = max(longest, max(s.numel() for s in self.demonstrations))
+        module: nn.Module = load_sequence_classifier(
+            config.model,
+            init_head=config.init_head,
+            dtype=compute_type(config.run),
+            seed=config.run.seed,
+        )
+        prepare_for_training(
+            module,
+            self.tokenizer,
+            self.device,
+            longest=longest,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        # Training and calibration read raw scores; one that an earlier stage left would be counted
+        # twice.
+        set_calibration(module, 1.0, 0.0)
+        return module
+
+    def train(self) -> None:
+        """All steps that are left."""
+        train(
+            self.run,
+            self.state,
+            self.step,
+            total_steps=self.total_steps,
+            save_every=self.config.run.save_every,
+            description="reward model",
+            shown={"loss": "loss/train", "accuracy": "train/accuracy"},
+        )
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step: pack, accumulate gradients, update; evaluate after the last one."""
+        with self.run.phase("data"):
+            epoch = self.sampler.epoch + self.sampler.cursor / self.sampler.n
+            examples = [self.split.train[i] for i in self.sampler.next_batch()]
+            batches = pack_preferences(examples, self.config.microbatch_tokens)
+        with self.run.phase("forward_backward"):
+            sums = self.accumulate(batches, len(examples))
+        with self.run.phase("optimizer"):
+            lr = self.optimizer.lr
+            update = self.optimizer.step()
+        metrics = {
+            "loss/train": sums["loss"],
+            "train/accuracy": sums["correct"],
+            "train/margin": sums["margin"],
+            "rewards/chosen": sums["chosen"],
+            "rewards/rejected": sums["rejected"],
+            "lr": lr,
+            "grad_norm": update.grad_norm,
+            "skipped_steps": float(not update.applied),
+            "tokens": float(sum(len(e) for e in examples)),
+            "epoch": epoch,
+        }
+        self.state.extra["train_loss"] = metrics["loss/train"]
+        if self.split.held_out and self.state.step + 1 == self.total_steps:
+            with self.run.phase("evaluate"):
+                held_out = self.evaluate(self.split.held_out)
+            self.state.extra["eval"] = held_out
+            metrics |= held_out
+        return metrics
+
+    def accumulate(self, batches: Sequence[PreferenceBatch], prompts: int) -> dict[str, float]:
+        """Add the gradients of all microbatches; returns means over the step's prompts."""
+        totals: dict[str, Tensor] = {}
+        for batch in batches:
+            output = self.loss(batch, prompts)
+            output.loss.backward()
+            for name, value in output.metrics.items():
+                totals[name] = totals.get(name, torch.zeros_like(value)) + value
+        return {name: float(value) / prompts for name, value in totals.items()}
+
+    def loss(self, batch: PreferenceBatch, prompts: int) -> LossOutput:
+        """The batch's share of the loss of a step of `prompts` prompts."""
+        scores = scalar_outputs(self.module, last_token_hidden(self.module, batch.sequences))
+        margins = batch.margins if self.config.margin else None
+        return ranking_loss(scores, batch.group_sizes, margins, num_prompts=prompts)
+
+    def evaluate(self, examples: Sequence[PreferenceExample]) -> dict[str, float]:
+        """`eval/*` on held-out prompts, with the interval of the accuracy."""
+        sums, correct, pairs = {"loss": 0.0, "margin": 0.0}, [], []
+        self.module.eval()
+        with torch.no_grad():
+            for batch in pack_preferences(examples, self.config.microbatch_tokens):
+                hidden = last_token_hidden(self.module, batch.sequences)
+                scores = scalar_outputs(self.module, hidden)
+                margins = batch.margins if self.config.margin else None
+                output = ranking_loss(scores, batch.group_sizes, margins)
+                counts = count_pairs(scores, batch.group_sizes)
+                correct += counts.correct
+                pairs += counts.pairs
+                for name in sums:
+                    sums[name] += float(output.metrics[name].double())
+        self.module.train()
+        accuracy = pair_accuracy(PairCounts(correct, pairs))
+        return {
+            "eval/loss": sums["loss"] / len(examples),
+            "eval/margin": sums["margin"] / len(examples),
+            "eval/accuracy": accuracy.value,
+            "eval/accuracy_low": accuracy.low,
+            "eval/accuracy_high": accuracy.high,
+            "eval/near_chance": float(accuracy.low < NEAR_CHANCE),
+            "eval/prompts": float(len(examples)),
+            "eval/pairs": float(sum(pairs)),
+        }
+
+    def finish(self) -> RewardModelResult:
+        """Calibrate, write `output_dir/model` and sum up."""
+        with self.run.phase("calibrate"):
+            scores = self.raw_scores(self.demonstrations)
+            gain, bias = calibration_of(scores, unit_gain=self.config.unit_gain)
+            set_calibration(self.module, gain, bias)
+        with self.run.phase("export"):
+            model_dir = export_model(self.module, self.tokenizer, self.run.path / MODEL_NAME)
+        held_out = self.state.extra.get("eval", {})
+        return RewardModelResult(
+            output_dir=str(self.run.path),
+            model_dir=str(model_dir),
+            steps=self.state.step,
+            train_loss=self.state.extra["train_loss"],
+            accuracy=held_out.get("eval/accuracy"),
+            accuracy_low=held_out.get("eval/accuracy_low"),
+            accuracy_high=held_out.get("eval/accuracy_high"),
+            near_chance=bool(held_out.get("eval/near_chance", 0.0)),
+            eval_loss=held_out.get("eval/loss"),
+            margin=held_out.get("eval/margin"),
+            eval_prompts=int(held_out.get("eval/prompts", 0)),
+            eval_pairs=int(held_out.get("eval/pairs", 0)),
+            gain=gain,
+            bias=bias,
+            demonstrations=len(self.demonstrations),
+            reports=self.reports,
+        )
+
+    def raw_scores(self, sequences: Sequence[Tensor]) -> Tensor:
+        """[K] float64 uncalibrated scores, on the CPU."""
+        scores = torch.zeros(len(sequences), dtype=torch.float64)
+        budget = max(self.config.microbatch_tokens, max(s.numel() for s in sequences))
+        self.module.eval()
+        with torch.no_grad():
+            for chosen in pack_best_fit([s.numel() for s in sequences], budget):
+                packed = PackedSequences.from_lists([sequences[i] for i in chosen])
+                output = scalar_outputs(self.module, last_token_hidden(self.module, packed))
+                scores[torch.tensor(chosen)] = output.double().cpu()
+        self.module.train()
+        return scores
+
+
+def calibration_of(scores: Tensor, *, unit_gain: bool) -> tuple[float, float]:
+    """(gain, bias) that put the mean of `scores` at 0 and, with `unit_gain`, their std at 1.
+
+    The bias alone is the rule of Stiennon et al. 2020 and Ouyang et al. 2022, gain and bias that of
+    Ziegler et al. 2019; preferences fix neither, as only differences enter their loss.
+
+    Args:
+        scores: [K] raw scores of the demonstrations.
+        unit_gain: also scale.
+
+    Raises:
+        NumericalError: RF6030 for scores that are not finite, or do not vary under `unit_gain`.
+    """
+    mean = float(scores.double().mean())
+    std = float(scores.double().std(unbiased=False)) if unit_gain else 1.0
+    if not math.isfinite(mean) or not math.isfinite(std) or std == 0.0:
+        raise NumericalError(
+            "RF6030",
+            f"the reward model cannot be calibrated: its scores have mean {mean} and std {std}",
+            where="demonstrations" if unit_gain else "scores after training",
+            expected="finite scores that vary",
+            remedy="look at loss/train; lower optim.lr, or give more demonstrations",
+        )
+    gain = 1.0 / std
+    return gain, -gain * mean
