@@ -50,7 +50,7 @@ ul.findings{padding-left:20px;max-width:84ch}ul.findings li{margin:0 0 8px}
 .charts.small{grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr))}
 figure{margin:0;padding:14px 16px 8px;min-width:0}
 figcaption{font-weight:600;font-size:.95rem;margin-bottom:4px;overflow-wrap:anywhere}
-svg{display:block;width:100%;height:auto}
+svg{display:block;width:100%;max-width:660px;height:auto}
 .legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:.82rem;color:var(--quiet)}
 .key::before{content:"";display:inline-block;width:20px;margin-right:6px;vertical-align:middle;
 border-top:3px solid currentColor}

@@ -142,9 +142,9 @@ def number_text(value: float) -> str:
     """A number in at most about six characters, without a needless exponent."""
     if value == 0.0 or not math.isfinite(value):
         return "0" if value == 0.0 else "n/a"
-    if 1e-3 <= abs(value) < 1e5:
+    if 1e-4 <= abs(value) < 1e5:
         return f"{value:.4g}"
-    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e")
 
 
 @dataclass(frozen=True)
