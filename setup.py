@@ -267,7 +267,7 @@ class BuildCore(build_ext):
             print(f"warning: {MODULE} is not built: {problem}", file=sys.stderr)
         report.write(target.parent)
         self.report = report
-        if self.inplace or getattr(self, "editable_mode", False) or self.source_wanted:
+        if self.source_wanted:
             source = ROOT / "kernels" / "rlhf_fast_kernels"
             report.write(source)
             if not report.core:
@@ -325,11 +325,12 @@ class Wheel(bdist_wheel):
         super().run()
 
 
-setup(
-    packages=[*find_packages(include=["rlhf_fast", "rlhf_fast.*"]), *find_packages("kernels")],
-    package_dir={"rlhf_fast_kernels": "kernels/rlhf_fast_kernels"},
-    package_data={"*": ["py.typed", "*.json", "*.jinja", "*.html", "*.css", "*.js", "*.yaml"]},
-    exclude_package_data={"rlhf_fast_kernels": [REPORT_NAME]},
-    ext_modules=[Extension(MODULE, sources=[], optional=True)],
-    cmdclass={"build_ext": BuildCore, "bdist_wheel": Wheel},
-)
+if __name__ == "__main__":
+    setup(
+        packages=[*find_packages(include=["rlhf_fast", "rlhf_fast.*"]), *find_packages("kernels")],
+        package_dir={"rlhf_fast_kernels": "kernels/rlhf_fast_kernels"},
+        package_data={"*": ["py.typed", "*.json", "*.jinja", "*.html", "*.css", "*.js", "*.yaml"]},
+        exclude_package_data={"rlhf_fast_kernels": [REPORT_NAME]},
+        ext_modules=[Extension(MODULE, sources=[], optional=True)],
+        cmdclass={"build_ext": BuildCore, "bdist_wheel": Wheel},
+    )
