@@ -45,7 +45,8 @@ def _decode(data: bytes, origin: str, replace: bool) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         if replace:
-            return data.decode("utf-8", "replace")
+            # Bytes become lone surrogates, which `clean_row` then replaces and counts.
+            return data.decode("utf-8", "surrogateescape")
         raise DataError(
             "RF2008",
             f"invalid UTF-8: byte 0x{data[error.start]:02x} at byte {error.start + 1} of the line",

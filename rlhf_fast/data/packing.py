@@ -121,8 +121,8 @@ def _balanced(lengths: Sequence[int], budget: int, min_bins: int) -> list[list[i
     if not lengths:
         return []
     fallback = pack_best_fit(lengths, budget)
-    fewest = max(-(-sum(lengths) // budget) if budget else 1, min_bins, 1)
-    for count in range(min(fewest, len(lengths)), len(fallback) + 1):
+    fewest = min(max(-(-sum(lengths) // budget) if budget else 1, min_bins, 1), len(lengths))
+    for count in range(fewest, max(fewest, len(fallback)) + 1):
         bins = _emptiest_first(lengths, count)
         if max(sum(lengths[i] for i in b) for b in bins) <= budget:
             return bins

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from rlhf_fast.errors import DataError
 
 REPLACEMENT = "\ufffd"
+_INVALID = re.compile("[\x00\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,7 @@ class _Cleaner:
         if not self.replace:
             raise _InvalidText(path, reason)
         self.replaced = True
-        # "surrogatepass" keeps the code point as three bytes, which decoding then replaces.
-        raw = text.replace("\x00", REPLACEMENT).encode("utf-8", "surrogatepass")
-        return raw.decode("utf-8", "replace")
+        return _INVALID.sub(REPLACEMENT, text)
 
     def value(self, value: Any, path: str) -> Any:
         if isinstance(value, str):
