@@ -10,11 +10,10 @@ demonstrations at zero; it travels in the exported config and is applied whereve
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from rlhf_fast.data import (
     pack_preferences,
     warn_overlap,
 )
-from rlhf_fast.errors import DataError, NumericalError
+from rlhf_fast.errors import NumericalError
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.models.export import export_model
 from rlhf_fast.models.heads import scalar_outputs, set_calibration
@@ -40,6 +39,7 @@ from rlhf_fast.models.loading import load_sequence_classifier
 from rlhf_fast.models.ranking_loss import PairCounts, count_pairs, pair_accuracy, ranking_loss
 from rlhf_fast.models.roles import last_token_hidden
 from rlhf_fast.optim import GuardedOptimizer
+from rlhf_fast.stages.held_out import Split, split_by_prompt
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.training import (
     MODEL_NAME,
@@ -166,54 +166,6 @@ def warn_near_chance(result: RewardModelResult) -> None:
         "model's errors and the text gets worse while the reward rises.\nMore or cleaner "
         "preferences help most; then more held-out rows, to narrow the interval.",
     )
-
-
-class Split(NamedTuple):
-    """Training and held-out examples without a common prompt."""
-
-    train: list[PreferenceExample]
-    held_out: list[PreferenceExample]
-
-
-def split_by_prompt(examples: Sequence[PreferenceExample], fraction: float, seed: int) -> Split:
-    """Hold out whole prompts until they make up `fraction` of the rows.
-
-    Prompts go in the order of a hash of (seed, prompt), so that the split does not depend on the
-    order of the rows.
-
-    Raises:
-        DataError: RF2070 if there is only one prompt.
-    """
-    rows: dict[bytes, int] = {}
-    keys = [_prompt_key(example, seed) for example in examples]
-    for key in keys:
-        rows[key] = rows.get(key, 0) + 1
-    if fraction == 0:
-        return Split(list(examples), [])
-    if len(rows) < 2:
-        raise DataError(
-            "RF2070",
-            f"all {len(examples)} rows have the same prompt: none can be held out",
-            where="data.train",
-            expected="at least two prompts, so that held-out accuracy is about new ones",
-            remedy="set data.eval to held-out rows, or eval_fraction=0 to do without",
-        )
-    chosen: set[bytes] = set()
-    taken = 0
-    for key in sorted(rows)[:-1]:
-        if taken >= fraction * len(examples):
-            break
-        chosen.add(key)
-        taken += rows[key]
-    return Split(
-        [e for e, key in zip(examples, keys, strict=True) if key not in chosen],
-        [e for e, key in zip(examples, keys, strict=True) if key in chosen],
-    )
-
-
-def _prompt_key(example: PreferenceExample, seed: int) -> bytes:
-    text = f"{seed}:{','.join(map(str, example.prompt_ids.tolist()))}"
-    return hashlib.sha256(text.encode()).digest()
 
 
 class RewardModelStage:

@@ -12,17 +12,17 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_fast.config import DataConfig, OptimConfig, RewardModelConfig, RunConfig
-from rlhf_fast.data import PreferenceExample, load_preferences, load_sft
+from rlhf_fast.data import PreferenceExample, load_preferences, load_sft, pack_preferences
 from rlhf_fast.errors import ConfigError, DataError, ModelError, NumericalError, Preempted
 from rlhf_fast.models.heads import get_calibration, set_calibration
 from rlhf_fast.models.loading import load_sequence_classifier, load_tokenizer
 from rlhf_fast.models.ranking_loss import PairCounts, pair_accuracy
 from rlhf_fast.models.roles import RewardModel
+from rlhf_fast.stages.held_out import split_by_prompt
 from rlhf_fast.stages.reward_model import (
     RewardModelStage,
     calibration_of,
     run_reward_model,
-    split_by_prompt,
 )
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.training import open_metrics, open_run, setup_run
@@ -72,8 +72,6 @@ def stage_for(config: RewardModelConfig, run: Run) -> RewardModelStage:
 
 
 def gradients(config: RewardModelConfig, rows: int = 8) -> dict[str, torch.Tensor]:
-    from rlhf_fast.data import pack_preferences
-
     with open_run(config, "reward_model", quiet=True) as run:
         stage = stage_for(config, run)
         batches = pack_preferences(stage.split.train[:rows], config.microbatch_tokens)
@@ -235,9 +233,7 @@ def test_export_is_what_plain_transformers_loads(base: Path, tmp_path: Path) -> 
         assert torch.equal(weight, tensors["reward_model"][name]), name
 
 
-def test_calibration_of_the_starting_model_is_not_counted_twice(
-    base: Path, tmp_path: Path
-) -> None:
+def test_calibration_of_the_starting_model_is_not_counted_twice(base: Path, tmp_path: Path) -> None:
     module = build_classifier()
     set_calibration(module, 3.0, 40.0)
     module.save_pretrained(tmp_path / "start")
