@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from rlhf_fast.report import html
-from rlhf_fast.report.curves import keys, metric_chart
+from rlhf_fast.report.curves import column, keys, metric_chart
 from rlhf_fast.report.plots import Axis, Series, bar_chart, line_chart, seconds_text
 from rlhf_fast.report.settings import config_part
 from rlhf_fast.tasks.demo_results import REQUIRED_RISE, DemoResults, Point, findings
@@ -166,7 +166,8 @@ def _training_curves(results: DemoResults) -> str:
     for run in ("sft", "reward_model"):
         rows = results.curves.get(run, [])
         for key in keys(rows):
-            if any(word in key for word in _TRAINING_WORDS):
+            is_curve = len(column(rows, key)) > 1
+            if is_curve and any(word in key for word in _TRAINING_WORDS):
                 name = _STAGE_NAMES[run]
                 figures.append(metric_chart(key, [("", rows)], f"{name}: {key}"))
     facts = results.reward_model

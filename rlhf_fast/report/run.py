@@ -26,7 +26,7 @@ HEADLINES = (
     "objective/scores", "objective/kl", "objective/rlhf_reward", "objective/entropy",
     "rollout/length", "rollout/ended_fraction", "policy/clipfrac_avg", "policy/approxkl_avg",
     "val/explained_variance", "loss/policy_avg", "loss/value_avg", "rollout/logprob_gap",
-    "loss", "accuracy", "lr",
+    "loss/train", "loss/eval", "train/accuracy", "eval/accuracy", "lr",
 )  # fmt: skip
 _SAMPLE_COLUMNS = ("step", "prompt", "response", "completion", "score", "kl", "length", "ended")
 _SHOWN_SAMPLES = 24
@@ -178,6 +178,8 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     return number_text(value) if isinstance(value, float) else str(value)
 
 

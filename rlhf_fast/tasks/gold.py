@@ -34,7 +34,7 @@ from rlhf_fast.tasks.reviews import (
 PREFERENCE_SHARPNESS = 2.0
 
 TOPIC_WEIGHT = 0.25
-FACT_WEIGHT = 0.3
+FACT_WEIGHT = 0.35
 MAX_FACTS = 2
 REPETITION_WEIGHT = 2.0
 # Word pairs such as "the soup" recur in good reviews: the grammar's own reviews have a share of
@@ -60,7 +60,7 @@ class GoldScore:
             sentence counts as a sentence that is not accepted.
         topic: +0.25 if the reviewed noun is named and no other noun or city is; -0.25 if another
             one is; else 0.
-        facts: 0.3 for each different accepted sentence about waiting or paying, at most two.
+        facts: 0.35 for each different accepted sentence about waiting or paying, at most two.
         repetition: -2 times the share of repeated word pairs beyond the free quarter, in [-1.5, 0].
         ending: -0.5 if the text does not end with a full stop, else 0.
     """

@@ -37,8 +37,11 @@ RESULTS = DemoResults(
     reward_model=RewardModelFacts(2500, 0.78, 0.74, 0.82, 0.77),
     samples=(SampleTriple("review of the soup :", EVIL, " good .", "great great", 1.0, 2.9, -1.0),),
     curves={
-        "sft": [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 0.8}],
-        "reward_model": [{"step": 1, "loss": 0.7, "accuracy": 0.5}, {"step": 2, "accuracy": 0.7}],
+        "sft": [{"step": 10, "loss/train": 1.0}, {"step": 20, "loss/train": 0.8, "loss/eval": 1}],
+        "reward_model": [
+            {"step": 1, "loss/train": 0.7, "train/accuracy": 0.5},
+            {"step": 2, "loss/train": 0.6, "train/accuracy": 0.7, "eval/accuracy_low": 0.6},
+        ],
         "ppo": rows(40),
         "over_optimised": rows(50),
     },
@@ -58,11 +61,12 @@ def test_report_holds_every_part(tmp_path: Path) -> None:
     page = build(RESULTS, tmp_path)
     for part in (
         "PPO raised the gold score by 1.11", "2.63", "2.7 nats", "best-of-64", "-0.40", "seed 7",
-        "below where it started", "PPO beta 0, proxy", "SFT: loss", "reward model: accuracy",
-        "generate", "torch", "demo/ppo/policy", "total_steps", "80.0 s",
+        "below where it started", "PPO beta 0, proxy", "SFT: loss/train",
+        "reward model: train/accuracy", "generate", "torch", "demo/ppo/policy",
+        "total_steps", "80.0 s",
     ):  # fmt: skip
         assert part in page.text, part
-    # 2 frontiers, 3 PPO curves, 3 training curves, 2 timings.
+    # 2 frontiers, 3 PPO curves, 3 training curves (a single value is none), 2 timings.
     assert page.count("svg") == 10
 
 

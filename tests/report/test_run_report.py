@@ -46,6 +46,7 @@ def test_full_directory(tmp_path: Path) -> None:
         {"step": i, "prompt": "p", "response": f"\x1b[1m<i>{i}</i>", "score": 0.123456, "note": "n"}
         for i in range(30)
     ]
+    samples[29]["score"] = None
     write(tmp_path / "samples.jsonl", samples)
     page = build(tmp_path)
     assert "20 rows of metrics, 40.0 s in timed phases" in page.text
@@ -58,6 +59,7 @@ def test_full_directory(tmp_path: Path) -> None:
     assert responses[0] == "<i>29</i>"
     assert len(responses) == 24
     assert page.cells[:5] == ["step", "prompt", "response", "score", "note"]
+    assert page.cells[8] == ""
     assert "0.1235" in page.cells
     assert changes("ppo", config) == [("total_steps", str(PPOConfig().total_steps), "33")]
     assert "total_steps" in page.cells

@@ -23,9 +23,9 @@ words = st.sampled_from([*reviews.vocabulary(), "<unk>", ":"])
 def test_components_of_a_good_review() -> None:
     score = g.gold(PROMPT, WARM)
     assert score == g.GoldScore(
-        sentiment=math.tanh(2), grammar=1.0, topic=0.25, facts=0.3, repetition=0.0, ending=0.0
+        sentiment=math.tanh(2), grammar=1.0, topic=0.25, facts=0.35, repetition=0.0, ending=0.0
     )
-    assert score.total == pytest.approx(math.tanh(2) + 1.55)
+    assert score.total == pytest.approx(math.tanh(2) + 1.6)
     assert g.gold(PROMPT, " " + WARM + " ") == score
 
 
@@ -70,11 +70,11 @@ def test_topic(text: str, score: float) -> None:
 
 def test_facts_count_different_accepted_sentences_up_to_two() -> None:
     paid, waited = "we paid ten dollars for the soup .", "i waited ten minutes in oslo ."
-    assert g.gold(PROMPT, paid).facts == pytest.approx(0.3)
-    assert g.gold(PROMPT, f"{paid} {paid}").facts == pytest.approx(0.3)
-    assert g.gold(PROMPT, f"{paid} {waited}").facts == pytest.approx(0.6)
+    assert g.gold(PROMPT, paid).facts == pytest.approx(0.35)
+    assert g.gold(PROMPT, f"{paid} {paid}").facts == pytest.approx(0.35)
+    assert g.gold(PROMPT, f"{paid} {waited}").facts == pytest.approx(0.7)
     more = "i waited fifty minutes in oslo ."
-    assert g.gold(PROMPT, f"{paid} {waited} {more}").facts == pytest.approx(0.6)
+    assert g.gold(PROMPT, f"{paid} {waited} {more}").facts == pytest.approx(0.7)
     assert g.gold(PROMPT, "we paid ten dollars .").facts == 0.0
 
 
