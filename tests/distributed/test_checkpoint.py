@@ -116,7 +116,7 @@ def test_newest_and_explicit_steps(tmp_path: Path) -> None:
     assert value_of(tmp_path) == 30
     assert load(tmp_path, "latest").step == 30
     assert value_of(tmp_path, 2) == 2
-    with pytest.raises(CheckpointError, match="RF8003.*step 4") as caught:
+    with pytest.raises(CheckpointError, match=r"RF8003.*step 4") as caught:
         load(tmp_path, 4)
     assert "1, 2, 30" in str(caught.value)
 
@@ -249,9 +249,14 @@ def test_exports_appear_whole_or_not_at_all(tmp_path: Path) -> None:
     with staged_directory(final) as directory:
         (directory / "weights").write_text("one")
         assert not final.exists()
-    with pytest.raises(KeyError), staged_directory(final) as directory:
-        (directory / "weights").write_text("two")
-        raise KeyError("interrupted")
+
+    def interrupted_export() -> None:
+        with staged_directory(final) as directory:
+            (directory / "weights").write_text("two")
+            raise KeyError("interrupted")
+
+    with pytest.raises(KeyError):
+        interrupted_export()
     assert (final / "weights").read_text() == "one"
     with staged_directory(final) as directory:
         (directory / "weights").write_text("three")

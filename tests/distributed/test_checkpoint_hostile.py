@@ -1,4 +1,5 @@
-"""Damaged and malicious checkpoints: the file is named, and nothing outside the directory is touched."""
+"""Damaged and malicious checkpoints: the file is named, and nothing outside the directory is
+touched."""
 
 from __future__ import annotations
 
@@ -126,8 +127,10 @@ def test_a_linked_checkpoint_directory_is_refused(root: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "name",
-    ["../step-00000001/state.json", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "x\x00y", "c..d"]
-    + ["manifest.json", "-" * 300],
+    [
+        *("../step-00000001/state.json", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "x\x00y"),
+        *("c..d", "manifest.json", "-" * 300),
+    ],
 )
 def test_names_that_leave_the_directory(root: Path, name: str) -> None:
     def change(body: dict[str, Any]) -> None:
