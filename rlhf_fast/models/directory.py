@@ -69,7 +69,10 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ModelError(
-            "RF3012", f"config.json cannot be read: {error}", where=str(file)
+            "RF3012",
+            f"config.json cannot be read: {error}",
+            where=str(file),
+            remedy="copy or download the model again",
         ) from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type in CONFIG_MAPPING:

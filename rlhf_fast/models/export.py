@@ -49,9 +49,9 @@ def export_model(module: nn.Module, tokenizer: Any, directory: str | Path) -> Pa
         EnvironmentFault: the disk is full, or writing is not permitted.
     """
     target = Path(os.path.abspath(directory))
-    _require_replaceable(target)
     draft = target.with_name(f".{target.name}.exporting")
     try:
+        _require_replaceable(target)
         if draft.exists():
             shutil.rmtree(draft)
         draft.mkdir(parents=True)

@@ -110,6 +110,7 @@ def packed_hidden(module: nn.Module, sequences: PackedSequences) -> Tensor:
         ModelError: gradient checkpointing is on, but not through `enable_gradient_checkpointing`.
     """
     model: Any = module
+    layout = PackedLayout.build(sequences, device_of(module))
     sequences = sequences.to(device_of(module))
     if sequences.ids.numel() == 0:
         width = model.get_input_embeddings().weight.shape[1]
@@ -118,7 +119,6 @@ def packed_hidden(module: nn.Module, sequences: PackedSequences) -> Tensor:
         if not runs_packed(module):
             return _right_padded_hidden(module, sequences)
         _require_our_checkpointing(module)
-        layout = PackedLayout.build(sequences)
         with packed_attention_mode(module):
             output = model.base_model(
                 input_ids=sequences.ids[None],

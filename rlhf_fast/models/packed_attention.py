@@ -52,68 +52,73 @@ class SegmentGroup:
 
 
 @dataclass(frozen=True)
-class PackedLayout:
-    """Where the segments of a packed batch lie; built once per forward, read by every layer.
+class PaddedGroups:
+    """All segments of a packed batch in right-padded groups.
 
     Args:
-        cu_seqlens: [K+1] int32.
-        max_length: tokens of the longest segment.
-        groups: padded groups that cover all segments.
+        groups: they cover every token once.
         ungather: [N] int64 slot of each packed token in the groups' concatenated slots, or None if
             slots and packed tokens are the same.
     """
 
-    cu_seqlens: Tensor
-    max_length: int
     groups: tuple[SegmentGroup, ...]
     ungather: Tensor | None
 
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Where the segments of a packed batch lie; built once per forward, read by every layer.
+
+    Args:
+        cu_seqlens: [K+1] int32 on the device of the forward.
+        lengths: [K] int64 on the host.
+    """
+
+    cu_seqlens: Tensor
+    lengths: Tensor
+
     @classmethod
-    def build(cls, sequences: PackedSequences) -> PackedLayout:
-        """Group the segments of `sequences` so that padding at most doubles the work.
+    def build(cls, sequences: PackedSequences, device: torch.device) -> PackedLayout:
+        """The layout of `sequences` for a forward on `device`.
+
+        Sequences on the host cost the device no synchronisation.
+        """
+        return cls(sequences.cu_seqlens.to(device), sequences.lengths.cpu())
+
+    @functools.cached_property
+    def max_length(self) -> int:
+        """Tokens of the longest segment."""
+        return int(self.lengths.max())
+
+    @functools.cached_property
+    def padded(self) -> PaddedGroups:
+        """Segments grouped so that padding at most doubles the work.
 
         If padding all of them to the longest costs more than that, segments are grouped by the
-        power of two their length falls under.
+        power of two their length falls under. Only the SDPA path asks for it.
         """
-        lengths = sequences.lengths.cpu()
-        keep = torch.nonzero(lengths > 0).squeeze(1)
-        device, longest = sequences.ids.device, int(lengths.max()) if len(keep) else 0
-        total = int(lengths.sum())
-        if total == len(keep) * longest:
-            group = SegmentGroup(len(keep), longest, None)
-            return cls(sequences.cu_seqlens, longest, (group,) if total else (), None)
-        if len(keep) * longest <= _MAX_PADDING_RATIO * total:
+        lengths, device = self.lengths, self.cu_seqlens.device
+        keep, total = torch.nonzero(lengths > 0).squeeze(1), int(lengths.sum())
+        slots = len(keep) * self.max_length
+        if total == slots:
+            return PaddedGroups((SegmentGroup(len(keep), self.max_length, None),), None)
+        if slots <= _MAX_PADDING_RATIO * total:
             members = [keep]
         else:
             buckets = torch.ceil(torch.log2(lengths[keep].double())).long()
             members = [keep[buckets == b] for b in buckets.unique().tolist()]
-        groups, ungather = cls._gathers(sequences.cu_seqlens.cpu().long(), lengths, members)
-        return cls(
-            sequences.cu_seqlens,
-            longest,
-            tuple(SegmentGroup(g.count, g.width, _move(g.gather, device)) for g in groups),
-            _move(ungather, device),
-        )
-
-    @staticmethod
-    def _gathers(
-        bounds: Tensor, lengths: Tensor, members: list[Tensor]
-    ) -> tuple[list[SegmentGroup], Tensor]:
-        ungather = torch.empty(int(lengths.sum()), dtype=torch.int64)
-        groups, offset = [], 0
+        starts = lengths.cumsum(0) - lengths
+        ungather, offset = torch.empty(total, dtype=torch.int64), 0
+        groups = []
         for segments in members:
             size, width = lengths[segments, None], int(lengths[segments].max())
             column = torch.arange(width)[None, :]
-            index = bounds[segments, None] + torch.minimum(column, size - 1)
+            index = (starts[segments, None] + torch.minimum(column, size - 1)).flatten()
             real = (column < size).flatten()
-            ungather[index.flatten()[real]] = offset + torch.nonzero(real).squeeze(1)
-            groups.append(SegmentGroup(len(segments), width, index.flatten()))
+            ungather[index[real]] = offset + torch.nonzero(real).squeeze(1)
+            groups.append(SegmentGroup(len(segments), width, index.to(device)))
             offset += index.numel()
-        return groups, ungather
-
-
-def _move(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, non_blocking=True)
+        return PaddedGroups(tuple(groups), ungather.to(device))
 
 
 def packed_attention_forward(
@@ -178,7 +183,7 @@ def _sdpa_groups(
     """[N, heads, head dim] by one SDPA call per padded group."""
     gqa = query.shape[1] != key.shape[1]
     slots = []
-    for group in layout.groups:
+    for group in layout.padded.groups:
         q, k, v = (_pad(t, group) for t in (query, key, value))
         narrow = window is not None and window < group.width
         mask = _band(group.width, window or 0, query.device) if narrow else None
@@ -187,7 +192,8 @@ def _sdpa_groups(
         )
         slots.append(out.transpose(1, 2).flatten(0, 1))
     flat = slots[0] if len(slots) == 1 else torch.cat(slots)
-    return flat if layout.ungather is None else flat.index_select(0, layout.ungather)
+    ungather = layout.padded.ungather
+    return flat if ungather is None else flat.index_select(0, ungather)
 
 
 def _pad(tensor: Tensor, group: SegmentGroup) -> Tensor:

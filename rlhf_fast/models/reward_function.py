@@ -235,7 +235,12 @@ def load_reward_function(spec: str) -> RewardFunction:
             remedy="name a Python file and a function in it",
         )
     if not file.is_file():
-        raise RewardError("RF5008", "no such reward file", where=str(file.absolute()))
+        raise RewardError(
+            "RF5008",
+            "no such reward file",
+            where=str(file.absolute()),
+            remedy="correct the path before the colon; it is relative to the working directory",
+        )
     module = _import_file(file)
     function = getattr(module, name, None)
     if not callable(function):

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+import importlib.machinery
 import itertools
+import sys
+import types
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 
 from rlhf_fast.errors import ModelError
+from rlhf_fast.models import packed_attention
 from rlhf_fast.models.dropout import disable_dropout
 from rlhf_fast.models.forward import (
     PACKED_MODEL_TYPES,
@@ -65,6 +71,102 @@ def test_sliding_window(window: int) -> None:
     with torch.no_grad():
         ours, stock = packed_hidden(model, sequences), stock_hidden(model, sequences)
     torch.testing.assert_close(ours, stock, rtol=2e-6, atol=2e-6)
+
+
+def reference_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bounds: list[int],
+    scale: float,
+    window: tuple[int, int],
+) -> torch.Tensor:
+    """Attention by its definition, [T, heads, dim], one segment and one head at a time.
+
+    `window` is (left, right) as in the flash kernels: -1 is without limit.
+    """
+    out = torch.zeros_like(q)
+    for a, b in itertools.pairwise(bounds):
+        distance = torch.arange(b - a)[:, None] - torch.arange(b - a)[None]
+        seen = torch.ones_like(distance, dtype=torch.bool)
+        if window[0] >= 0:
+            seen &= distance <= window[0]
+        if window[1] >= 0:
+            seen &= distance >= -window[1]
+        for head in range(q.shape[1]):
+            source = head // (q.shape[1] // k.shape[1])
+            scores = q[a:b, head] @ k[a:b, source].T * scale
+            weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+            out[a:b, head] = weights @ v[a:b, source]
+    return out
+
+
+def fake_flash_attn() -> types.ModuleType:
+    """A stand-in with the calling convention of flash_attn_varlen_func."""
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size
+    ):  # type: ignore[no-untyped-def]
+        assert cu_q.dtype == torch.int32
+        assert torch.equal(cu_q, cu_k)
+        assert max_q == max_k == int(cu_q.diff().max())
+        right = 0 if causal else window_size[1]
+        return reference_varlen(q, k, v, cu_q.tolist(), softmax_scale, (window_size[0], right))
+
+    module = types.ModuleType("flash_attn")
+    module.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
+    return module
+
+
+def fake_torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):  # type: ignore[no-untyped-def]
+    """A stand-in with the calling convention of torch.nn.attention.varlen.varlen_attn."""
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    assert max_q == max_k == int(cu_q.diff().max())
+    return reference_varlen(q, k, v, cu_q.tolist(), scale, window_size)
+
+
+@pytest.fixture(params=["flash_attn", "torch"])
+def varlen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Packed attention as on CUDA in bf16, with the kernel's definition in the kernel's place."""
+    packed_attention._flash_attn_kernel.cache_clear()
+    packed_attention._torch_varlen_kernel.cache_clear()
+    if request.param == "flash_attn":
+        monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
+    else:
+        monkeypatch.setitem(sys.modules, "flash_attn", None)
+        monkeypatch.setattr(packed_attention, "_flash_attn_kernel", lambda: None)
+        monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", fake_torch_varlen)
+    kernel = packed_attention._varlen_kernel("cuda", torch.bfloat16, 64)
+    assert kernel is not None
+    monkeypatch.setattr(packed_attention, "_varlen_kernel", lambda *_: kernel)
+    yield
+    monkeypatch.undo()
+    packed_attention._flash_attn_kernel.cache_clear()
+    packed_attention._torch_varlen_kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("varlen")
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [("llama", {}), ("gpt2", {}), ("granite", {}), ("mistral", {"sliding_window": 4})],
+)
+def test_variable_length_kernels_are_called_as_they_ask(
+    model_type: str, settings: dict[str, int]
+) -> None:
+    model, sequences = build(model_type, **settings), random_sequences(SKEWED)
+    disable_dropout(model)
+    with torch.no_grad():
+        ours, stock = packed_hidden(model, sequences), stock_hidden(model, sequences)
+    torch.testing.assert_close(ours, stock, rtol=5e-6, atol=5e-6)
+
+
+def test_variable_length_kernels_are_for_cuda_in_half_precision() -> None:
+    choose = packed_attention._varlen_kernel
+    assert choose("cpu", torch.bfloat16, 64) is None
+    assert choose("cuda", torch.float32, 64) is None
+    assert choose("cuda", torch.bfloat16, 512) is None
+    assert choose("cuda", torch.bfloat16, 20) is None
 
 
 def test_gradients_equal_those_of_each_sequence_alone() -> None:

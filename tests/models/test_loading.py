@@ -104,6 +104,18 @@ def test_missing_directory_and_uncached_hub_name_fail_at_once() -> None:
         assert time.monotonic() - start < 5
 
 
+def test_cached_hub_name_is_loaded_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--some--name"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    build("llama").save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert load_causal_lm("some/name", dtype="float32").config.model_type == "llama"
+
+
 def test_directory_without_config(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="RF3011"):
         load_causal_lm(tmp_path, dtype="float32")

@@ -150,6 +150,26 @@ def test_dropout_is_off_everywhere_and_remembered(model_type: str) -> None:
     assert settings.items() <= dropout_before(model).items()
 
 
+@pytest.mark.parametrize("limit", [1 << 26, 5 * VOCAB])
+def test_bfloat16_trains_fp32_masters(limit: int) -> None:
+    sequences = random_sequences(LENGTHS)
+    targets = next_token_targets(sequences)
+    gradients = []
+    for dtype in ("float32", "bfloat16"):
+        actor = Actor(build("llama"), max_logits_elements=limit)
+        set_compute_dtype(actor.module, dtype)  # type: ignore[arg-type]
+        logprobs, entropy = actor.logprobs(sequences, targets, with_entropy=True)
+        assert entropy is not None
+        assert logprobs.dtype == entropy.dtype == torch.float32
+        with torch.no_grad():
+            assert torch.equal(actor.logprobs(sequences, targets)[0], logprobs)
+        logprobs.sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in actor.module.parameters()]))
+    exact, rounded = gradients
+    assert rounded.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(exact, rounded, dim=0) > 0.999
+
+
 def test_weight_version_counts() -> None:
     actor = Actor(build("llama"))
     assert actor.weight_version == 0
