@@ -54,9 +54,11 @@ class TextEncoder:
         special = {int(i): str(t) for i, t in added.items() if t.special}
         ids, names = tokenizer.all_special_ids, tokenizer.all_special_tokens
         special |= {int(i): str(t) for i, t in zip(ids, names, strict=True)}
-        # What an unknown character becomes is no control token, declared as `unk_token` or not.
-        self.control_ids = frozenset(special) - {tokenizer.unk_token_id}
-        self.control_ids -= set(self._raw(_NONCHARACTERS[0], literal=True))
+        # What an unknown character becomes is no control token, declared as `unk_token` or not;
+        # unless it doubles as EOS or BOS, as in GPT-2.
+        unknown = {tokenizer.unk_token_id, *self._raw(_NONCHARACTERS[0], literal=True)}
+        unknown -= {self.eos_id, tokenizer.bos_token_id}
+        self.control_ids = frozenset(special) - unknown
         strings = sorted((t for i, t in special.items() if i in self.control_ids), key=len)
         self._control = re.compile("|".join(re.escape(t) for t in reversed(strings)))
         self.bos_ids = self._leading_ids()

@@ -44,16 +44,26 @@ def pack_best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """
     _check(lengths, budget)
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []
+    # Bins by the room left in them. There are at most `budget` + 1 different rooms, so a search
+    # costs its logarithm however many bins there are.
+    rooms: list[int] = []
+    bins_with: dict[int, list[int]] = {}
     for index in _longest_first(lengths):
-        spot = bisect.bisect_left(room, (lengths[index], -1))
-        if spot == len(room):
+        spot = bisect.bisect_left(rooms, lengths[index])
+        if spot == len(rooms):
             bins.append([])
-            free, target = budget, len(bins) - 1
+            room, target = budget, len(bins) - 1
         else:
-            free, target = room.pop(spot)
+            room = rooms[spot]
+            target = heapq.heappop(bins_with[room])
+            if not bins_with[room]:
+                del bins_with[room], rooms[spot]
         bins[target].append(index)
-        bisect.insort(room, (free - lengths[index], target))
+        left = room - lengths[index]
+        if left not in bins_with:
+            bins_with[left] = []
+            bisect.insort(rooms, left)
+        heapq.heappush(bins_with[left], target)
     return sorted(sorted(b) for b in bins)
 
 
@@ -122,7 +132,7 @@ def _balanced(lengths: Sequence[int], budget: int, min_bins: int) -> list[list[i
         return []
     fallback = pack_best_fit(lengths, budget)
     fewest = min(max(-(-sum(lengths) // budget) if budget else 1, min_bins, 1), len(lengths))
-    for count in range(fewest, max(fewest, len(fallback)) + 1):
+    for count in dict.fromkeys((fewest, max(fewest, len(fallback)))):
         bins = _emptiest_first(lengths, count)
         if max(sum(lengths[i] for i in b) for b in bins) <= budget:
             return bins

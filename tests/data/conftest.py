@@ -134,3 +134,9 @@ def make_words() -> Callable[..., PreTrainedTokenizerFast]:
 def templates() -> dict[str, str]:
     """Chat templates by name: chatml, inst, speakers, rewriting."""
     return {"chatml": CHATML, "inst": INST, "speakers": SPEAKERS, "rewriting": REWRITING}
+
+
+@pytest.fixture(scope="session")
+def make_bpe() -> Callable[..., PreTrainedTokenizerFast]:
+    """Builds byte-level tokenizers: special tokens by keyword (None for none)."""
+    return byte_bpe

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from rlhf_fast.data.encoding import TextEncoder, resolve_pad_id
 from rlhf_fast.errors import DataError, ModelError
@@ -48,6 +48,24 @@ def test_word_level_vocabulary_holds_the_control_token_as_a_word(
 def test_undeclared_unknown_token_is_no_control_token(make_words: Any) -> None:
     tokenizer = make_words("the cat", unk_token=None)
     assert TextEncoder(tokenizer).encode_text("the dog") == [2, 0]
+
+
+def test_eos_that_doubles_as_unknown_token_stays_a_control_token(make_bpe: Any) -> None:
+    same = "<eos>"
+    tokenizer = make_bpe(eos_token=same, bos_token=same, unk_token=same, pad_token=None)
+    encoder = TextEncoder(tokenizer)
+    assert tokenizer.eos_token_id not in encoder.encode_text("a <eos> b")
+    marks = encoder.marks([])
+    assert encoder.mark("a <eos>", marks) == f"a {marks[0]}<eos>{marks[1]}"
+
+
+def test_tokenizer_in_pure_python() -> None:
+    tokenizer = ByT5Tokenizer()
+    encoder = TextEncoder(tokenizer)
+    ids = encoder.encode_text("a </s>")
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids) == "a </s>"
+    assert encoder.bos_ids == []
 
 
 def test_control_token_that_cannot_be_written_otherwise(
