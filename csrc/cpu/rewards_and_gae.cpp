@@ -15,6 +15,7 @@
 #include <cmath>
 
 #include "cpu/vec.h"
+#include "host/memory.h"
 #include "host/parallel.h"
 
 namespace rlhf_fast {
@@ -356,6 +357,10 @@ void rewards_and_gae(const RewardsAndGaeArgs& args) {
   const int64_t mean_length = larger(1, args.tokens / args.rows);
   const int64_t grain = larger(1, kTokensPerTask / mean_length);
   const int threads = args.tokens <= kSingleThreadTokens ? 1 : args.threads;
+  float* const outputs[] = {args.out_rewards, args.out_kl, args.out_advantages, args.out_returns};
+  for (float* out : outputs) {
+    if (out != nullptr) advise_huge_pages(out, args.tokens * static_cast<int64_t>(sizeof(float)));
+  }
   parallel_for(args.rows, grain, threads, [&args](int64_t begin, int64_t end) {
     RowWorker worker(args);
     for (int64_t row = begin; row < end; ++row) worker.run(row);

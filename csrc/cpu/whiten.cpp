@@ -5,6 +5,7 @@
 #include "cpu/whiten.h"
 
 #include "cpu/vec.h"
+#include "host/memory.h"
 #include "host/parallel.h"
 
 namespace rlhf_fast {
@@ -126,6 +127,7 @@ void masked_moments(const MaskedMomentsArgs& args) {
 void whiten(const WhitenArgs& args) {
   const int64_t elements = args.rows * args.columns;
   const int threads = elements <= kSingleThreadElements ? 1 : args.threads;
+  advise_huge_pages(args.out, elements * static_cast<int64_t>(sizeof(float)));
   parallel_for(elements, 4 * kChunk, threads, [&args](int64_t begin, int64_t end) {
     Tile tile;
     for (; begin < end; begin += kChunk) {
