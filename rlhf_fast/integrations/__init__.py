@@ -1,0 +1,1 @@
+"""Adapters for other trainers, each imported by name and only when asked for."""
