@@ -232,15 +232,16 @@ void finish_row(const LogprobsForwardArgs& args, int64_t index, const Stats& sta
   }
 }
 
-void skip_row(const LogprobsForwardArgs& args, int64_t index) {
+// Writes the zeros of an ignored row; false for any other.
+bool skip_row(const LogprobsForwardArgs& args, int64_t index) {
+  if (args.rows.labels[index] != args.rows.ignore_index) return false;
   args.logprobs[index] = 0.0f;
   args.lse[index] = 0.0;
   if (args.entropy != nullptr) args.entropy[index] = 0.0f;
+  return true;
 }
 
-inline int64_t segments_of(const LogitRows& rows) {
-  return (rows.vocab + kSegment - 1) / kSegment;
-}
+int64_t segments_of(const LogitRows& rows) { return (rows.vocab + kSegment - 1) / kSegment; }
 
 template <class Type, bool kEntropy>
 Stats stats_of(const LogitRows& rows, int64_t index, int64_t segment) {
@@ -257,10 +258,7 @@ void forward_by_rows(const LogprobsForwardArgs& args) {
   const int64_t grain = larger(1, kElementsPerTask / larger(rows.vocab, 1));
   parallel_for(rows.outer * rows.inner, grain, rows.threads, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
-      if (rows.labels[index] == rows.ignore_index) {
-        skip_row(args, index);
-        continue;
-      }
+      if (skip_row(args, index)) continue;
       Stats total;
       for (int64_t segment = 0; segment < segments; ++segment) {
         merge(total, stats_of<Type, kEntropy>(rows, index, segment));
@@ -287,10 +285,7 @@ bool forward_by_segments(const LogprobsForwardArgs& args) {
     }
   });
   for (int64_t index = 0; index < count; ++index) {
-    if (rows.labels[index] == rows.ignore_index) {
-      skip_row(args, index);
-      continue;
-    }
+    if (skip_row(args, index)) continue;
     Stats total;
     for (int64_t segment = 0; segment < segments; ++segment) {
       merge(total, partial[index * segments + segment]);

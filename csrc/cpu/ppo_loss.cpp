@@ -219,11 +219,11 @@ struct Tile {
         const vfloat old = load(old_values.x + i), moved = v - old;
         const vfloat near_error = old + clamp(moved, -eps, eps) - target;
         const vfloat near_squared = near_error * near_error;
+        const vint inside = magnitude_within(moved, eps);
         gradient = error * share_of_max(squared, near_squared) +
-                   select(magnitude_within(moved, eps),
-                          near_error * share_of_max(near_squared, squared), splat(0.0f));
+                   select(inside, near_error * share_of_max(near_squared, squared), splat(0.0f));
         worst = vmax(near_squared, squared);
-        acc.count(kValueClip, near_squared > squared);
+        acc.count(kValueClip, (near_squared > squared) & ~inside);
       }
       acc.add(kValueLoss, splat(0.5f) * worst);
       acc.add(kReturns, target);

@@ -204,9 +204,8 @@ def logprobs_from_logits(
 ) -> tuple[Tensor, Tensor | None]:
     """log p(label) and H(p) of p = softmax(logits / temperature); see `rlhf_fast_kernels`.
 
-    Accumulates and returns fp32 (fp64 for fp64 logits). `where` comes before the softmax, so an
-    ignored row may hold NaN; it yields exact 0 and a zero gradient. A label outside [0, V) gives
-    NaN here: only the public function can name it without a host synchronisation.
+    `where` comes before the softmax, so an ignored row may hold NaN. A label outside [0, V) gives
+    NaN here: looking for it would stall an accelerator; the public function does on CPUs.
     """
     compute = output_dtype(logits)
     kept = labels != ignore_index
@@ -309,7 +308,7 @@ def ppo_kl_term(
     kl_gradient: str,
     log_ratio_clamp: float,
 ) -> Tensor:
-    """Per-token KL estimate whose gradient is that of k2, or its own; see `ppo_loss`."""
+    """Per-token KL estimate with the gradient of k2, or its own; see `ppo_loss`."""
     with torch.no_grad():
         d = (logprobs - ref_logprobs).clamp(-log_ratio_clamp, log_ratio_clamp)
         value = kl_estimate(d, kl_estimator)
@@ -331,9 +330,11 @@ def ppo_value_terms(
     clipped = torch.zeros_like(squared, dtype=torch.bool)
     worst = squared
     if value_clip_eps is not None and old_values is not None:
-        near = old_values + (values - old_values).clamp(-value_clip_eps, value_clip_eps)
+        moved = values - old_values
+        near = old_values + moved.clamp(-value_clip_eps, value_clip_eps)
         near_squared = (near - returns).square()
-        clipped = near_squared > squared
+        # Inside the band `near` is `values` up to rounding, which must not count as clipped.
+        clipped = (near_squared > squared) & (moved.abs() > value_clip_eps)
         worst = torch.maximum(squared, near_squared)
     return {
         "value_loss": 0.5 * worst,
@@ -369,23 +370,16 @@ def ppo_loss(
     weights: Tensor | None,
     log_ratio_clamp: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [], sums [len(PPO_SUM_NAMES)], extrema [2]): the maths of the public `ppo_loss`.
+    """(loss [], sums [len(PPO_SUM_NAMES)], extrema [2]): the maths of the public `ppo_loss`."""
+    compute = output_dtype(logprobs, values)
 
-    `where` comes before any arithmetic, so whatever a masked slot holds reaches neither the
-    value nor the gradient.
-    """
-    head = logprobs if logprobs is not None else values
-    assert head is not None
-    compute = output_dtype(head)
-
-    def kept(x: Tensor) -> Tensor:
+    def kept(x: Tensor) -> Tensor:  # before any arithmetic: 0 * NaN is NaN
         return torch.where(mask, x, 0).to(compute)
 
     terms: dict[str, Tensor] = {}
-    objective = torch.zeros((), dtype=compute, device=head.device)
+    objective = torch.zeros((), dtype=compute, device=mask.device)
     if logprobs is not None:
-        assert old_logprobs is not None
-        assert advantages is not None
+        assert old_logprobs is not None and advantages is not None  # noqa: PT018
         current = kept(logprobs)
         terms |= ppo_policy_terms(
             current,
