@@ -63,7 +63,7 @@ from rlhf_fast.stages.training import (
 )
 from rlhf_fast.types import LossOutput, PackedSequences
 
-# A judge that cannot be told from 55 % right: PPO climbs its noise (see docs/metrics.md).
+# A judge that may be right less often than this mostly gives PPO noise to climb.
 NEAR_CHANCE = 0.55
 
 

@@ -326,6 +326,27 @@ def test_calibration_of_scores() -> None:
         calibration_of(torch.tensor([1.0, float("nan")]), unit_gain=False)
 
 
+def test_held_out_file_takes_the_place_of_the_split(base: Path, tmp_path: Path) -> None:
+    rows = ranked(120, 4)
+    path = str(write_rows(tmp_path / "eval.jsonl", rows[:2] + ranked(30, 3, seed=9)))
+    config = config_for(base, tmp_path / "out", max_steps=2)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, eval=path))
+    result = run_reward_model(config, quiet=True)
+    assert result.eval_prompts == 32
+    assert result.eval_pairs == 2 * 6 + 30 * 3
+    assert result.demonstrations == 120
+    assert any("2 of 32" in warning for warning in result.reports["eval"]["warnings"])
+
+
+def test_without_held_out_rows_there_is_no_accuracy(base: Path, tmp_path: Path) -> None:
+    result = run_reward_model(
+        config_for(base, tmp_path, max_steps=1, eval_fraction=0.0), quiet=True
+    )
+    assert result.accuracy is None
+    assert not result.near_chance
+    assert "nobody knows whether it ranks" in result.summary()
+
+
 def test_mistakes_are_named_before_training(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="RF1032"):
         run_reward_model(config_for(base, tmp_path / "a", microbatch_tokens=20), quiet=True)

@@ -260,6 +260,41 @@ def test_evaluation_agrees_with_plain_transformers(model_type: str) -> None:
         assert int(hit_count(module, batch)) == hits
 
 
+def test_bfloat16_computes_over_fp32_masters(base: Path, tmp_path: Path) -> None:
+    run = {"dtype": "bfloat16"}
+    run_sft(config_for(base, tmp_path / "b", run=run), quiet=True)
+    run_sft(config_for(base, tmp_path / "f"), quiet=True)
+    for weight in exported(tmp_path / "b").values():
+        assert weight.dtype == torch.float32
+    half, full = metric_lines(tmp_path / "b"), metric_lines(tmp_path / "f")
+    assert half[0]["loss/train"] != full[0]["loss/train"]
+    assert half[0]["loss/train"] == pytest.approx(full[0]["loss/train"], rel=0.02)
+    assert half[-1]["loss/train"] < 0.9 * half[0]["loss/train"]
+
+
+def test_conversations_learn_what_the_assistant_says(base: Path, tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"w{i}"}, {"role": "assistant", "content": "w9"}]}
+        for i in range(4, 30)
+    ]
+    path = str(write_rows(tmp_path / "chat.jsonl", rows))
+    config = config_for(base, tmp_path / "out", max_steps=8)
+    template = (
+        "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}assistant : {% endif %}"
+    )
+    data = DataConfig(train=path, max_length=48, chat_template=template)
+    config = dataclasses.replace(config, data=data)
+    result = run_sft(config, quiet=True)
+    lines = metric_lines(tmp_path / "out")
+    assert result.eval_loss is None
+    assert "held out" not in result.summary()
+    # Of "user : w4 assistant : w9 <eos>" the answer and EOS are learnt.
+    assert lines[0]["loss_tokens"] == 2 * 16
+    assert lines[0]["tokens"] == 7 * 16
+    assert lines[-1]["loss/train"] < 0.5 * lines[0]["loss/train"]
+
+
 def test_mistakes_are_named_before_training(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"RF1031.*\n.*model, data\.train, run\.output_dir"):
         run_sft(SFTConfig(), quiet=True)
