@@ -74,7 +74,7 @@ case_sdist() {
     "$work/sdist/venv/bin/python" -m pip install --quiet "setuptools>=77"
     (cd "$work/sdist/src" && "$work/sdist/venv/bin/python" -c '
 from setuptools import build_meta
-print(build_meta.build_sdist("dist"))')
+print(build_meta.build_sdist("dist"))') | tail -1
     (cd / && "$work/sdist/venv/bin/python" -m pip install --quiet --no-deps "$work"/sdist/src/dist/*.tar.gz)
     probe "$work/sdist/venv" cpu
 }
