@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_fast.config import DataConfig, OptimConfig, RewardModelConfig, RunConfig
 from rlhf_fast.data import PreferenceExample, load_preferences, load_sft, pack_preferences
 from rlhf_fast.errors import ConfigError, DataError, ModelError, NumericalError, Preempted
-from rlhf_fast.models.heads import get_calibration, set_calibration
+from rlhf_fast.models.heads import Calibration, get_calibration, set_calibration
 from rlhf_fast.models.loading import load_sequence_classifier, load_tokenizer
 from rlhf_fast.models.ranking_loss import PairCounts, pair_accuracy
 from rlhf_fast.models.roles import RewardModel
@@ -234,15 +234,22 @@ def test_export_is_what_plain_transformers_loads(base: Path, tmp_path: Path) -> 
 
 
 def test_calibration_of_the_starting_model_is_not_counted_twice(base: Path, tmp_path: Path) -> None:
-    module = build_classifier()
-    set_calibration(module, 3.0, 40.0)
-    module.save_pretrained(tmp_path / "start")
-    tokenizer().save_pretrained(tmp_path / "start")
-    config = config_for(base, tmp_path / "out", max_steps=1, model=str(tmp_path / "start"))
-    result = run_reward_model(config, quiet=True)
-    again = load_sequence_classifier(result.model_dir, init_head=False, dtype="float32")
-    assert get_calibration(again).bias == result.bias
-    assert result.gain == 1.0
+    results = {}
+    for name in ("plain", "calibrated"):
+        module = build_classifier()
+        if name == "calibrated":
+            set_calibration(module, 3.0, 40.0)
+        start = tmp_path / f"start-{name}"
+        module.save_pretrained(start)
+        tokenizer().save_pretrained(start)
+        config = config_for(base, tmp_path / name, max_steps=2, model=str(start))
+        results[name] = run_reward_model(config, quiet=True)
+    assert metric_lines(tmp_path / "plain") == metric_lines(tmp_path / "calibrated")
+    assert results["plain"].bias == results["calibrated"].bias
+    again = load_sequence_classifier(
+        results["calibrated"].model_dir, init_head=False, dtype="float32"
+    )
+    assert get_calibration(again) == Calibration(1.0, results["calibrated"].bias)
 
 
 @pytest.mark.parametrize("stop_at", [2, 6])
