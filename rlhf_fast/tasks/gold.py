@@ -114,6 +114,11 @@ def gold_scores(prompts: Sequence[str], texts: Sequence[str]) -> list[float]:
     return [gold(prompt, text).total for prompt, text in zip(prompts, texts, strict=True)]
 
 
+def gold_reward(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """`gold_scores` as a reward function, for `reward.function` of an evaluation."""
+    return gold_scores(prompts, completions)
+
+
 def split_sentences(words: Sequence[str]) -> list[str]:
     """Cut a list of words after each full stop; a rest without one is a sentence of its own."""
     sentences: list[str] = []
