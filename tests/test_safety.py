@@ -79,8 +79,8 @@ def dangers(source: str) -> list[str]:
             if any(k.arg == "shell" and _is_true(k.value) for k in node.keywords):
                 found.append(f"{node.lineno}: shell=True")
         if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
-            if not (isinstance(node.value, ast.Constant) and node.value.value is False):
-                found.append(f"{node.value.lineno}: trust_remote_code")
+            refused = isinstance(node.value, ast.Constant) and node.value.value is False
+            found += [] if refused else [f"{node.value.lineno}: trust_remote_code"]
         if isinstance(node, ast.Dict):
             keys = [k.value for k in node.keys if isinstance(k, ast.Constant)]
             found += [f"{node.lineno}: {k}" for k in keys if k == "trust_remote_code"]
