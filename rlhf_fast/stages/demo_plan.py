@@ -42,7 +42,7 @@ class Plan:
         pairs: preference pairs sampled from the SFT policy, a tenth of them held out.
         ppo_steps: PPO with the KL penalty.
         no_kl_steps: PPO without it; 0 leaves the warning example out.
-        prompts: samples of a PPO step.
+        prompts: prompts of a PPO step, two samples each.
         best_of: the largest n of best-of-n.
         eval_samples: samples a held-out prompt when a policy is measured.
     """
@@ -54,7 +54,7 @@ class Plan:
     pairs: int = 2_800
     ppo_steps: int = 40
     no_kl_steps: int = 50
-    prompts: int = 128
+    prompts: int = 64
     best_of: int = 64
     eval_samples: int = 16
 
@@ -136,7 +136,7 @@ def ppo(plan: Plan, name: str, prompts: Path, *, kl_coef: float, steps: int) -> 
         actor=plan.model("sft"),
         run=_run(plan, name, 10),
         data=_data(prompts),
-        rollout=RolloutConfig(prompts=plan.prompts, max_batch=plan.prompts),
+        rollout=RolloutConfig(prompts=plan.prompts, samples_per_prompt=2),
         sampling=_sampling(),
         # The reward model is calibrated to unit gain, so its scores need no further scaling.
         reward=RewardConfig(model=plan.model("reward_model"), normalize=False),

@@ -426,9 +426,10 @@ def finished_summary(run: Run) -> dict[str, Any]:
 
 
 def say(lines: Iterable[str]) -> None:
-    """Print plain lines; control characters in them (file names, model output) are dropped."""
-    for line in lines:
-        print(printable(line), flush=True)
+    """Print plain text; control characters in it (file names, model output) are dropped."""
+    for text in lines:
+        for line in text.split("\n"):
+            print(printable(line), flush=True)
 
 
 def show_reports(*reports: DataReport) -> None:
