@@ -53,7 +53,7 @@ class RunConfig:
     threads: int = setting(0, "CPU threads; 0 leaves torch's choice", low=0)
     resume: str = setting(
         "auto",
-        "auto continues the same config's run; always also a changed one's; never starts anew only",
+        "auto continues the run in output_dir or starts one; always insists on one, never on none",
         choices=("auto", "always", "never"),
     )
     resume_step: int = setting(-1, "resume from this very step; -1 is the newest valid", low=-1)
