@@ -54,7 +54,7 @@ def test_every_epoch_has_its_own_permutation_and_each_minibatch_one_optimizer_st
 
 def test_kl_is_in_the_reward_or_in_the_loss_never_in_both():
     config = small_config()
-    trainer, experience, _ = prepared(config)
+    _, experience, _ = prepared(config)
     scored = experience.scored
     in_loss = KLConfig(coef=0.1, placement="loss")
     plain = estimated(scored, config, kl=in_loss).rewards
