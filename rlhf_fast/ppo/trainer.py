@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from rlhf_fast.ppo.losses import policy_loss, value_loss
 from rlhf_fast.ppo.rewards import RunningMoments, shape_scores
 from rlhf_fast.ppo.statistics import UpdateStatistics, rollout_metrics
 from rlhf_fast.protocols import Generator, PolicyModel, Reward, ValueModel
+from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import (
     IGNORE_INDEX,
     Experience,
@@ -125,8 +125,8 @@ class PPOLearner:
         """Sample G responses per prompt, each keyed by (seed, step, prompt, sample)."""
         group = self.config.rollout.samples_per_prompt
         seeds = [
-            draw_seed(self.config.run.seed, self.steps, row, g)
-            for row in range(len(prompts))
+            derive_seed(self.config.run.seed, self.steps, uid, g)
+            for uid in prompts.uid
             for g in range(group)
         ]
         return self.roles.generator.generate(
@@ -294,7 +294,7 @@ class PPOLearner:
     def _minibatches(self, samples: int, epoch: int) -> Iterator[list[int]]:
         """Samples of each optimizer step: a new permutation each epoch, from counters alone."""
         generator = torch.Generator().manual_seed(
-            draw_seed(self.config.run.seed, self.steps, epoch, -1)
+            derive_seed(self.config.run.seed, self.steps, epoch, -1)
         )
         order = torch.randperm(samples, generator=generator).tolist()
         size = samples // self.config.algorithm.minibatches
@@ -352,9 +352,3 @@ class PPOLearner:
         self.episodes = int(state["episodes"])
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.score_moments.load_state_dict(state["score_moments"])
-
-
-def draw_seed(*key: int) -> int:
-    """A 63-bit seed from a tuple of integers; equal keys give equal draws on every machine."""
-    digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

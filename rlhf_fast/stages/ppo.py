@@ -25,7 +25,6 @@ from rlhf_fast.distributed.durable import write_atomically
 from rlhf_fast.metrics import METRICS_NAME, read_metrics
 from rlhf_fast.models.checks import check_context, check_vocabulary
 from rlhf_fast.models.export import export_model
-from rlhf_fast.models.loading import load_tokenizer
 from rlhf_fast.models.reward_function import RewardFunction
 from rlhf_fast.ppo.health import hints
 from rlhf_fast.ppo.trainer import PPOLearner, StepOutput
@@ -35,9 +34,11 @@ from rlhf_fast.stages.training import (
     MODEL_NAME,
     TrainingState,
     finished_summary,
+    load_stage_tokenizer,
     load_training_state,
     open_metrics,
     open_run,
+    require_budget,
     require_settings,
     say,
     setup_run,
@@ -132,7 +133,7 @@ class PPOTrainer:
         self.on_step = on_step
         self.quiet = quiet
         self.device = setup_run(config.run)
-        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.actor)
+        self.tokenizer = tokenizer or load_stage_tokenizer(config.actor, config.data)
         options = LoadOptions.from_config(config.data)
         self.data: LoadedData[PromptExample] = load_prompts(
             config.data.train if train_dataset is None else train_dataset,
@@ -162,6 +163,7 @@ class PPOTrainer:
         check_vocabulary(self.tokenizer, self.roles.actor.module)
         longest = max(len(e) for e in self.data.examples)
         check_context(self.roles.actor.module, longest, config.sampling.max_new_tokens)
+        require_budget(config.microbatch_tokens, longest + config.sampling.max_new_tokens)
         self.learner = PPOLearner(config, self.roles)
         self._hinted: set[str] = set()
 

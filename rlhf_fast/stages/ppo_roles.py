@@ -13,11 +13,7 @@ from rlhf_fast.data import EpochSampler, pack_sft
 from rlhf_fast.data.examples import SFTExample
 from rlhf_fast.engine.generator import HFGenerator
 from rlhf_fast.errors import ConfigError
-from rlhf_fast.models.forward import (
-    ComputeDtype,
-    enable_gradient_checkpointing,
-    set_compute_dtype,
-)
+from rlhf_fast.models.forward import enable_gradient_checkpointing, set_compute_dtype
 from rlhf_fast.models.loading import (
     critic_from,
     load_causal_lm,
@@ -35,12 +31,8 @@ from rlhf_fast.models.roles import Actor, Critic, Reference, RewardModel
 from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.ppo.trainer import Roles
 from rlhf_fast.protocols import Reward
+from rlhf_fast.stages.training import compute_type
 from rlhf_fast.types import PackedSequences
-
-
-def compute_dtype(config: PPOConfig) -> ComputeDtype:
-    """The type matrix products run in."""
-    return "bfloat16" if config.run.dtype == "bfloat16" else "float32"
 
 
 class PretrainingBatches:
@@ -82,11 +74,11 @@ def build_reward(
     parts: list[tuple[float, Reward]] = []
     if model is None and settings.model:
         model = load_sequence_classifier(
-            settings.model, init_head=False, dtype=compute_dtype(config)
+            settings.model, init_head=False, dtype=compute_type(config.run)
         )
         model_tokenizer = load_tokenizer(settings.model)
     if model is not None:
-        set_compute_dtype(model, compute_dtype(config))
+        set_compute_dtype(model, compute_type(config.run))
         parts.append(
             (
                 1.0,
@@ -134,7 +126,7 @@ def build_critic(
     if critic is None:
         directory = config.critic or config.reward.model
         if config.critic or (directory and reward is None):
-            critic = load_critic(directory, dtype=compute_dtype(config))
+            critic = load_critic(directory, dtype=compute_type(config.run))
         else:
             critic = critic_from(actor if reward is None else reward)
     critic.requires_grad_(True)
@@ -156,10 +148,10 @@ def build_roles(
 ) -> Roles:
     """All roles and optimizers, on `device`; modules given come before the config's directories."""
     if actor is None:
-        actor = load_causal_lm(config.actor, dtype=compute_dtype(config))
+        actor = load_causal_lm(config.actor, dtype=compute_type(config.run))
     if reference is None:
         reference = (
-            load_causal_lm(config.reference, dtype=compute_dtype(config))
+            load_causal_lm(config.reference, dtype=compute_type(config.run))
             if config.reference
             else copy.deepcopy(actor)
         )
@@ -167,7 +159,7 @@ def build_roles(
     policy = Actor(actor.to(device))
     trained = [actor] if value_model is None else [actor, value_model.module.to(device)]
     for module in (*trained, reference):
-        set_compute_dtype(module, compute_dtype(config))
+        set_compute_dtype(module, compute_type(config.run))
     if config.gradient_checkpointing:
         for module in trained:
             enable_gradient_checkpointing(module)
@@ -196,7 +188,7 @@ def build_roles(
             tokenizer,
             weight_version=lambda: policy.weight_version,
             max_batch=config.rollout.max_batch,
-            autocast_dtype=torch.bfloat16 if compute_dtype(config) == "bfloat16" else None,
+            autocast_dtype=torch.bfloat16 if compute_type(config.run) == "bfloat16" else None,
         ),
         actor_optimizer=optimizer(actor, "actor"),
         critic_optimizer=None if value_model is None else optimizer(value_model.module, "critic"),
