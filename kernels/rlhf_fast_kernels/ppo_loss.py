@@ -87,11 +87,6 @@ def _forward_cpu(
     return loss, sums, extrema, grads[0], grads[1], grads[2]
 
 
-def _scaled(grad: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """upstream * grad in a tensor of its own: autograd may accumulate into what it receives."""
-    return None if grad is None else (grad * upstream).to(dtype)
-
-
 # ---- eager autograd -----------------------------------------------------------------------------
 
 
@@ -107,10 +102,11 @@ class _PPOLoss(torch.autograd.Function):
         normalizer: float,
         settings: Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, sums, extrema, *grads = _forward_cpu(
+        loss, sums, extrema, *ctx.gradients = _forward_cpu(
             inputs, mask, normalizer, settings, ctx.needs_input_grad[:3]
         )
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(mask, *vars(inputs).values())
+        ctx.normalizer, ctx.settings = normalizer, settings
         ctx.dtypes = [None if x is None else x.dtype for x in (logprobs, entropy, values)]
         ctx.mark_non_differentiable(sums, extrema)
         ctx.set_materialize_grads(False)
@@ -122,8 +118,18 @@ class _PPOLoss(torch.autograd.Function):
         nothing = (None,) * 4
         if upstream is None:
             return None, None, None, *nothing
-        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(_scaled(grad, upstream, dtype) for grad, dtype in grads), *nothing
+        # The forward's gradients are given away, not copied: autograd may accumulate into them.
+        # Only a second backward of a retained graph computes them again.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            mask, *tensors = ctx.saved_tensors
+            needs = ctx.needs_input_grad[:3]
+            call = (Inputs(*tensors), mask, ctx.normalizer, ctx.settings, needs)
+            gradients = _forward_cpu(*call)[3:]
+        if float(upstream) != 1.0:
+            gradients = [None if x is None else x.mul_(upstream) for x in gradients]
+        typed = zip(gradients, ctx.dtypes, strict=True)
+        return *(None if x is None else x.to(dtype) for x, dtype in typed), *nothing
 
 
 # ---- torch.library, for torch.compile -----------------------------------------------------------
@@ -205,7 +211,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _op_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     scaled = [
-        None if dtype is None else _scaled(grad, upstream, dtype)
+        None if dtype is None else (grad * upstream).to(dtype)
         for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     ]
     grads: list[Tensor | None] = [None] * 21
