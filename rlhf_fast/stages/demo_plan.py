@@ -53,10 +53,10 @@ class Plan:
     sft_steps: int = 300
     pairs: int = 2_800
     ppo_steps: int = 40
-    no_kl_steps: int = 50
+    no_kl_steps: int = 60
     prompts: int = 64
     best_of: int = 64
-    eval_samples: int = 16
+    eval_samples: int = 32
 
     def place(self, name: str) -> Path:
         """A folder of the demo."""
@@ -98,6 +98,13 @@ def _data(train: Path | str = "", held_out: Path | str = "") -> DataConfig:
     )
 
 
+def _optim(lr: float, schedule: str, weight_decay: float = 0.0) -> OptimConfig:
+    # Gradients of so small a model are small too: eps 1e-5 would damp Adam.
+    return OptimConfig(
+        lr=lr, schedule=schedule, warmup_steps=20, weight_decay=weight_decay, eps=1e-8
+    )
+
+
 def _sampling() -> SamplingConfig:
     return SamplingConfig(max_new_tokens=RESPONSE_TOKENS)
 
@@ -108,7 +115,7 @@ def sft(plan: Plan, train: Path, held_out: Path) -> SFTConfig:
         model=str(plan.place("base")),
         run=_run(plan, "sft", 100),
         data=_data(train, held_out),
-        optim=OptimConfig(lr=3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01),
+        optim=_optim(3e-3, "cosine", weight_decay=0.01),
         max_steps=plan.sft_steps,
         batch_size=64,
         microbatch_tokens=MICROBATCH_TOKENS,
@@ -121,7 +128,7 @@ def reward_model(plan: Plan, pairs: Path, demonstrations: Path) -> RewardModelCo
         model=plan.model("sft"),
         run=_run(plan, "reward_model", 50),
         data=_data(pairs),
-        optim=OptimConfig(lr=2e-3, schedule="cosine", warmup_steps=10, weight_decay=0.01),
+        optim=_optim(2e-3, "cosine", weight_decay=0.01),
         epochs=2,
         batch_size=64,
         microbatch_tokens=MICROBATCH_TOKENS,
@@ -138,12 +145,14 @@ def ppo(plan: Plan, name: str, prompts: Path, *, kl_coef: float, steps: int) -> 
         data=_data(prompts),
         rollout=RolloutConfig(prompts=plan.prompts, samples_per_prompt=2),
         sampling=_sampling(),
-        # The reward model is calibrated to unit gain, so its scores need no further scaling.
-        reward=RewardConfig(model=plan.model("reward_model"), normalize=False),
+        # The reward model is calibrated to unit gain; scaling its scores again would move beta.
+        reward=RewardConfig(
+            model=plan.model("reward_model"), normalize=False, clip=0.0, missing_eos="none"
+        ),
         kl=KLConfig(coef=kl_coef),
-        algorithm=AlgorithmConfig(ppo_epochs=2, minibatches=2),
-        actor_optim=OptimConfig(lr=1e-3, schedule="constant", warmup_steps=20),
-        critic_optim=OptimConfig(lr=2e-3, schedule="constant", warmup_steps=20),
+        algorithm=AlgorithmConfig(ppo_epochs=2, minibatches=2, value_clip_eps=0.0),
+        actor_optim=_optim(3e-4, "constant"),
+        critic_optim=_optim(1e-3, "constant"),
         total_steps=steps,
         microbatch_tokens=MICROBATCH_TOKENS,
         sample_every=10,

@@ -1,0 +1,233 @@
+"""The PPO step: what each setting does, and what must hold in every step."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from rlhf_fast.config import KLConfig
+from rlhf_fast.errors import NumericalError
+from rlhf_fast.ppo.statistics import rollout_metrics
+from rlhf_fast.protocols import RewardOutput
+from rlhf_fast.types import IGNORE_INDEX, PackedSequences
+from tests.ppo.synthetic import learner, random_rollout, small_config, with_rollout_logprobs
+
+
+class GivenRollout:
+    """Hands out a rollout whose generator log-probs are what the trainer will find, plus `gap`."""
+
+    def __init__(self, ppo, rollout, gap=0.0):
+        scored = ppo.score(rollout)
+        logprobs = torch.where(rollout.response_mask, scored.old_logprobs - gap, 0.0)
+        self.rollout = with_rollout_logprobs(scored, logprobs).rollout
+
+    def generate(self, *args, **kwargs):
+        return self.rollout
+
+
+def stepped(config, *, gap=0.0, rollout=None, reward=None, pretraining=None):
+    """(learner, StepOutput) after one whole step."""
+    ppo = learner(config)
+    ppo.roles.generator = GivenRollout(ppo, rollout or random_rollout(), gap)
+    if reward is not None:
+        ppo.roles.reward = reward
+    ppo.roles.pretraining = pretraining
+    return ppo, ppo.step(ppo.roles.generator.rollout.prompts)
+
+
+def weights(ppo):
+    return torch.cat([p.detach().flatten() for p in ppo.roles.actor.module.parameters()])
+
+
+@pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (3, 1), (2, 4)])
+def test_optimizer_steps_are_epochs_times_minibatches(epochs, minibatches):
+    ppo, output = stepped(small_config(ppo_epochs=epochs, minibatches=minibatches))
+    assert output.metrics["policy/optimizer_steps"] == epochs * minibatches
+    assert ppo.roles.actor.weight_version == epochs * minibatches
+    assert ppo.episodes == 8
+
+
+def test_every_sample_is_used_once_an_epoch_and_epochs_differ():
+    ppo = learner(small_config(minibatches=4))
+    epochs = [list(ppo._minibatches(8, epoch)) for epoch in range(3)]
+    for minibatches in epochs:
+        assert sorted(i for m in minibatches for i in m) == list(range(8))
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] == list(ppo._minibatches(8, 0))
+
+
+def test_target_kl_ends_the_epochs_before_the_step_that_exceeds_it():
+    ppo, output = stepped(small_config(ppo_epochs=4, target_kl=1e-9))
+    # The first pass has ratio 1 and KL 0; the second sees the first step's change.
+    assert output.metrics["policy/optimizer_steps"] == 1
+    assert output.metrics["policy/early_stop"] == 1
+    assert all(p.grad is None for p in ppo.roles.actor.module.parameters())
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo"])
+def test_critic_free_estimators_train_without_a_critic(estimator):
+    before = weights(learner(small_config(estimator=estimator)))
+    ppo, output = stepped(small_config(estimator=estimator))
+    assert ppo.roles.critic is None
+    assert "loss/value_avg" not in output.metrics
+    assert not torch.equal(weights(ppo), before)
+    assert torch.all(output.experience.scored.values == 0)
+    advantages = output.experience.advantages
+    mask = output.experience.scored.loss_mask
+    for row, inside in zip(advantages, mask, strict=True):
+        assert row[inside].unique().numel() <= 1  # one advantage for the whole response
+
+
+def test_kl_is_in_the_reward_or_in_the_loss_never_both():
+    rollout = random_rollout()
+    in_reward, reward_output = stepped(small_config(), rollout=rollout)
+    config = dataclasses.replace(small_config(), kl=KLConfig(coef=0.1, placement="loss"))
+    in_loss, loss_output = stepped(config, rollout=rollout)
+    rewards = loss_output.experience.rewards
+    last = rollout.response_mask & (rollout.response_mask.flip(1).cumsum(1).flip(1) == 1)
+    assert torch.all(rewards[~last] == 0)
+    assert torch.any(reward_output.experience.rewards[rollout.response_mask & ~last] != 0)
+    assert loss_output.metrics["objective/kl"] == pytest.approx(
+        reward_output.metrics["objective/kl"]
+    )
+    assert not torch.equal(weights(in_reward), weights(in_loss))
+
+
+def test_adaptive_coefficient_moves_after_the_step_and_is_in_the_state():
+    config = dataclasses.replace(
+        small_config(), kl=KLConfig(coef=0.1, adaptive=True, target=1e-3, horizon=100)
+    )
+    ppo, output = stepped(config)
+    assert ppo.kl_controller.coef == pytest.approx(0.1 * (1 + 0.2 * 8 / 100))
+    assert output.metrics["kl_coef"] == ppo.kl_controller.coef
+    other = learner(config)
+    other.load_state_dict(ppo.state_dict())
+    assert other.state_dict() == ppo.state_dict()
+    assert other.score_moments.mean == ppo.score_moments.mean
+
+
+def test_non_score_reward_and_rlhf_reward_add_up():
+    _, output = stepped(small_config())
+    m = output.metrics
+    assert m["objective/non_score_reward"] == pytest.approx(-0.1 * m["objective/kl"])
+    assert m["objective/rlhf_reward"] == pytest.approx(
+        m["objective/shaped_scores"] + m["objective/non_score_reward"]
+    )
+    # What GAE saw sums to the same.
+    rewards = output.experience.rewards.sum(1).mean()
+    assert float(rewards) == pytest.approx(m["objective/rlhf_reward"], abs=1e-5)
+
+
+class Abstains:
+    def __init__(self, rows):
+        self.rows = rows
+
+    def score(self, rollout):
+        scored = torch.ones(len(rollout), dtype=torch.bool)
+        scored[self.rows] = False
+        return RewardOutput(torch.where(scored, 1.0, 0.0) * torch.arange(len(rollout)), scored)
+
+
+def test_abstained_rows_change_nothing_but_the_token_count():
+    rollout = random_rollout()
+    _, output = stepped(small_config(), rollout=rollout, reward=Abstains([1, 5]))
+    experience = output.experience
+    for name in ("rewards", "kl", "advantages", "returns"):
+        assert torch.all(getattr(experience, name)[[1, 5]] == 0)
+    assert output.metrics["rollout/scored_fraction"] == 6 / 8
+
+
+def test_a_batch_in_which_every_row_abstains_leaves_the_weights_alone():
+    before = weights(learner(small_config()))
+    ppo, output = stepped(small_config(), reward=Abstains(list(range(8))))
+    assert torch.equal(weights(ppo), before)
+    assert output.metrics["loss/policy_avg"] == 0
+    assert output.metrics["objective/kl"] == 0
+
+
+def test_bootstrap_reaches_truncated_rows_only():
+    rollout = random_rollout(holes=False)
+    plain = learner(small_config())
+    booted = learner(small_config(bootstrap_truncated=True))
+    scored = plain.score(rollout)
+    without, _ = plain.prepare(scored)
+    values, _ = booted.prepare(scored)
+    changed = (without.returns != values.returns).any(1)
+    assert torch.equal(changed, ~rollout.ended)
+    assert changed.any()
+
+
+def test_importance_weights_are_capped_and_one_where_masked():
+    rollout = random_rollout()
+    ppo = learner(small_config(rollout_correction=2.0))
+    scored = ppo.score(rollout)
+    far = with_rollout_logprobs(scored, scored.old_logprobs - 50.0)
+    weights_far = ppo._importance_weights(far)
+    assert torch.all(weights_far[rollout.response_mask] == 2.0)
+    assert torch.all(weights_far[~rollout.response_mask] == 1.0)
+    near = with_rollout_logprobs(scored, scored.old_logprobs + 0.1)
+    inside = ppo._importance_weights(near)[rollout.response_mask]
+    torch.testing.assert_close(inside, torch.full_like(inside, 0.9048374), rtol=1e-5, atol=1e-5)
+
+
+def test_a_generator_that_disagrees_warns_and_then_aborts():
+    _, output = stepped(small_config(), gap=0.1)
+    assert output.metrics["rollout/logprob_gap"] == pytest.approx(0.1, abs=1e-5)
+    assert any("gap is 0.1" in w for w in output.warnings)
+    with pytest.raises(NumericalError, match="RF6002"):
+        stepped(small_config(), gap=2.0)
+    _, quiet = stepped(small_config())
+    assert quiet.warnings == []
+
+
+class OnePretrainingBatch:
+    def next_batch(self):
+        sequences = PackedSequences.from_lists([[1, 2, 3, 4], [5, 6]])
+        targets = torch.tensor([2, 3, 4, IGNORE_INDEX, 6, IGNORE_INDEX])
+        return [(sequences, targets)]
+
+
+def test_ptx_adds_coef_times_the_gradient_of_the_mean_cross_entropy():
+    config = small_config()
+    config = dataclasses.replace(config, ptx=dataclasses.replace(config.ptx, coef=2.0, data="-"))
+    ppo = learner(config)
+    loss = ppo._pretraining_backward(OnePretrainingBatch())
+    module = ppo.roles.actor.module
+    found = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    logits = module(input_ids=torch.tensor([[1, 2, 3, 4]])).logits[0, :3]
+    other = module(input_ids=torch.tensor([[5, 6]])).logits[0, :1]
+    expected = torch.nn.functional.cross_entropy(
+        torch.cat([logits, other]), torch.tensor([2, 3, 4, 6])
+    )
+    (2.0 * expected).backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in zip(found, module.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.grad, rtol=1e-4, atol=1e-6)
+    _, output = stepped(config, pretraining=OnePretrainingBatch())
+    assert output.metrics["loss/ptx_avg"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_metrics_ignore_what_is_masked():
+    ppo = learner(small_config())
+    experience, shaped = ppo.prepare(ppo.score(random_rollout()))
+    clean = rollout_metrics(experience, shaped, kl_coef=0.1)
+    scored = experience.scored
+    outside = ~scored.rollout.response_mask
+    dirty = dataclasses.replace(
+        experience,
+        scored=dataclasses.replace(
+            scored,
+            old_logprobs=scored.old_logprobs.masked_fill(outside, float("nan")),
+            ref_logprobs=scored.ref_logprobs.masked_fill(outside, float("inf")),
+        ),
+    )
+    assert rollout_metrics(dirty, shaped, kl_coef=0.1) == clean
+
+
+def test_minibatch_whitening_differs_from_batch_whitening():
+    results = []
+    for scope in ("batch", "minibatch"):
+        ppo, _ = stepped(small_config(minibatches=2, whiten_scope=scope))
+        results.append(weights(ppo))
+    assert not torch.allclose(results[0], results[1], atol=1e-7)
