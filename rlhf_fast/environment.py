@@ -20,7 +20,6 @@ OPTIONAL = {
     "triton": "Triton kernels (comes with CUDA builds of torch)",
     "flash_attn": "varlen and paged attention on GPUs: extra flash-attn",
     "datasets": "parquet, arrow and hub data: extra data",
-    "matplotlib": "further plots: extra report",
     "tensorboard": "metric sink: extra loggers",
     "wandb": "metric sink: extra loggers",
     "trackio": "metric sink: extra loggers",
