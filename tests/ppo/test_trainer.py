@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from rlhf_fast.config import KLConfig
-from rlhf_fast.errors import NumericalError
 from rlhf_fast.ppo.statistics import rollout_metrics
 from rlhf_fast.protocols import RewardOutput
 from rlhf_fast.types import IGNORE_INDEX, PackedSequences
@@ -45,23 +44,6 @@ def test_optimizer_steps_are_epochs_times_minibatches(epochs, minibatches):
     assert output.metrics["policy/optimizer_steps"] == epochs * minibatches
     assert ppo.roles.actor.weight_version == epochs * minibatches
     assert ppo.episodes == 8
-
-
-def test_every_sample_is_used_once_an_epoch_and_epochs_differ():
-    ppo = learner(small_config(minibatches=4))
-    epochs = [list(ppo._minibatches(8, epoch)) for epoch in range(3)]
-    for minibatches in epochs:
-        assert sorted(i for m in minibatches for i in m) == list(range(8))
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert epochs[0] == list(ppo._minibatches(8, 0))
-
-
-def test_target_kl_ends_the_epochs_before_the_step_that_exceeds_it():
-    ppo, output = stepped(small_config(ppo_epochs=4, target_kl=1e-9))
-    # The first pass has ratio 1 and KL 0; the second sees the first step's change.
-    assert output.metrics["policy/optimizer_steps"] == 1
-    assert output.metrics["policy/early_stop"] == 1
-    assert all(p.grad is None for p in ppo.roles.actor.module.parameters())
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "grpo"])
@@ -143,41 +125,6 @@ def test_a_batch_in_which_every_row_abstains_leaves_the_weights_alone():
     assert torch.equal(weights(ppo), before)
     assert output.metrics["loss/policy_avg"] == 0
     assert output.metrics["objective/kl"] == 0
-
-
-def test_bootstrap_reaches_truncated_rows_only():
-    rollout = random_rollout(holes=False)
-    plain = learner(small_config())
-    booted = learner(small_config(bootstrap_truncated=True))
-    scored = plain.score(rollout)
-    without, _ = plain.prepare(scored)
-    values, _ = booted.prepare(scored)
-    changed = (without.returns != values.returns).any(1)
-    assert torch.equal(changed, ~rollout.ended)
-    assert changed.any()
-
-
-def test_importance_weights_are_capped_and_one_where_masked():
-    rollout = random_rollout()
-    ppo = learner(small_config(rollout_correction=2.0))
-    scored = ppo.score(rollout)
-    far = with_rollout_logprobs(scored, scored.old_logprobs - 50.0)
-    weights_far = ppo._importance_weights(far)
-    assert torch.all(weights_far[rollout.response_mask] == 2.0)
-    assert torch.all(weights_far[~rollout.response_mask] == 1.0)
-    near = with_rollout_logprobs(scored, scored.old_logprobs + 0.1)
-    inside = ppo._importance_weights(near)[rollout.response_mask]
-    torch.testing.assert_close(inside, torch.full_like(inside, 0.9048374), rtol=1e-5, atol=1e-5)
-
-
-def test_a_generator_that_disagrees_warns_and_then_aborts():
-    _, output = stepped(small_config(), gap=0.1)
-    assert output.metrics["rollout/logprob_gap"] == pytest.approx(0.1, abs=1e-5)
-    assert any("gap is 0.1" in w for w in output.warnings)
-    with pytest.raises(NumericalError, match="RF6002"):
-        stepped(small_config(), gap=2.0)
-    _, quiet = stepped(small_config())
-    assert quiet.warnings == []
 
 
 class OnePretrainingBatch:

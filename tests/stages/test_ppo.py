@@ -1,0 +1,245 @@
+"""PPOTrainer and run_ppo on tiny models: rewards of every kind, export, resume, samples."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf_fast import PPOTrainer, run_ppo
+from rlhf_fast.config import (
+    AlgorithmConfig,
+    DataConfig,
+    KLConfig,
+    OptimConfig,
+    PPOConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    SamplingConfig,
+)
+from rlhf_fast.errors import ConfigError, Interrupted
+from rlhf_fast.metrics import read_metrics
+from rlhf_fast.models.export import export_model
+from rlhf_fast.models.loading import load_sequence_classifier
+from rlhf_fast.tasks.reviews import prompt_split
+from rlhf_fast.tasks.tiny import build_tokenizer
+from tests.ppo.synthetic import tiny_config
+
+PROMPTS = [{"prompt": p, "tag": i} for i, p in enumerate(prompt_split()[0][:16])]
+
+
+def policy(tokenizer, seed=0):
+    config = tiny_config()
+    config.vocab_size = len(tokenizer)
+    config.eos_token_id = tokenizer.eos_token_id
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def judge(tokenizer, folder, seed=1):
+    """A reward model in memory: a scalar head on a random trunk."""
+    export_model(policy(tokenizer, seed), tokenizer, folder)
+    return load_sequence_classifier(folder, init_head=True, dtype="float32")
+
+
+def settings(folder, **changes):
+    config = PPOConfig(
+        run=RunConfig(output_dir=str(folder), save_every=1, device="cpu"),
+        data=DataConfig(max_prompt_length=16, max_length=32),
+        rollout=RolloutConfig(prompts=8),
+        sampling=SamplingConfig(max_new_tokens=6),
+        reward=RewardConfig(missing_eos="none"),
+        kl=KLConfig(coef=0.05),
+        algorithm=AlgorithmConfig(ppo_epochs=2, minibatches=2),
+        actor_optim=OptimConfig(lr=1e-3),
+        critic_optim=OptimConfig(lr=1e-3),
+        total_steps=3,
+        sample_every=2,
+        microbatch_tokens=512,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def short_is_good(completions, **columns):
+    return [-float(len(text.split())) for text in completions]
+
+
+@pytest.fixture
+def tokenizer():
+    return build_tokenizer()
+
+
+def trainer(folder, tokenizer, config=None, **more):
+    given = {"reward_function": short_is_good, **more}
+    return PPOTrainer(
+        config or settings(folder),
+        model=policy(tokenizer),
+        tokenizer=tokenizer,
+        train_dataset=PROMPTS,
+        quiet=True,
+        **given,
+    )
+
+
+def test_a_few_lines_train_and_export_a_policy(tmp_path, tokenizer):
+    ppo = trainer(tmp_path, tokenizer)
+    result = ppo.train()
+    assert result.steps == 3
+    loaded = AutoModelForCausalLM.from_pretrained(result.model_dir)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = ppo.roles.actor.module(input_ids=ids).logits
+        # The loaded weights sit at another alignment; copies of them give the same bits.
+        loaded.load_state_dict({k: v.clone() for k, v in loaded.state_dict().items()}, assign=True)
+        loaded.tie_weights()
+        assert torch.equal(loaded(input_ids=ids).logits, expected)
+    assert AutoTokenizer.from_pretrained(result.model_dir).pad_token_id is not None
+    critic = AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic")
+    assert critic.config.num_labels == 1
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert {"time/generate", "time/score", "time/prepare", "time/update"} <= set(rows[0])
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").open(encoding="utf-8")]
+    assert {row["step"] for row in samples} == {2, 3}
+
+
+def test_reward_function_sees_texts_and_columns_and_scores_rise(tmp_path, tokenizer):
+    seen = []
+
+    def reward(prompts, completions, tag):
+        seen.append((prompts, completions, tag))
+        return short_is_good(completions)
+
+    config = settings(
+        tmp_path,
+        total_steps=25,
+        actor_optim=OptimConfig(lr=1e-2, schedule="constant"),
+        kl=KLConfig(coef=0.0),
+        sampling=SamplingConfig(max_new_tokens=8),
+        rollout=RolloutConfig(prompts=16, samples_per_prompt=2),
+        run=RunConfig(output_dir=str(tmp_path), save_every=100, device="cpu"),
+    )
+    trainer(tmp_path, tokenizer, config, reward_function=reward).train()
+    prompts, completions, tags = seen[0]
+    assert len(prompts) == len(completions) == len(tags) == 32
+    assert all(PROMPTS[t]["prompt"] == p for p, t in zip(prompts, tags, strict=True))
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows[-1]["objective/scores"] > rows[0]["objective/scores"] + 2
+
+
+def test_reward_model_and_function_add_up(tmp_path, tokenizer):
+    model = judge(tokenizer, tmp_path / "judge")
+    config = settings(tmp_path / "both", reward=RewardConfig(function_weight=0.5))
+    both = trainer(tmp_path, tokenizer, config, reward_model=model)
+    alone = trainer(
+        tmp_path, tokenizer, settings(tmp_path / "model"), reward_model=model, reward_function=None
+    )
+    prompts = [both.data[i] for i in range(8)]
+    from rlhf_fast.data import collate_prompts
+
+    rollout = both.learner.generate(collate_prompts(prompts))
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in rollout.response_ids()]
+    expected = alone.roles.reward.score(rollout).scores + 0.5 * torch.tensor(short_is_good(texts))
+    torch.testing.assert_close(both.roles.reward.score(rollout).scores, expected)
+
+
+def test_the_critic_starts_as_a_copy_of_the_reward_model(tmp_path, tokenizer):
+    model = judge(tokenizer, tmp_path / "judge")
+    ppo = trainer(tmp_path / "run", tokenizer, settings(tmp_path / "run"), reward_model=model)
+    critic = ppo.roles.critic.module
+    for ours, theirs in zip(critic.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.requires_grad
+        assert not theirs.requires_grad
+        assert ours.data_ptr() != theirs.data_ptr()
+
+
+def test_per_token_rewards_train(tmp_path, tokenizer):
+    def per_token(completions, **columns):
+        counts = [len(tokenizer(text)["input_ids"]) for text in completions]
+        return [[0.1] * n for n in counts]
+
+    # A per-token list must cover the response, EOS included; this one forgets EOS where there is
+    # one, which is a mistake of the user's.
+    from rlhf_fast.errors import RewardError
+
+    with pytest.raises(RewardError):
+        trainer(tmp_path, tokenizer, reward_function=per_token).train()
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo"])
+def test_critic_free_estimators_run_and_export_no_critic(tmp_path, tokenizer, estimator):
+    config = settings(
+        tmp_path,
+        algorithm=AlgorithmConfig(estimator=estimator, ppo_epochs=1),
+        rollout=RolloutConfig(prompts=4, samples_per_prompt=4),
+    )
+    trainer(tmp_path, tokenizer, config).train()
+    assert not (tmp_path / "critic").exists()
+
+
+def without_times(path):
+    return [
+        {k: v for k, v in row.items() if not k.startswith("time/")}
+        for row in read_metrics(path / "metrics.jsonl")
+    ]
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, tokenizer):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    changes = {
+        "kl": KLConfig(coef=0.05, adaptive=True, target=0.01, horizon=50),
+        "total_steps": 5,
+        "sample_every": 1,
+    }
+    trainer(whole, tokenizer, settings(whole, **changes)).train()
+
+    def interrupt(step, output):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        trainer(parts, tokenizer, settings(parts, **changes), on_step=interrupt).train()
+    assert len(read_metrics(parts / "metrics.jsonl")) == 2
+    trainer(parts, tokenizer, settings(parts, **changes)).train()
+    assert without_times(parts) == without_times(whole)
+    for name in ("model", "critic"):
+        first = (whole / name / "model.safetensors").read_bytes()
+        assert (parts / name / "model.safetensors").read_bytes() == first
+    assert (parts / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+
+
+def test_a_finished_run_says_so_and_trains_no_more(tmp_path, tokenizer):
+    first = trainer(tmp_path, tokenizer).train()
+    calls = []
+    again = trainer(tmp_path, tokenizer, on_step=lambda *a: calls.append(a)).train()
+    assert again.metrics == first.metrics
+    assert calls == []
+
+
+def test_run_ppo_works_from_directories(tmp_path, tokenizer):
+    export_model(policy(tokenizer), tokenizer, tmp_path / "sft")
+    export_model(judge(tokenizer, tmp_path / "trunk"), tokenizer, tmp_path / "rm")
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS), encoding="utf-8")
+    base = settings(tmp_path / "out")
+    config = dataclasses.replace(
+        base,
+        actor=str(tmp_path / "sft"),
+        reward=RewardConfig(model=str(tmp_path / "rm")),
+        data=dataclasses.replace(base.data, train=str(rows)),
+    )
+    assert "PPO: 3 steps" in run_ppo(config).summary()
+
+
+def test_missing_parts_are_named(tmp_path, tokenizer):
+    with pytest.raises(ConfigError, match="RF1040"):
+        trainer(tmp_path, tokenizer, reward_function=None)
+    with pytest.raises(ConfigError, match="actor"):
+        PPOTrainer(settings(tmp_path), train_dataset=PROMPTS, reward_function=short_is_good)
+    with pytest.raises(ConfigError, match=r"run\.output_dir"):
+        trainer("", tokenizer, settings(""))
