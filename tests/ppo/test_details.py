@@ -9,81 +9,31 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_fast.config import KLConfig, OptimConfig, PtxConfig
+from rlhf_fast.config import OptimConfig
 from rlhf_fast.errors import NumericalError
 from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.ppo.advantages import estimate, whitened
-from rlhf_fast.ppo.layout import build_microbatch
-from rlhf_fast.ppo.losses import policy_loss
 from rlhf_fast.ppo.statistics import UpdateStatistics, rollout_metrics
-from rlhf_fast.types import IGNORE_INDEX, Experience, LossOutput, PackedSequences
+from rlhf_fast.types import Experience, LossOutput
 from rlhf_fast_kernels import gae
 from tests.ppo.synthetic import learner, random_rollout, small_config, with_rollout_logprobs
 
 
-def prepared(config=None, **rollout):
-    config = config or small_config()
-    trainer = learner(config)
-    experience, shaped = trainer.prepare(trainer.score(random_rollout(**rollout)))
+def prepared(config=None):
+    trainer = learner(config or small_config())
+    experience, shaped = trainer.prepare(trainer.score(random_rollout()))
     return trainer, experience, shaped
 
 
-def estimated(scored, config, **changes):
-    shaped = scored.scores
+def estimated(scored, config):
     return estimate(
         scored,
-        shaped,
+        scored.scores,
         kl_coef=config.kl.coef,
-        bootstrap=changes.pop("bootstrap", None),
+        bootstrap=None,
         algorithm=config.algorithm,
-        kl=changes.pop("kl", config.kl),
-        reward=changes.pop("reward", config.reward),
-    )
-
-
-def test_every_epoch_has_its_own_permutation_and_each_minibatch_one_optimizer_step():
-    config = small_config(ppo_epochs=3, minibatches=4)
-    trainer, experience, _ = prepared(config)
-    epochs = [list(trainer._minibatches(8, epoch)) for epoch in range(3)]
-    for minibatches in epochs:
-        assert [len(m) for m in minibatches] == [2, 2, 2, 2]
-        assert sorted(s for m in minibatches for s in m) == list(range(8))
-    assert len({str(e) for e in epochs}) == 3
-    assert trainer.update(experience)["policy/optimizer_steps"] == 12
-
-
-def test_kl_is_in_the_reward_or_in_the_loss_never_in_both():
-    config = small_config()
-    _, experience, _ = prepared(config)
-    scored = experience.scored
-    in_loss = KLConfig(coef=0.1, placement="loss")
-    plain = estimated(scored, config, kl=in_loss).rewards
-    torch.testing.assert_close(plain.sum(1), scored.scores, rtol=0, atol=0)
-    with_kl = estimated(scored, config).rewards
-    torch.testing.assert_close(with_kl, plain - 0.1 * experience.kl)
-
-    microbatch = _microbatch(experience)
-    logprobs = (microbatch.old_logprobs * 1.1).requires_grad_(True)
-    losses = {
-        coef: policy_loss(
-            microbatch, logprobs, None, algorithm=config.algorithm, kl=config.kl, kl_coef=coef
-        ).loss
-        for coef in (0.0, 5.0)
-    }
-    assert torch.equal(losses[0.0], losses[5.0])
-    placed = policy_loss(
-        microbatch, logprobs, None, algorithm=config.algorithm, kl=in_loss, kl_coef=5.0
-    )
-    assert placed.loss != losses[0.0]
-
-
-def _microbatch(experience):
-    return build_microbatch(
-        experience,
-        list(range(8)),
-        advantages=experience.advantages,
-        weights=torch.ones_like(experience.advantages),
-        num_loss_tokens=int(experience.scored.loss_mask.sum()),
+        kl=config.kl,
+        reward=config.reward,
     )
 
 
@@ -112,76 +62,6 @@ def test_returns_are_values_plus_advantages_before_whitening():
     white = whitened(experience.advantages, mask, unbiased=False)
     assert abs(float(white[mask].mean())) < 1e-5
     assert abs(float(white[mask].std(unbiased=False)) - 1) < 1e-4
-
-
-def test_bootstrap_is_the_value_after_truncated_rows_only():
-    trainer, experience, _ = prepared(small_config(bootstrap_truncated=True))
-    rollout = experience.scored.rollout
-    found = trainer._bootstrap(rollout)
-    assert 0 < int(rollout.ended.sum()) < len(rollout)
-    ids = rollout.sequences()
-    for s, ended in enumerate(rollout.ended.tolist()):
-        with torch.no_grad():
-            expected = trainer.roles.critic.values(ids.select([s]))[-1]
-        torch.testing.assert_close(found[s], torch.zeros(()) if ended else expected)
-    without, _, _ = prepared(small_config(bootstrap_truncated=False))
-    assert without._bootstrap(rollout) is None
-
-
-def test_importance_weights_are_capped_and_finite():
-    trainer, experience, _ = prepared(small_config(rollout_correction=2.0))
-    scored = experience.scored
-    shift = torch.linspace(-200.0, 200.0, scored.old_logprobs.numel()).view_as(scored.old_logprobs)
-    weights = trainer._importance_weights(
-        with_rollout_logprobs(scored, scored.old_logprobs - shift)
-    )
-    expected = shift.clamp(-20, 20).exp().clamp(max=2.0)
-    mask = scored.loss_mask
-    torch.testing.assert_close(weights[mask], expected[mask], rtol=1e-4, atol=1e-9)
-    assert bool((weights[~mask] == 1).all())
-
-
-def test_target_kl_ends_the_epochs_before_the_step_that_would_exceed_it():
-    config = small_config(ppo_epochs=4)
-    trainer, experience, _ = prepared(config)
-    full = trainer.update(experience)
-    assert full["policy/early_stop"] == 0
-    assert full["policy/optimizer_steps"] == 4
-
-    config = small_config(ppo_epochs=4, target_kl=1e-12)
-    trainer, experience, _ = prepared(config)
-    stopped = trainer.update(experience)
-    assert stopped["policy/early_stop"] == 1
-    assert stopped["policy/optimizer_steps"] == 1
-    assert all(p.grad is None for p in trainer.roles.actor.module.parameters())
-
-
-def test_pretraining_term_is_a_mean_over_its_own_tokens():
-    config = dataclasses.replace(small_config(), ptx=PtxConfig(coef=3.0, data="-"))
-    trainer = learner(config)
-    sequences = [PackedSequences.from_lists([row]) for row in ([1, 2, 3, 4], [5, 6])]
-
-    class Source:
-        def next_batch(self):
-            batch = []
-            for packed in sequences:
-                targets = packed.ids.roll(-1)
-                targets[-1] = IGNORE_INDEX
-                batch.append((packed, targets))
-            return batch
-
-    loss = trainer._pretraining_backward(Source())
-    module = trainer.roles.actor.module
-    found = {n: p.grad.clone() for n, p in module.named_parameters()}
-    module.zero_grad()
-    nll = torch.zeros(())
-    for packed in sequences:
-        logits = module(input_ids=packed.ids[None]).logits[0, :-1]
-        nll = nll + nn.functional.cross_entropy(logits, packed.ids[1:], reduction="sum")
-    (3.0 * nll / 4).backward()
-    assert loss == pytest.approx(float(nll.detach()) / 4, rel=1e-5)
-    for name, parameter in module.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
@@ -250,6 +130,59 @@ def test_explained_variance_is_one_minus_the_variance_left():
     expected = 1 - residual.var(unbiased=False) / returns.var(unbiased=False)
     found = statistics.finalize(early_stop=False)["val/explained_variance"]
     assert found == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_every_epoch_has_its_own_permutation_and_each_minibatch_one_optimizer_step():
+    config = small_config(ppo_epochs=3, minibatches=4)
+    trainer, experience, _ = prepared(config)
+    epochs = [list(trainer._minibatches(8, epoch)) for epoch in range(3)]
+    for minibatches in epochs:
+        assert [len(m) for m in minibatches] == [2, 2, 2, 2]
+        assert sorted(s for m in minibatches for s in m) == list(range(8))
+    assert len({str(e) for e in epochs}) == 3
+    assert trainer.update(experience)["policy/optimizer_steps"] == 12
+
+
+def test_bootstrap_is_the_value_after_truncated_rows_only():
+    trainer, experience, _ = prepared(small_config(bootstrap_truncated=True))
+    rollout = experience.scored.rollout
+    found = trainer._bootstrap(rollout)
+    assert 0 < int(rollout.ended.sum()) < len(rollout)
+    ids = rollout.sequences()
+    for s, ended in enumerate(rollout.ended.tolist()):
+        with torch.no_grad():
+            expected = trainer.roles.critic.values(ids.select([s]))[-1]
+        torch.testing.assert_close(found[s], torch.zeros(()) if ended else expected)
+    without, _, _ = prepared(small_config(bootstrap_truncated=False))
+    assert without._bootstrap(rollout) is None
+
+
+def test_importance_weights_are_capped_and_finite():
+    trainer, experience, _ = prepared(small_config(rollout_correction=2.0))
+    scored = experience.scored
+    shift = torch.linspace(-200.0, 200.0, scored.old_logprobs.numel()).view_as(scored.old_logprobs)
+    weights = trainer._importance_weights(
+        with_rollout_logprobs(scored, scored.old_logprobs - shift)
+    )
+    expected = shift.clamp(-20, 20).exp().clamp(max=2.0)
+    mask = scored.loss_mask
+    torch.testing.assert_close(weights[mask], expected[mask], rtol=1e-4, atol=1e-9)
+    assert bool((weights[~mask] == 1).all())
+
+
+def test_target_kl_ends_the_epochs_before_the_step_that_would_exceed_it():
+    config = small_config(ppo_epochs=4)
+    trainer, experience, _ = prepared(config)
+    full = trainer.update(experience)
+    assert full["policy/early_stop"] == 0
+    assert full["policy/optimizer_steps"] == 4
+
+    config = small_config(ppo_epochs=4, target_kl=1e-12)
+    trainer, experience, _ = prepared(config)
+    stopped = trainer.update(experience)
+    assert stopped["policy/early_stop"] == 1
+    assert stopped["policy/optimizer_steps"] == 1
+    assert all(p.grad is None for p in trainer.roles.actor.module.parameters())
 
 
 def test_generator_and_trainer_that_disagree_stop_the_run():
