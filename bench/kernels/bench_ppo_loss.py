@@ -11,9 +11,9 @@ clip fractions, mean ratio, mean KL, mean entropy.
     reference   the op's specification: masks by `where`, all nineteen sums
     compile ... torch.compile of the two
 
-The gain is against the fastest peer. The error is the largest one of loss and gradients against
-fp64, relative to the largest entry; the gate is the error of the eager fp32 reference plus 1e-6.
-Gradients of bf16 inputs are bf16, for everybody.
+The gain is against the fastest peer, and against the fastest that is not compiled. The error is the
+largest one of loss and gradients against fp64, relative to the largest entry; the gate is the error
+of the eager fp32 reference plus 1e-6. Gradients of bf16 inputs are bf16, for everybody.
 """
 
 from __future__ import annotations

@@ -47,6 +47,10 @@ class Contender:
     ours: bool = False
 
     @property
+    def compiled(self) -> bool:
+        return self.name.startswith("compile ")
+
+    @property
     def passes(self) -> bool:
         return self.error <= self.error_limit
 
@@ -68,7 +72,8 @@ class Row:
     gb_per_s: float | None = None
     of_bandwidth: float | None = None
     extra_mib: float | None = None
-    speedup: float | None = None  # of ours: the fastest other contender's median over this one
+    gain: float | None = None  # of ours: the fastest other contender's median over this one
+    gain_over_eager: float | None = None  # the same among contenders that are not compiled
 
 
 @dataclass
@@ -189,7 +194,7 @@ def measure(
     repeats: int = 9,
     calls: int = 1,
 ) -> list[Row]:
-    """Rows of one case, `speedup` filled in for ours.
+    """Rows of one case, gains filled in for ours.
 
     Args:
         case: label.
@@ -221,10 +226,13 @@ def measure(
         if contender.ours and row.median_ms is not None:
             row.gb_per_s = bytes_moved / row.median_ms / 1e6
             row.of_bandwidth = row.gb_per_s / bandwidth
-    others = [r.median_ms for r in rows.values() if not r.ours and r.median_ms is not None]
+    peers = {c.name: c.compiled for c in timed if not c.ours}
     for row in rows.values():
-        if row.ours and row.median_ms is not None and others:
-            row.speedup = min(others) / row.median_ms
+        if row.ours and row.median_ms is not None:
+            row.gain = _gain(row, [rows[name] for name in peers])
+            row.gain_over_eager = _gain(
+                row, [rows[n] for n, compiled in peers.items() if not compiled]
+            )
     return list(rows.values())
 
 
@@ -233,6 +241,11 @@ def _run_all(run: Callable[[int], Any], ring: Sequence[int]) -> Any:
     for k in ring:
         result = run(k)
     return result
+
+
+def _gain(row: Row, peers: Sequence[Row]) -> float | None:
+    times = [peer.median_ms for peer in peers if peer.median_ms is not None]
+    return min(times) / row.median_ms if times and row.median_ms is not None else None
 
 
 def _fill(row: Row, samples: list[tuple[float, float]]) -> None:
@@ -279,7 +292,8 @@ def print_rows(rows: Sequence[Row]) -> None:
         "of read",
         "extra MiB",
         "max error",
-        "speed-up",
+        "gain",
+        "on eager",
     )
     print(f"  {head[0]:<30}" + "".join(f"{h:>11}" for h in head[1:]))
     for row in rows:
@@ -292,7 +306,8 @@ def print_rows(rows: Sequence[Row]) -> None:
             _cell(row.of_bandwidth, ".0%"),
             _cell(row.extra_mib, ".1f"),
             f"{row.error:.1e}",
-            "" if row.speedup is None else f"{row.speedup:.1f}x",
+            "" if row.gain is None else f"{row.gain:.1f}x",
+            "" if row.gain_over_eager is None else f"{row.gain_over_eager:.1f}x",
         )
         print(f"  {row.contender:<30}" + "".join(f"{cell:>11}" for cell in cells))
     print(flush=True)
