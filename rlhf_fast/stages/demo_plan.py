@@ -53,7 +53,7 @@ class Plan:
     sft_steps: int = 300
     pairs: int = 2_800
     ppo_steps: int = 40
-    no_kl_steps: int = 60
+    no_kl_steps: int = 90
     prompts: int = 64
     best_of: int = 64
     eval_samples: int = 32
@@ -87,8 +87,14 @@ def quick(folder: Path, seed: int) -> Plan:
 
 
 def _run(plan: Plan, name: str, save_every: int) -> RunConfig:
+    # One thread: at this size a second one gains nothing on an idle machine, and where another
+    # process competes for the core its barriers cost ten times the work.
     return RunConfig(
-        output_dir=str(plan.place(name)), seed=plan.seed, device="cpu", save_every=save_every
+        output_dir=str(plan.place(name)),
+        seed=plan.seed,
+        device="cpu",
+        threads=1,
+        save_every=save_every,
     )
 
 
