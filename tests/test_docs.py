@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -14,8 +15,12 @@ from types import ModuleType
 import pytest
 
 from rlhf_fast import errors
+from rlhf_fast.cli import _parser
 from rlhf_fast.config import EvalConfig, PPOConfig, RewardModelConfig, SFTConfig
 from rlhf_fast.config_loading import load_config
+from rlhf_fast.data.formats import parse_prompt, parse_sft
+from rlhf_fast.data.preferences import parse_preference
+from rlhf_fast.data.rows import Row
 from rlhf_fast.models.reward_function import load_reward_function
 from rlhf_fast.stages.evaluate import run_evaluate
 from rlhf_fast.stages.ppo import run_ppo
@@ -327,9 +332,33 @@ def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "objective/scores" in written(tmp_path / "runs" / "arithmetic")
 
 
-def test_commands_named_in_the_readme_exist() -> None:
-    from rlhf_fast.cli import _parser
+def test_commands_of_the_pages_are_understood() -> None:
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    lines = re.findall(r"^(?: {4})?rlhf-fast (.*)$", pages, re.MULTILINE)
+    lines += [
+        line
+        for line in re.findall(r"`rlhf-fast ([^`]*)`", pages)
+        if not re.search(r"\||--help", line)
+    ]
+    shown = set()
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        options, unknown = _parser().parse_known_args(words)
+        assert unknown == [], line
+        shown.add(options.command)
+    assert shown == {"demo", "sft", "rm", "ppo", "eval", "report", "env", "check"}
 
-    commands = set(re.findall(r"rlhf-fast (\w+)", read("README.md")))
-    assert {"demo", "sft", "rm", "ppo", "eval", "report", "env", "check"} == commands
-    assert all(command in _parser().format_help() for command in commands)
+
+@pytest.mark.parametrize(("page", "count"), [("README.md", 4), ("docs/data.md", 5)])
+def test_example_rows_are_read_as_some_stage_reads_them(page: str, count: int) -> None:
+    blocks = re.findall(r"```json\n(.*?)```", read(page), re.DOTALL)
+    rows = [json.loads(line) for block in blocks for line in block.splitlines()]
+    assert len(rows) == count
+    for i, fields in enumerate(rows):
+        row = Row(f"{page}[{i}]", i, fields)
+        if "chosen" in fields or "completions" in fields:
+            parse_preference(row)
+        elif "completion" in fields or "messages" in fields:
+            parse_sft(row)
+        else:
+            parse_prompt(row)
