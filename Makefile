@@ -20,7 +20,8 @@ $(READY): $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --quiet --editable ".[dev]"
+	@$(BIN)/python -c 'from rlhf_fast_kernels import native; print("compiled ops:", native.describe()["core"])'
 	@touch $@
 
 demo: $(READY)
