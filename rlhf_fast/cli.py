@@ -39,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options, unknown = _parser().parse_known_args(arguments)
+    # argparse ends the list of overrides at the first option; those after it arrive here.
+    late = [word for word in unknown if "=" in word and not word.startswith("-")]
+    if late and hasattr(options, "overrides"):
+        options.overrides = [*options.overrides, *late]
+        unknown = [word for word in unknown if word not in late]
     if unknown:
         _fail(f"RF1006: unknown option {unknown[0]}\n  to do:    see rlhf-fast --help")
         return 2

@@ -341,7 +341,7 @@ def _load_newest(root: Path, candidates: list[_Candidate]) -> Checkpoint:
         "RF8001",
         f"none of the {len(problems)} checkpoints can be used: {listing}",
         where=str(root),
-        remedy="restore one from a copy, or start over with overwrite=true",
+        remedy="restore one from a copy, or start over with run.overwrite=true",
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from rlhf_fast.config import EvalConfig, PPOConfig, to_dict
 from rlhf_fast.environment import collect
-from rlhf_fast.errors import CheckpointError, ConfigError
+from rlhf_fast.errors import CheckpointError
 from rlhf_fast.metrics import METRICS_NAME, read_metrics
 from rlhf_fast.models.export import export_model
 from rlhf_fast.models.reward_function import completion_texts
@@ -112,7 +112,7 @@ def _claim(folder: Path, arguments: dict[str, Any], overwrite: bool) -> None:
             remedy="choose another folder",
         )
     if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) != arguments:
-        raise ConfigError(
+        raise CheckpointError(
             "RF8402",
             f"{folder} holds a demo with other arguments",
             where=str(mark),

@@ -221,7 +221,7 @@ class Run:
         if self._resume is False and self._resume_step is not None:
             raise CheckpointError(
                 "RF8208",
-                f"resume_step={self._resume_step} with resume=false",
+                f"run.resume_step={self._resume_step} with run.resume=never",
                 where="resume, resume_step",
                 remedy="drop one of them",
             )
@@ -266,7 +266,7 @@ class Run:
                 "the directory holds a run",
                 where=str(self.path),
                 expected="an empty or new directory",
-                remedy="use another output_dir, resume=true, or overwrite=true to start anew",
+                remedy="use another output_dir, run.resume=always, or run.overwrite=true",
             )
         differences = self._differences(recorded)
         self._refuse_other_run(differences)
@@ -276,7 +276,7 @@ class Run:
             self.already_complete = True
             notices.append(
                 f"already complete after {complete.get('step')} steps: {self.path} "
-                "(overwrite=true runs it again)"
+                "(run.overwrite=true runs it again)"
             )
         self._open_checkpoint(notices)
         self.notices = tuple(notices)
@@ -337,10 +337,10 @@ class Run:
         hard = [difference for difference in differences if difference.hard]
         if hard:
             what = "the directory holds a run that cannot be continued with this configuration"
-            remedy = "restore these keys, use another output_dir, or overwrite=true to start anew"
+            remedy = "restore these keys, use another output_dir, or run.overwrite=true"
         elif differences and self._resume is not True:
             what = "the directory holds a run with a different configuration"
-            remedy = "resume=true continues it with the new values, overwrite=true starts anew"
+            remedy = "run.resume=always goes on with the new values, run.overwrite=true anew"
         else:
             return
         raise CheckpointError(
@@ -385,7 +385,7 @@ def _unreadable(path: Path, reason: str) -> RLHFError:
         "RF8206",
         f"{path.name} cannot be read: {reason}",
         where=str(path),
-        remedy="restore it from a copy, or start over with overwrite=true",
+        remedy="restore it from a copy, or start over with run.overwrite=true",
     )
 
 

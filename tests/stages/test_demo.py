@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_fast.cli import main
-from rlhf_fast.errors import CheckpointError, ConfigError
+from rlhf_fast.errors import CheckpointError
 from rlhf_fast.stages.demo import conclusion, run_demo
 from rlhf_fast.stages.demo_plan import RESPONSE_TOKENS
 from rlhf_fast.tasks.demo_results import DemoResults
@@ -67,7 +67,7 @@ def test_a_finished_demo_is_not_run_again_and_keeps_its_folder(demo, capsys):
     assert main(["demo", "--quick", "--seed", str(SEED), "--output", str(folder)]) == 0
     assert "finished before" in capsys.readouterr().out
     assert (folder / "demo_results.json").read_bytes() == before
-    with pytest.raises(ConfigError, match="RF8402"):
+    with pytest.raises(CheckpointError, match="RF8402"):
         run_demo(folder, seed=SEED + 1, quick=True)
 
 
