@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rlhf_fast.engine.batching import PaddedPrompts, pad_left, plan_batches
 from rlhf_fast.engine.kv_cache import DecodeCache
-from rlhf_fast.engine.sampler import Draw, sample, validate_sampling
+from rlhf_fast.engine.sampler import Draw, counter_uniform, sample, validate_sampling
 from rlhf_fast.engine.stopping import Decode, StopRule
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.types import PromptBatch, Rollout, SamplingParams
@@ -58,16 +58,16 @@ class _Outputs:
 
 @dataclass
 class _Rows:
-    """The rows of a decoding batch: sample index, seed, next position and liveness, all [n]."""
+    """The rows of a decoding batch: sample index, next position and liveness, all [n]."""
 
     sample: Tensor
-    seeds: Tensor
+    uniforms: Tensor  # [n, R] float64, every draw's: hashed at once instead of 25 tiny ops a step
     positions: Tensor
     live: Tensor
     mask: Tensor | None  # [n, prompt width + R] bool, None if no row is padded
 
     def keep(self, index: Tensor) -> None:
-        self.sample, self.seeds = self.sample[index], self.seeds[index]
+        self.sample, self.uniforms = self.sample[index], self.uniforms[index]
         self.positions, self.live = self.positions[index], self.live[index]
         if self.mask is not None:
             self.mask = self.mask[index]
@@ -123,7 +123,8 @@ class HFGenerator:
         self._decode_texts = decode
         self._autocast_dtype = autocast_dtype
         # peft's forward hides the model's parameters behind **kwargs.
-        inner: Any = module.get_base_model() if hasattr(module, "get_base_model") else module
+        unwrap: Any = getattr(module, "get_base_model", None)
+        inner: Any = module if unwrap is None else unwrap()
         self._config = inner.config
         self._accepts = frozenset(inspect.signature(inner.forward).parameters)
         if "past_key_values" not in self._accepts:
@@ -237,8 +238,8 @@ class HFGenerator:
         samples_per_prompt: int,
         seeds: Sequence[int],
     ) -> None:
-        embedding: Any = self.module.get_input_embeddings()  # type: ignore[operator]
-        vocab = int(embedding.weight.shape[0])
+        wrapped: Any = self.module
+        vocab = int(wrapped.get_input_embeddings().weight.shape[0])
         validate_sampling(sampling, vocab)
         samples = len(prompts) * samples_per_prompt
         if samples_per_prompt < 1 or len(seeds) != samples:
@@ -248,44 +249,16 @@ class HFGenerator:
                 f"{len(seeds)} seeds",
                 expected="at least one sample per prompt and one seed for every sample",
             )
-        lengths = prompts.sequences.lengths.tolist()
         text_config = self._config.get_text_config(decoder=True)
         positions = getattr(text_config, "max_position_embeddings", None)
-        bounds = prompts.sequences.cu_seqlens.tolist()
-        for index, length in enumerate(lengths):
-            if length == 0:
-                raise GenerationError(
-                    "RF4005",
-                    "a prompt has no token, so there is nothing to predict from",
-                    where=_prompt_name(prompts, index),
-                    remedy="drop the row, or begin prompts with a BOS token",
-                )
-            if positions is not None and length + sampling.max_new_tokens > positions:
-                raise GenerationError(
-                    "RF4006",
-                    f"{length} prompt tokens + max_new_tokens={sampling.max_new_tokens} exceed "
-                    f"the model's {positions} positions",
-                    where=_prompt_name(prompts, index),
-                    remedy="shorten or filter prompts (data.max_prompt_length), or lower "
-                    "sampling.max_new_tokens",
-                )
-        ids = prompts.sequences.ids
-        strangers = ((ids < 0) | (ids >= vocab)).nonzero().flatten().tolist()
-        if strangers:
-            index = sum(bound <= strangers[0] for bound in bounds) - 1
-            raise GenerationError(
-                "RF4009",
-                f"token id {int(ids[strangers[0]])} does not exist in a model with {vocab} "
-                "embedding rows",
-                where=_prompt_name(prompts, index),
-                remedy="use the tokenizer that belongs to the model",
-            )
+        _check_lengths(prompts, sampling.max_new_tokens, positions)
+        _check_ids(prompts, vocab)
 
     def _run_batch(self, job: _Job, batch: list[int]) -> None:
         rows, logits, cache, width = self._prefill(job, batch)
         limit = job.sampling.max_new_tokens
         for step in range(limit):
-            draw = sample(logits, rows.seeds, step, job.sampling)
+            draw = sample(logits, rows.uniforms[:, step], job.sampling)
             alive = self._record(job, rows, draw, step)
             if alive == 0 or step + 1 == limit:
                 break
@@ -315,12 +288,14 @@ class HFGenerator:
         cache = DecodeCache(self._config)
         logits = self._forward(padded.ids, padded.mask if uneven else None, padded.positions, cache)
         source = torch.tensor([slot[s // job.group] for s in batch], device=device)
-        # The last token drawn is never fed back, so R-1 columns hold the response.
-        cache.expand(source, width + job.sampling.max_new_tokens - 1)
+        cache.expand(source)
         sample_index = torch.tensor(batch, device=device)
         rows = _Rows(
             sample_index,
-            job.seeds[sample_index],
+            counter_uniform(
+                job.seeds[sample_index].unsqueeze(-1),
+                torch.arange(job.sampling.max_new_tokens, device=device),
+            ),
             padded.positions[source, -1] + 1,
             torch.ones(len(batch), dtype=torch.bool, device=device),
             _decode_mask(padded, source, job.sampling.max_new_tokens) if uneven else None,
@@ -380,6 +355,41 @@ class HFGenerator:
             remedy="resume from the last good checkpoint with a lower learning rate"
             if broken
             else "the forward overflows: try float32, or check the attention implementation",
+        )
+
+
+def _check_lengths(prompts: PromptBatch, max_new_tokens: int, positions: int | None) -> None:
+    for index, length in enumerate(prompts.sequences.lengths.tolist()):
+        if length == 0:
+            raise GenerationError(
+                "RF4005",
+                "a prompt has no token, so there is nothing to predict from",
+                where=_prompt_name(prompts, index),
+                remedy="drop the row, or begin prompts with a BOS token",
+            )
+        if positions is not None and length + max_new_tokens > positions:
+            raise GenerationError(
+                "RF4006",
+                f"{length} prompt tokens + max_new_tokens={max_new_tokens} exceed "
+                f"the model's {positions} positions",
+                where=_prompt_name(prompts, index),
+                remedy="shorten or filter prompts (data.max_prompt_length), or lower "
+                "sampling.max_new_tokens",
+            )
+
+
+def _check_ids(prompts: PromptBatch, vocab: int) -> None:
+    ids = prompts.sequences.ids
+    strangers = ((ids < 0) | (ids >= vocab)).nonzero().flatten().tolist()
+    if strangers:
+        bounds = prompts.sequences.cu_seqlens.tolist()
+        index = sum(bound <= strangers[0] for bound in bounds) - 1
+        raise GenerationError(
+            "RF4009",
+            f"token id {int(ids[strangers[0]])} does not exist in a model with {vocab} "
+            "embedding rows",
+            where=_prompt_name(prompts, index),
+            remedy="use the tokenizer that belongs to the model",
         )
 
 

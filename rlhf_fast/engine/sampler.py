@@ -120,11 +120,11 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def counter_uniform(seeds: Tensor, steps: Tensor | int) -> Tensor:
-    """[B] float64 uniforms strictly inside (0, 1), one for each (seed, step).
+    """Float64 uniforms strictly inside (0, 1), one for each (seed, step), broadcast.
 
     Args:
-        seeds: [B] int64, any values.
-        steps: [B] int64 or one int: the counter.
+        seeds: [B] or [B, 1] int64, any values.
+        steps: [B] or [R] int64 or one int: the counter, the index of the response token.
     """
     counter = torch.as_tensor(steps, dtype=torch.int64, device=seeds.device) + 1
     state = _mix(seeds + _GOLDEN) + counter * _GOLDEN
@@ -170,7 +170,7 @@ def warp_logits(scaled: Tensor, sampling: SamplingParams) -> Tensor:
     return scaled
 
 
-def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
+def inverse_cdf(probs: Tensor, uniforms: Tensor, best: Tensor) -> Tensor:
     """[B] int64: the token whose slice of the cumulative distribution holds the uniform.
 
     Never a token of probability 0: the cumulative sum has to rise strictly at the token drawn.
@@ -178,6 +178,7 @@ def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     Args:
         probs: [B, V] float32 or float64, non-negative, not necessarily summing to 1.
         uniforms: [B] float64.
+        best: [B] int64, any token of positive probability; answers for the rounding below.
     """
     cdf = probs.cumsum(-1, dtype=torch.float64)
     target = (uniforms * cdf[:, -1]).unsqueeze(-1)
@@ -185,10 +186,10 @@ def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     tokens = tokens.clamp_(max=probs.shape[-1] - 1)
     # A parallel scan (CUDA) may round neighbours apart by an ulp although nothing lies between.
     hit = probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) > 0
-    return torch.where(hit, tokens, probs.argmax(-1))
+    return torch.where(hit, tokens, best)
 
 
-def sample(logits: Tensor, seeds: Tensor, steps: Tensor | int, sampling: SamplingParams) -> Draw:
+def sample(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> Draw:
     """Draw one token a row.
 
     A row is unusable if it holds NaN or +inf or nothing but -inf; it comes back as INVALID_TOKEN,
@@ -197,23 +198,22 @@ def sample(logits: Tensor, seeds: Tensor, steps: Tensor | int, sampling: Samplin
 
     Args:
         logits: [B, V] in any float dtype; computed in float32.
-        seeds: [B] int64, one a sample.
-        steps: [B] int64 or one int, the index of the response token.
+        uniforms: [B] float64, `counter_uniform(seeds, step)`.
         sampling: validated parameters.
     """
     logits = logits.float()
-    best, greedy = logits.max(dim=-1)
-    valid = best.isfinite()
+    top, best = logits.max(dim=-1)
+    valid = top.isfinite()
     # Shift before dividing: a temperature of 1e-30 then gives -inf, never inf - inf.
-    scaled = logits - best.unsqueeze(-1)
+    scaled = logits - top.unsqueeze(-1)
     if sampling.temperature not in (0.0, 1.0):
         scaled = scaled / sampling.temperature
     raw = torch.log_softmax(scaled, dim=-1)
     if sampling.temperature == 0.0:
-        tokens, drawn = greedy, torch.zeros_like(best)
+        tokens, drawn = best, torch.zeros_like(top)
     else:
         log_probs = torch.log_softmax(warp_logits(scaled, sampling), -1) if sampling.warps else raw
-        tokens = inverse_cdf(log_probs.exp(), counter_uniform(seeds, steps))
+        tokens = inverse_cdf(log_probs.exp(), uniforms, best)
         drawn = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     chosen = raw.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return Draw(

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from rlhf_fast.engine import sampler
 from rlhf_fast.engine.sampler import (
     INVALID_TOKEN,
+    Draw,
     counter_uniform,
     inverse_cdf,
-    sample,
     sample_seed,
     top_k_mask,
     top_p_mask,
@@ -31,6 +32,12 @@ def _mix_in_python(x: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
     return x ^ (x >> 31)
+
+
+def sample(
+    logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor | int, sampling: SamplingParams
+) -> Draw:
+    return sampler.sample(logits, counter_uniform(seeds, steps), sampling)
 
 
 def _logits(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
@@ -189,7 +196,8 @@ def test_zero_probability_is_never_drawn_even_at_the_ends_of_the_unit_interval()
     probs = torch.tensor([[0.0, 0.0, 0.3, 0.0, 0.7, 0.0, 0.0]])
     cases = {0.0: 2, 1e-300: 2, 0.3 - 1e-9: 2, 0.3 + 1e-7: 4, 1.0 - 2**-51: 4, 1.0: 4}
     for u, expected in cases.items():
-        assert inverse_cdf(probs, torch.tensor([u], dtype=torch.float64)).item() == expected
+        uniform = torch.tensor([u], dtype=torch.float64)
+        assert inverse_cdf(probs, uniform, probs.argmax(-1)).item() == expected
 
 
 @given(
