@@ -63,6 +63,11 @@ def shape_scores(
     The statistics take in this batch first, so that the first batch is normalised by itself. The
     missing-EOS value is in the units after normalisation, and is not lost to the clip.
 
+    Statistics are over scores of whole sequences, the sum of a row's per-token rewards, and the
+    mean is subtracted at the last token alone: from every token it would pay or fine each token of
+    a response for being there. So a score given as a number and the same score given at the last
+    token are worth the same.
+
     Args:
         scores: [S], or [S, R] for per-token rewards, float32.
         scored: [S] bool, false where the reward abstained.
@@ -77,8 +82,10 @@ def shape_scores(
     per_token = scores.dim() == 2
     valid = mask & scored[:, None] if per_token else scored
     if config.normalize:
-        moments.update(scores[valid])
-        scores = (scores - moments.mean) / moments.std
+        whole = sequence_sum(scores, valid) if per_token else scores
+        moments.update(whole[scored & mask.any(1) if per_token else scored])
+        mean = moments.mean * last_true(mask) if per_token else moments.mean
+        scores = (scores - mean) / moments.std
     if config.clip > 0:
         scores = scores.clamp(-config.clip, config.clip)
     truncated = scored & ~ended

@@ -74,6 +74,25 @@ def test_per_token_rewards_ignore_masked_columns():
     assert shape_scores(**args, config=OFF).tolist() == [[1.0, 0.0, 1.0]]
 
 
+def test_a_score_at_the_last_token_is_worth_as_much_as_one_for_the_sequence():
+    scores, lengths = [4.0, 1.0, -2.0], torch.tensor([3, 1, 2])
+    mask = torch.arange(3) < lengths[:, None]
+    whole, spread = make(scores), make([[0.0, 0.0, 4.0], [1.0, 0.0, 0.0], [0.0, -2.0, 0.0]])
+    whole["mask"] = spread["mask"] = mask
+    for _ in range(2):  # the statistics of the first batch are there in the second
+        expected = shape_scores(**whole, config=RewardConfig())
+        found = shape_scores(**spread, config=RewardConfig())
+        torch.testing.assert_close(found, torch.where(last_true(mask), expected[:, None], 0.0))
+
+
+def test_normalising_per_token_rewards_pays_no_token_for_being_there():
+    args = make([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    args["mask"][1, 2] = False
+    out = shape_scores(**args, config=RewardConfig(clip=0.0))
+    assert out[:, 1].tolist() == [0.0, pytest.approx(-3.0)]  # std 0.5, mean 1.5 at the last token
+    assert out.sum(1).tolist() == pytest.approx([1.0, -1.0])
+
+
 def test_last_true_with_holes_and_empty_rows():
     mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
     assert last_true(mask).nonzero().tolist() == [[0, 2], [2, 3]]
