@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -323,6 +324,23 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasse
             yield key, value, f
 
 
+_TYPES: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int,),
+    "float": (int, float),
+    "str": (str, os.PathLike),
+    "list[int]": (list, tuple),
+    "list[str]": (list, tuple),
+}
+
+
+def _type_violation(key: str, value: Any, leaf: dataclasses.Field[Any]) -> str | None:
+    kind = str(leaf.type)
+    if isinstance(value, _TYPES[kind]) and (kind == "bool" or not isinstance(value, bool)):
+        return None
+    return f"{key}={value!r}: expected {kind}, got {type(value).__name__}"
+
+
 def _leaf_violation(key: str, value: Any, rules: Any) -> str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return f"{key}={value}: expected a finite number"
@@ -338,8 +356,16 @@ def _leaf_violation(key: str, value: Any, rules: Any) -> str | None:
     return None
 
 
-def violations(config: StageConfig) -> list[str]:
-    """Every fault of a config: bounds and choices of each leaf, then rules across keys."""
+def violations(config: StageConfig, *, given: Collection[str] = ()) -> list[str]:
+    """Every fault of a config: type, bounds and choices of each leaf, then rules across keys.
+
+    Args:
+        config: of any stage.
+        given: keys that may be empty because their object is at hand: `reward`, `ptx.data`.
+    """
+    found = [_type_violation(k, v, f) for k, v, f in leaves(config)]
+    if any(found):
+        return [v for v in found if v is not None]  # the rules below compute with the values
     found = [_leaf_violation(k, v, f.metadata) for k, v, f in leaves(config)]
     faults = [v for v in found if v is not None]
     known = ("tensorboard", "wandb", "trackio")
@@ -353,7 +379,7 @@ def violations(config: StageConfig) -> list[str]:
     if config.run.resume == "never" and config.run.resume_step >= 0:
         faults.append("run.resume=never excludes run.resume_step: keep one")
     if isinstance(config, PPOConfig):
-        faults += _ppo_violations(config)
+        faults += _ppo_violations(config, given)
     if isinstance(config, EvalConfig):
         faults += [
             f"best_of has {n}: expected 1 to samples_per_prompt={config.samples_per_prompt}"
@@ -363,7 +389,7 @@ def violations(config: StageConfig) -> list[str]:
     return faults
 
 
-def _ppo_violations(config: PPOConfig) -> list[str]:
+def _ppo_violations(config: PPOConfig, given: Collection[str]) -> list[str]:
     faults = []
     rollout, algorithm = config.rollout, config.algorithm
     samples = rollout.prompts * rollout.samples_per_prompt
@@ -386,9 +412,9 @@ def _ppo_violations(config: PPOConfig) -> list[str]:
         faults.append(
             "sampling.temperature=0: PPO needs samples, take more than 0 (0.7 to 1.0 usual)"
         )
-    if not config.reward.model and not config.reward.function:
+    if not (config.reward.model or config.reward.function or "reward" in given):
         faults.append("reward.model and reward.function are both empty: name at least one")
-    if config.ptx.coef > 0 and not config.ptx.data:
+    if config.ptx.coef > 0 and not (config.ptx.data or "ptx.data" in given):
         faults.append("ptx.coef is set but ptx.data is empty: name the pretraining rows")
     if config.kl.adaptive and config.kl.coef == 0:
         faults.append("kl.adaptive with kl.coef=0: a multiplicative controller never leaves 0")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -41,7 +41,17 @@ def load_config(kind: type[C], path: str | Path | None = None, overrides: Sequen
         for key, value in _flatten(_parse_override(override), where=f"override {override!r}"):
             given[key] = (value, f"override {override!r}")
     config = _build(kind, given)
-    faults = violations(config)
+    require_valid(config)
+    return config
+
+
+def require_valid(config: StageConfig, *, given: Collection[str] = ()) -> None:
+    """Refuse a config with faults, such as one built in Python; arguments as of `violations`.
+
+    Raises:
+        ConfigError: RF1005, all faults at once.
+    """
+    faults = violations(config, given=given)
     if faults:
         raise ConfigError(
             "RF1005",
@@ -49,7 +59,6 @@ def load_config(kind: type[C], path: str | Path | None = None, overrides: Sequen
             where="\n            ".join(faults),
             remedy="correct every line above; `--print-config` shows the whole config",
         )
-    return config
 
 
 def from_dict(kind: type[C], tree: Mapping[str, Any], where: str = "config") -> C:

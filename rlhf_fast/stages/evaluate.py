@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config import EvalConfig, RewardConfig
+from rlhf_fast.config_loading import require_valid
 from rlhf_fast.data import (
     LoadedData,
     LoadOptions,
@@ -122,6 +123,7 @@ def run_evaluate(config: EvalConfig, *, quiet: bool = False) -> EvalResult:
     Raises:
         RLHFError: any kind.
     """
+    require_valid(config)
     prompts = "data.eval" if config.data.eval else "data.train"
     require_settings(config, "model", prompts, "run.output_dir")
     device = setup_run(config.run)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from rlhf_fast.config import PPOConfig
+from rlhf_fast.config_loading import require_valid
 from rlhf_fast.data import (
     EpochSampler,
     LoadedData,
@@ -126,6 +127,9 @@ class PPOTrainer:
         on_step: OnStep | None = None,
         quiet: bool = False,
     ) -> None:
+        # Whether there is a reward at all is found by `build_reward`, with the objects at hand.
+        given = ["reward"] if pretraining_dataset is None else ["reward", "ptx.data"]
+        require_valid(config, given=given)
         needed = [] if model is not None else ["actor"]
         needed += [] if train_dataset is not None else ["data.train"]
         require_settings(config, "run.output_dir", *needed)

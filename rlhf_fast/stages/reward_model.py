@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.config import RewardModelConfig
+from rlhf_fast.config_loading import require_valid
 from rlhf_fast.data import (
     EpochSampler,
     LoadedData,
@@ -141,6 +142,7 @@ def run_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> Rewar
     Raises:
         RLHFError: any kind; `Preempted` and `Interrupted` after a good checkpoint.
     """
+    require_valid(config)
     require_settings(config, "model", "data.train", "run.output_dir")
     device = setup_run(config.run)
     space = training_bytes(config.model, config.run.keep_last)

@@ -243,3 +243,21 @@ def test_missing_parts_are_named(tmp_path, tokenizer):
         PPOTrainer(settings(tmp_path), train_dataset=PROMPTS, reward_function=short_is_good)
     with pytest.raises(ConfigError, match=r"run\.output_dir"):
         trainer("", tokenizer, settings(""))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"algorithm": AlgorithmConfig(estimator="grop")}, "one of gae, rloo, grpo"),
+        ({"algorithm": AlgorithmConfig(minibatches=3)}, "does not divide"),
+        ({"algorithm": AlgorithmConfig(estimator="rloo")}, "samples_per_prompt"),
+        ({"sampling": SamplingConfig(max_new_tokens=6, temperature=0.0)}, "temperature"),
+        ({"actor_optim": OptimConfig(lr=float("nan"))}, "finite"),
+        ({"total_steps": "3"}, "expected int, got str"),
+        ({"kl": KLConfig(adaptive="yes")}, "expected bool, got str"),
+    ],
+)
+def test_a_config_built_in_python_is_held_to_the_same_rules(tmp_path, tokenizer, changes, named):
+    with pytest.raises(ConfigError, match="RF1005") as caught:
+        trainer(tmp_path, tokenizer, settings(tmp_path, **changes))
+    assert named in str(caught.value)
