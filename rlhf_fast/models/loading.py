@@ -107,6 +107,23 @@ def load_critic(path: str | Path, *, dtype: ComputeDtype) -> Any:
     return _prepare(module, dtype, str(directory))
 
 
+def adopt_module(module: nn.Module, *, dtype: ComputeDtype, role: str) -> None:
+    """Bring a module made elsewhere, in place, to what the loaders return.
+
+    transformers loads a checkpoint in the type it was saved in, bf16 for most; trained as it is,
+    such a model stays where it is under a small learning rate.
+
+    Args:
+        module: a Hugging Face model.
+        dtype: as for `load_causal_lm`.
+        role: what to call it in the message.
+
+    Raises:
+        ModelError: a weight is NaN or Inf.
+    """
+    _prepare(module.float(), dtype, role)
+
+
 def critic_from(module: nn.Module) -> Any:
     """A trainable critic from a model in memory; shares no storage with it.
 

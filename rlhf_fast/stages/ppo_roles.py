@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from rlhf_fast.data import EpochSampler, pack_sft
 from rlhf_fast.data.examples import SFTExample
 from rlhf_fast.engine.generator import HFGenerator
 from rlhf_fast.errors import ConfigError
-from rlhf_fast.models.forward import enable_gradient_checkpointing, set_compute_dtype
+from rlhf_fast.models.forward import ComputeDtype, enable_gradient_checkpointing
 from rlhf_fast.models.loading import (
+    adopt_module,
     critic_from,
     load_causal_lm,
     load_critic,
@@ -78,7 +80,6 @@ def build_reward(
         )
         model_tokenizer = load_tokenizer(settings.model)
     if model is not None:
-        set_compute_dtype(model, compute_type(config.run))
         parts.append(
             (
                 1.0,
@@ -133,6 +134,32 @@ def build_critic(
     return Critic(critic)
 
 
+def adopt_modules(dtype: ComputeDtype, modules: Mapping[str, nn.Module | None]) -> None:
+    """Bring modules made elsewhere, by role, to what the loaders return: fp32 masters and so on.
+
+    Raises:
+        ConfigError: RF1041, a trained role shares weights with another.
+        ModelError: a weight is NaN or Inf (RF3020).
+    """
+    owners: dict[nn.Parameter, str] = {}
+    for role, module in modules.items():
+        if module is None:
+            continue
+        for parameter in module.parameters():
+            owner = owners.setdefault(parameter, role)
+            if owner != role and {owner, role} & {"model", "critic"}:
+                raise ConfigError(
+                    "RF1041",
+                    f"{owner} and {role} are the same weights",
+                    where=f"{owner}, {role}",
+                    expected="models of their own: one of the two is trained",
+                    remedy=f"leave out {role}, which makes a copy, or pass copy.deepcopy of it"
+                    if role in ("reference", "critic")
+                    else f"pass copy.deepcopy of {role}",
+                )
+        adopt_module(module, dtype=dtype, role=role)
+
+
 def build_roles(
     config: PPOConfig,
     tokenizer: Any,
@@ -147,6 +174,10 @@ def build_roles(
     pretraining: PretrainingBatches | None = None,
 ) -> Roles:
     """All roles and optimizers, on `device`; modules given come before the config's directories."""
+    adopt_modules(
+        compute_type(config.run),
+        {"model": actor, "reward_model": reward_model, "reference": reference, "critic": critic},
+    )
     if actor is None:
         actor = load_causal_lm(config.actor, dtype=compute_type(config.run))
     if reference is None:
@@ -158,10 +189,9 @@ def build_roles(
     value_model = build_critic(config, actor, critic=critic, reward=reward_model)
     policy = Actor(actor.to(device))
     trained = [actor] if value_model is None else [actor, value_model.module.to(device)]
-    for module in (*trained, reference):
-        set_compute_dtype(module, compute_type(config.run))
-    if config.gradient_checkpointing:
-        for module in trained:
+    for module in trained:
+        module.train()  # dropout is off in either mode; activations are recomputed in this one only
+        if config.gradient_checkpointing:
             enable_gradient_checkpointing(module)
     algorithm = config.algorithm
     steps = config.total_steps * algorithm.ppo_epochs * algorithm.minibatches

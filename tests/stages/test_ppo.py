@@ -236,6 +236,53 @@ def test_run_ppo_works_from_directories(tmp_path, tokenizer):
     assert "PPO: 3 steps" in run_ppo(config).summary()
 
 
+def test_half_precision_models_from_elsewhere_train_on_fp32_masters(tmp_path, tokenizer):
+    module = policy(tokenizer).to(torch.bfloat16)
+    ppo = PPOTrainer(
+        settings(tmp_path),
+        model=module,
+        tokenizer=tokenizer,
+        train_dataset=PROMPTS,
+        reward_function=short_is_good,
+        quiet=True,
+    )
+    roles = ppo.roles
+    assert roles.actor.module is module
+    for role in (roles.actor, roles.reference, roles.critic):
+        assert {p.dtype for p in role.module.parameters()} == {torch.float32}
+    assert module.get_input_embeddings().padding_idx is None
+
+
+def test_a_trained_role_shares_no_weights(tmp_path, tokenizer):
+    module, model = policy(tokenizer), judge(tokenizer, tmp_path / "judge")
+    given = {"tokenizer": tokenizer, "train_dataset": PROMPTS, "reward_model": model}
+    config = settings(tmp_path / "run")
+    with pytest.raises(ConfigError, match="RF1041"):
+        PPOTrainer(config, model=module, reference=module, **given)
+    with pytest.raises(ConfigError, match="RF1041"):
+        PPOTrainer(config, model=module, critic=model, **given)
+
+
+def test_gradient_checkpointing_recomputes_and_changes_no_bit(tmp_path, tokenizer):
+    export_model(policy(tokenizer), tokenizer, tmp_path / "sft")
+    calls = []
+
+    def run(folder, checkpointing):
+        config = settings(folder, actor=str(tmp_path / "sft"), gradient_checkpointing=checkpointing)
+        ppo = PPOTrainer(config, train_dataset=PROMPTS, reward_function=short_is_good, quiet=True)
+        for role in (ppo.roles.actor, ppo.roles.critic):
+            layer = role.module.model.layers[0]
+            layer.mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        ppo.train()
+        return (folder / "model" / "model.safetensors").read_bytes(), calls.count(True)
+
+    plain, forwards = run(tmp_path / "plain", False)
+    calls.clear()
+    recomputed, more = run(tmp_path / "recomputed", True)
+    assert recomputed == plain
+    assert more == 2 * forwards
+
+
 def test_missing_parts_are_named(tmp_path, tokenizer):
     with pytest.raises(ConfigError, match="RF1040"):
         trainer(tmp_path, tokenizer, reward_function=None)
