@@ -131,6 +131,7 @@ class Run:
         self._display = ProgressDisplay(quiet=quiet)
         self._timer = PhaseTimer()
         self._last_saved: Path | None = None
+        self._fresh = False
         self._stack = ExitStack()
 
     @property
@@ -156,10 +157,24 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._forget_failed_start()
         self._stack.close()
         if kind is None:
             # A signal that came after the last poll must still stop the stages that follow.
             self.raise_if_stopped(self._last_saved)
+
+    def _forget_failed_start(self) -> None:
+        """Leave nothing of a start that failed before its first step.
+
+        Its configuration would otherwise stand in the way of the same command with the mistake
+        mended, although there is nothing that could be continued.
+        """
+        metrics = self.path / METRICS_NAME
+        stepped = metrics.exists() and metrics.stat().st_size > 0
+        if self._fresh and self._last_saved is None and not stepped:
+            with contextlib.suppress(OSError, RLHFError):  # the first error is the one to report
+                self._clear()
 
     def should_stop(self) -> bool:
         """Whether SIGTERM or Ctrl-C has arrived: save now, then call `raise_if_stopped`."""
@@ -316,6 +331,7 @@ class Run:
                 expected="an empty or new directory",
                 remedy="use another output_dir, or remove them yourself",
             )
+        self._fresh = True
         self._write_record()
 
     def _differences(self, recorded: Mapping[str, Any]) -> list[ConfigDifference]:
