@@ -28,8 +28,14 @@ def check_finite(module: nn.Module, where: str) -> None:
         )
 
 
-def check_vocabulary(tokenizer: Any, module: nn.Module) -> None:
-    """Raise ModelError if the tokenizer can produce ids that the model has no embedding for."""
+def check_vocabulary(tokenizer: Any, module: nn.Module, *, role: str = "model") -> None:
+    """Raise ModelError if the tokenizer can produce ids that the model has no embedding for.
+
+    Args:
+        tokenizer: encodes what the model reads.
+        module: a Hugging Face model.
+        role: what to call it in the message.
+    """
     model: Any = module
     rows = int(model.get_input_embeddings().weight.shape[0])
     largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -37,15 +43,24 @@ def check_vocabulary(tokenizer: Any, module: nn.Module) -> None:
         raise ModelError(
             "RF3021",
             f"the tokenizer has ids up to {largest}, the model has {rows} embedding rows",
-            where=type(module).__name__,
+            where=f"{role} ({type(module).__name__})",
             expected=f"at most {rows} ids, 0 to {rows - 1}",
             remedy="use the tokenizer the model was trained with, "
             "or model.resize_token_embeddings(len(tokenizer)) before SFT",
         )
 
 
-def check_context(module: nn.Module, prompt_length: int, response_length: int) -> None:
-    """Raise ModelError if a prompt and its response do not fit into the model's positions."""
+def check_context(
+    module: nn.Module, prompt_length: int, response_length: int, *, role: str = "model"
+) -> None:
+    """Raise ModelError if a prompt and its response do not fit into the model's positions.
+
+    Args:
+        module: a Hugging Face model.
+        prompt_length: tokens of the longest prompt.
+        response_length: tokens of the longest response.
+        role: what to call the model in the message.
+    """
     limit = max_positions(module)
     total = prompt_length + response_length
     if limit is not None and total > limit:
@@ -53,9 +68,22 @@ def check_context(module: nn.Module, prompt_length: int, response_length: int) -
             "RF3022",
             f"prompt ({prompt_length}) plus response ({response_length}) is {total} tokens, "
             f"the model has {limit} positions",
-            where=type(module).__name__,
+            where=f"{role} ({type(module).__name__})",
             expected=f"at most {limit} tokens together",
-            remedy="shorten the longest prompt or the response",
+            remedy="lower sampling.max_new_tokens or data.max_prompt_length",
+        )
+
+
+def check_positions(module: nn.Module, longest: int) -> None:
+    """Raise ModelError if the longest row of `longest` tokens does not fit into the positions."""
+    limit = max_positions(module)
+    if limit is not None and longest > limit:
+        raise ModelError(
+            "RF3050",
+            f"the longest row has {longest} tokens, the model {limit} positions",
+            where="data.max_length",
+            expected=f"at most {limit} tokens",
+            remedy=f"set data.max_length={limit} or less",
         )
 
 

@@ -170,6 +170,7 @@ def load_tokenizer(path: str | Path) -> Any:
         ModelError: no such directory, or no tokenizer that transformers can build in it.
     """
     directory = resolve(path)
+    read_config(directory)  # transformers reads it as well, and would blame the tokenizer
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(
             "RF3019",

@@ -45,6 +45,7 @@ from rlhf_fast.models.roles import Reference, RewardModel
 from rlhf_fast.ppo.layout import response_slots
 from rlhf_fast.ppo.rewards import sequence_sum
 from rlhf_fast.protocols import PolicyModel, Reward
+from rlhf_fast.stages.ppo_roles import check_tokenizers
 from rlhf_fast.stages.progress import ProgressBar
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.training import (
@@ -168,28 +169,15 @@ class EvalStage:
     def __init__(self, config: EvalConfig, run: Run, device: torch.device) -> None:
         self.config, self.run, self.device = config, run, device
         self.tokenizer = load_stage_tokenizer(config.model, config.data)
-        self.data, self.examples = self._load_prompts()
+        self.data, self.examples = choose_prompts(config, self.tokenizer)
+        show_reports(self.data.report)
         self.sampling = sampling_params(config)
         self._advise()
+        check_tokenizers(self.tokenizer, reference=config.reference)
         self.policy = self._load_policy(config.model)
         self.reference = self._load_policy(config.reference) if config.reference else None
         self.rewards = self._load_rewards(config.reward)
         self._check_lengths()
-
-    def _load_prompts(self) -> tuple[LoadedData[PromptExample], list[PromptExample]]:
-        source = self.config.data
-        held_out = bool(source.eval)
-        data = load_prompts(
-            source.eval if held_out else source.train,
-            self.tokenizer,
-            LoadOptions.from_config(source),
-            split=source.eval_split if held_out else source.split,
-            name="prompts",
-        )
-        show_reports(data.report)
-        # A fair sample of the file, whatever order it is in.
-        order = epoch_permutation(len(data), self.config.run.seed, 0)
-        return data, [data[i] for i in sorted(order[: self.config.max_prompts])]
 
     def _advise(self) -> None:
         if self.config.reference and self.sampling.warps:
@@ -325,6 +313,24 @@ class EvalStage:
             best_of_n=best_of_n_rows(samples.values, config.best_of, group),
             reports={"prompts": self.data.report.to_dict()},
         )
+
+
+def choose_prompts(
+    config: EvalConfig, tokenizer: Any
+) -> tuple[LoadedData[PromptExample], list[PromptExample]]:
+    """All prompts of the data, and the `max_prompts` of them that are evaluated."""
+    source = config.data
+    held_out = bool(source.eval)
+    data = load_prompts(
+        source.eval if held_out else source.train,
+        tokenizer,
+        LoadOptions.from_config(source),
+        split=source.eval_split if held_out else source.split,
+        name="prompts",
+    )
+    # A fair sample of the file, whatever order it is in.
+    order = epoch_permutation(len(data), config.run.seed, 0)
+    return data, [data[i] for i in sorted(order[: config.max_prompts])]
 
 
 def sampling_params(config: EvalConfig) -> SamplingParams:

@@ -24,12 +24,11 @@ from rlhf_fast.data import (
 from rlhf_fast.data.readers import RowSource
 from rlhf_fast.distributed.durable import write_atomically
 from rlhf_fast.metrics import METRICS_NAME, read_metrics
-from rlhf_fast.models.checks import check_context, check_vocabulary
 from rlhf_fast.models.export import export_model
 from rlhf_fast.models.reward_function import RewardFunction
 from rlhf_fast.ppo.health import hints
 from rlhf_fast.ppo.trainer import PPOLearner, StepOutput
-from rlhf_fast.stages.ppo_roles import PretrainingBatches, build_roles
+from rlhf_fast.stages.ppo_roles import PretrainingBatches, build_roles, check_roles
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.training import (
     MODEL_NAME,
@@ -164,9 +163,8 @@ class PPOTrainer:
             reward_function=reward_function,
             pretraining=self.pretraining,
         )
-        check_vocabulary(self.tokenizer, self.roles.actor.module)
         longest = max(len(e) for e in self.data.examples)
-        check_context(self.roles.actor.module, longest, config.sampling.max_new_tokens)
+        check_roles(self.roles, self.tokenizer, longest, config.sampling.max_new_tokens)
         require_budget(config.microbatch_tokens, longest + config.sampling.max_new_tokens)
         self.learner = PPOLearner(config, self.roles)
         self._hinted: set[str] = set()

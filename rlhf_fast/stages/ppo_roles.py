@@ -14,6 +14,7 @@ from rlhf_fast.data import EpochSampler, pack_sft
 from rlhf_fast.data.examples import SFTExample
 from rlhf_fast.engine.generator import HFGenerator
 from rlhf_fast.errors import ConfigError
+from rlhf_fast.models.checks import check_context, check_same_tokenizer, check_vocabulary
 from rlhf_fast.models.forward import ComputeDtype, enable_gradient_checkpointing
 from rlhf_fast.models.loading import (
     adopt_module,
@@ -134,6 +135,45 @@ def build_critic(
     return Critic(critic)
 
 
+def check_tokenizers(tokenizer: Any, **directories: str) -> None:
+    """Refuse roles with another tokenizer than the actor's: ids are handed over as they are.
+
+    Args:
+        tokenizer: the actor's.
+        directories: role -> its directory, empty if it comes from elsewhere.
+
+    Raises:
+        ModelError: RF3023.
+    """
+    for role, directory in directories.items():
+        if directory:
+            check_same_tokenizer(tokenizer, load_tokenizer(directory), names=f"actor, {role}")
+
+
+def check_roles(roles: Roles, tokenizer: Any, prompt: int, response: int) -> None:
+    """Refuse a role that cannot read the longest sequence, before anything is generated.
+
+    Args:
+        roles: the roles as built.
+        tokenizer: the actor's.
+        prompt: tokens of the longest prompt.
+        response: tokens of the longest response.
+
+    Raises:
+        ModelError: ids without an embedding (RF3021), or too few positions (RF3022).
+    """
+    modules = {"actor": roles.actor.module, "reference": roles.reference.module}
+    if roles.critic is not None:
+        modules["critic"] = roles.critic.module
+    parts = [part for _, part in roles.reward.parts] if isinstance(roles.reward, SumReward) else []
+    for part in parts or [roles.reward]:
+        if isinstance(part, ModelReward):
+            modules["reward model"] = part.reward_model.module
+    for role, module in modules.items():
+        check_vocabulary(tokenizer, module, role=role)
+        check_context(module, prompt, response, role=role)
+
+
 def adopt_modules(dtype: ComputeDtype, modules: Mapping[str, nn.Module | None]) -> None:
     """Bring modules made elsewhere, by role, to what the loaders return: fp32 masters and so on.
 
@@ -173,7 +213,16 @@ def build_roles(
     reward_function: RewardFunction | None = None,
     pretraining: PretrainingBatches | None = None,
 ) -> Roles:
-    """All roles and optimizers, on `device`; modules given come before the config's directories."""
+    """All roles and optimizers, on `device`; modules given come before the config's directories.
+
+    Raises:
+        ModelError: as the loaders, and RF3023 if the tokenizers of the directories differ.
+    """
+    check_tokenizers(
+        tokenizer,
+        reference="" if reference is not None else config.reference,
+        critic="" if critic is not None or config.algorithm.estimator != "gae" else config.critic,
+    )
     adopt_modules(
         compute_type(config.run),
         {"model": actor, "reward_model": reward_model, "reference": reference, "critic": critic},

@@ -38,9 +38,9 @@ from rlhf_fast.distributed import (
     rng_state,
     scheduler_state,
 )
-from rlhf_fast.errors import ConfigError, EnvironmentFault, ModelError
+from rlhf_fast.errors import ConfigError, EnvironmentFault
 from rlhf_fast.metrics import MetricLogger
-from rlhf_fast.models.checks import check_vocabulary, max_positions
+from rlhf_fast.models.checks import check_positions, check_vocabulary
 from rlhf_fast.models.forward import ComputeDtype, enable_gradient_checkpointing
 from rlhf_fast.models.loading import load_tokenizer
 from rlhf_fast.optim import GuardedOptimizer
@@ -98,6 +98,7 @@ def choose_device(config: RunConfig) -> torch.device:
             f"unknown device {config.device!r}",
             where="run.device",
             expected="auto, cpu, cuda or cuda:N",
+            remedy="set it to one of these",
         )
     if name == "cuda":
         devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -233,19 +234,12 @@ def prepare_for_training(
         ModelError: ids without an embedding (RF3021), or more tokens than positions (RF3050).
     """
     check_vocabulary(tokenizer, module)
-    limit = max_positions(module)
-    if limit is not None and longest > limit:
-        raise ModelError(
-            "RF3050",
-            f"the longest row has {longest} tokens, the model {limit} positions",
-            where="data.max_length",
-            expected=f"at most {limit} tokens",
-            remedy=f"set data.max_length={limit} or less",
-        )
+    check_positions(module, longest)
     module.to(device)
     if gradient_checkpointing:
         enable_gradient_checkpointing(module)
     return module.train()
+
 
 
 def require_budget(microbatch_tokens: int, longest: int) -> None:
@@ -370,6 +364,7 @@ def load_training_state(
             entry["optimizer"],
         )
         load_scheduler_state(guarded.scheduler, entry["scheduler"])
+        guarded.follow_schedule()
         guarded.bad_steps = entry["bad_steps"]
     state.metrics.truncate(saved["metrics_position"])
     state.step = saved["step"]
