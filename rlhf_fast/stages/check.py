@@ -1,7 +1,7 @@
 """`rlhf-fast check`: read a stage's config, data and models as the stage would, and train nothing.
 
-Everything that a stage refuses before its first step is refused here with the same message, and
-nothing is written.
+What a stage refuses in them before its first step is refused here with the same message, and
+nothing is written. Models are read one after the other, so the largest has to fit, not all of them.
 """
 
 from __future__ import annotations
@@ -9,19 +9,42 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rlhf_fast.config import EvalConfig, PPOConfig, RewardModelConfig, SFTConfig, StageConfig
+from torch import nn
+
+from rlhf_fast.config import (
+    EvalConfig,
+    PPOConfig,
+    RewardConfig,
+    RewardModelConfig,
+    SFTConfig,
+    StageConfig,
+)
 from rlhf_fast.data import (
     DataReport,
+    EpochSampler,
+    LoadedData,
     LoadOptions,
     load_preferences,
     load_prompts,
     load_sft,
     warn_overlap,
 )
-from rlhf_fast.models.checks import check_context, check_same_tokenizer, check_vocabulary
+from rlhf_fast.models.checks import (
+    check_context,
+    check_positions,
+    check_same_tokenizer,
+    check_vocabulary,
+)
 from rlhf_fast.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 from rlhf_fast.models.reward_function import load_reward_function
-from rlhf_fast.stages.training import choose_device, require_settings
+from rlhf_fast.stages.evaluate import choose_prompts
+from rlhf_fast.stages.ppo_roles import check_tokenizers
+from rlhf_fast.stages.training import (
+    choose_device,
+    load_stage_tokenizer,
+    require_budget,
+    require_settings,
+)
 
 Loader = Callable[..., Any]
 
@@ -35,86 +58,131 @@ def check_stage(config: StageConfig) -> str:
     lines = [f"device: {choose_device(config.run)}, {config.run.dtype}"]
     if isinstance(config, SFTConfig):
         require_settings(config, "model", "data.train", "run.output_dir")
-        lines += _causal_lm("model", config.model)
-        lines += _data(config, load_tokenizer(config.model), load_sft)
+        lines += _sft(config)
     elif isinstance(config, RewardModelConfig):
         require_settings(config, "model", "data.train", "run.output_dir")
-        load_sequence_classifier(config.model, init_head=config.init_head, dtype="float32")
-        lines.append(f"model: {config.model} can be loaded")
-        tokenizer = load_tokenizer(config.model)
-        lines += _data(config, tokenizer, load_preferences)
-        if config.demonstrations:
-            options = LoadOptions.from_config(config.data)
-            demonstrations = load_sft(
-                config.demonstrations, tokenizer, options, name="demonstrations"
-            )
-            lines += demonstrations.report.lines()
+        lines += _reward_model(config)
     elif isinstance(config, PPOConfig):
         require_settings(config, "actor", "data.train", "run.output_dir")
         lines += _ppo(config)
     else:
-        require_settings(config, "model", "data.eval", "run.output_dir")
+        prompts = "data.eval" if config.data.eval else "data.train"
+        require_settings(config, "model", prompts, "run.output_dir")
         lines += _evaluation(config)
     return "\n".join([*lines, "check passed: nothing was trained or written"])
 
 
-def _causal_lm(name: str, path: str, prompt: int = 0, response: int = 0) -> list[str]:
-    module, tokenizer = load_causal_lm(path, dtype="float32"), load_tokenizer(path)
+def _sft(config: SFTConfig) -> list[str]:
+    tokenizer = load_stage_tokenizer(config.model, config.data)
+    sources = _training_data(config, tokenizer, load_sft)
+    longest = max(data.report.longest for data in sources)
+    require_budget(config.microbatch_tokens, longest)
+    module = load_causal_lm(config.model, dtype="float32")
     check_vocabulary(tokenizer, module)
-    check_context(module, prompt, response)
-    millions = sum(p.numel() for p in module.parameters()) / 1e6
-    return [f"{name}: {path}, {type(module).__name__}, {millions:,.1f} M parameters"]
+    check_positions(module, longest)
+    return [*_lines(*(data.report for data in sources)), _described("model", config.model, module)]
 
 
-def _data(config: StageConfig, tokenizer: Any, load: Loader) -> list[str]:
-    data = config.data
-    options = LoadOptions.from_config(data)
-    train = load(data.train, tokenizer, options, split=data.split)
-    reports: list[DataReport] = [train.report]
-    if data.eval:
-        held_out = load(data.eval, tokenizer, options, split=data.eval_split, name="eval")
-        warn_overlap(train, held_out)
-        reports.append(held_out.report)
-    return [line for report in reports for line in report.lines()]
-
-
-def _reward(config: PPOConfig | EvalConfig, tokenizer: Any) -> list[str]:
-    lines = []
-    if config.reward.model:
-        load_sequence_classifier(config.reward.model, init_head=False, dtype="float32")
-        check_same_tokenizer(tokenizer, load_tokenizer(config.reward.model))
-        lines.append(f"reward model: {config.reward.model} can be loaded")
-    if config.reward.function:
-        load_reward_function(config.reward.function)
-        lines.append(f"reward function: {config.reward.function} can be imported")
-    return lines
+def _reward_model(config: RewardModelConfig) -> list[str]:
+    tokenizer = load_stage_tokenizer(config.model, config.data)
+    sources = _training_data(config, tokenizer, load_preferences)
+    reports = [data.report for data in sources]
+    examples = [example for data in sources for example in data.examples]
+    longest = max(s.numel() for example in examples for s in example.sequences())
+    if config.demonstrations:
+        options = LoadOptions.from_config(config.data)
+        people = load_sft(config.demonstrations, tokenizer, options, name="demonstrations")
+        reports.append(people.report)
+        longest = max(longest, people.report.longest)
+    require_budget(config.microbatch_tokens, max(len(example) for example in examples))
+    module = load_sequence_classifier(config.model, init_head=config.init_head, dtype="float32")
+    check_vocabulary(tokenizer, module)
+    check_positions(module, longest)
+    return [*_lines(*reports), _described("model", config.model, module)]
 
 
 def _ppo(config: PPOConfig) -> list[str]:
-    tokenizer = load_tokenizer(config.actor)
-    lines = _causal_lm(
-        "actor", config.actor, config.data.max_prompt_length, config.sampling.max_new_tokens
-    )
-    if config.reference:
-        lines += _causal_lm("reference", config.reference)
-        check_same_tokenizer(tokenizer, load_tokenizer(config.reference), names="actor, reference")
-    if config.critic:
-        load_sequence_classifier(config.critic, init_head=True, dtype="float32")
-        lines.append(f"critic: {config.critic} can be loaded")
-    lines += _reward(config, tokenizer) + _data(config, tokenizer, load_prompts)
+    tokenizer = load_stage_tokenizer(config.actor, config.data)
+    options = LoadOptions.from_config(config.data)
+    data = load_prompts(config.data.train, tokenizer, options, split=config.data.split)
+    reports = [data.report]
+    EpochSampler(len(data), config.rollout.prompts, config.run.seed)
     if config.ptx.coef > 0:
-        options = LoadOptions.from_config(config.data)
-        lines += load_sft(config.ptx.data, tokenizer, options, name="pretraining").report.lines()
-    return lines
+        rows = load_sft(config.ptx.data, tokenizer, options, name="pretraining")
+        reports.append(rows.report)
+        EpochSampler(len(rows), config.ptx.batch_size, config.run.seed)
+    critic = config.critic if config.algorithm.estimator == "gae" else ""
+    check_tokenizers(tokenizer, reference=config.reference, critic=critic)
+    longest, new = max(len(e) for e in data.examples), config.sampling.max_new_tokens
+    lines = _policy("actor", config.actor, tokenizer, longest, new)
+    if config.reference:
+        lines += _policy("reference", config.reference, tokenizer, longest, new)
+    if critic:
+        lines += _judge("critic", critic, tokenizer, longest, new, init_head=True)
+    lines += _reward(config.reward, tokenizer, longest, new)
+    require_budget(config.microbatch_tokens, longest + new)
+    return lines + _lines(*reports)
 
 
 def _evaluation(config: EvalConfig) -> list[str]:
-    tokenizer = load_tokenizer(config.model)
-    lines = _causal_lm("model", config.model, 0, config.sampling.max_new_tokens)
+    tokenizer = load_stage_tokenizer(config.model, config.data)
+    data, examples = choose_prompts(config, tokenizer)
+    check_tokenizers(tokenizer, reference=config.reference)
+    longest, new = max(len(e) for e in examples), config.sampling.max_new_tokens
+    lines = _policy("model", config.model, tokenizer, longest, new)
     if config.reference:
-        lines += _causal_lm("reference", config.reference)
-    lines += _reward(config, tokenizer)
+        lines += _policy("reference", config.reference, tokenizer, longest, new)
+    lines += _reward(config.reward, tokenizer, longest, new)
+    require_budget(config.microbatch_tokens, longest + new)
+    return lines + _lines(data.report)
+
+
+def _training_data(
+    config: SFTConfig | RewardModelConfig, tokenizer: Any, load: Loader
+) -> list[LoadedData[Any]]:
     data = config.data
     options = LoadOptions.from_config(data)
-    prompts = load_prompts(data.eval, tokenizer, options, split=data.eval_split, name="evaluation")
-    return lines + prompts.report.lines()
+    train = load(data.train, tokenizer, options, split=data.split)
+    if not data.eval:
+        return [train]
+    held_out = load(data.eval, tokenizer, options, split=data.eval_split, name="eval")
+    warn_overlap(train, held_out)
+    return [train, held_out]
+
+
+def _policy(role: str, path: str, tokenizer: Any, prompt: int, response: int) -> list[str]:
+    module = load_causal_lm(path, dtype="float32")
+    check_vocabulary(tokenizer, module, role=role)
+    check_context(module, prompt, response, role=role)
+    return [_described(role, path, module)]
+
+
+def _judge(
+    role: str, path: str, tokenizer: Any, prompt: int, response: int, *, init_head: bool
+) -> list[str]:
+    module = load_sequence_classifier(path, init_head=init_head, dtype="float32")
+    check_vocabulary(tokenizer, module, role=role)
+    check_context(module, prompt, response, role=role)
+    return [_described(role, path, module)]
+
+
+def _reward(settings: RewardConfig, tokenizer: Any, prompt: int, response: int) -> list[str]:
+    lines = []
+    if settings.model:
+        lines += _judge(
+            "reward model", settings.model, tokenizer, prompt, response, init_head=False
+        )
+        check_same_tokenizer(tokenizer, load_tokenizer(settings.model))
+    if settings.function:
+        load_reward_function(settings.function)
+        lines.append(f"reward function: {settings.function} can be imported")
+    return lines
+
+
+def _described(role: str, path: str, module: nn.Module) -> str:
+    millions = sum(p.numel() for p in module.parameters()) / 1e6
+    return f"{role}: {path}, {type(module).__name__}, {millions:,.1f} M parameters"
+
+
+def _lines(*reports: DataReport) -> list[str]:
+    return [line for report in reports for line in report.lines()]
