@@ -105,7 +105,10 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(
-            "RF1001", f"config file cannot be read: {error.strerror}", where=where
+            "RF1001",
+            f"config file cannot be read: {error.strerror}",
+            where=where,
+            remedy="check its permissions",
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
@@ -127,13 +130,18 @@ def _parse_yaml(text: str, where: str) -> Mapping[str, Any]:
                 f"config has {aliases} YAML aliases",
                 where=where,
                 expected=f"at most {MAX_ALIASES}",
+                remedy="write the values out",
             )
         loaded = (
             OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text.strip() else {}
         )
     except RecursionError as error:
         raise ConfigError(
-            "RF1002", "config is nested too deeply", where=where, expected="two or three levels"
+            "RF1002",
+            "config is nested too deeply",
+            where=where,
+            expected="two or three levels",
+            remedy="name the config, not a data file",
         ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -147,14 +155,21 @@ def _parse_yaml(text: str, where: str) -> Mapping[str, Any]:
         ) from error
     except OmegaConfBaseException as error:
         raise ConfigError(
-            "RF1002", f"config cannot be read: {str(error).splitlines()[0]}", where=where
+            "RF1002",
+            f"config cannot be read: {str(error).splitlines()[0]}",
+            where=where,
+            remedy="write plain `key: value` lines",
         ) from error
     if isinstance(loaded, Mapping):
         return cast("Mapping[str, Any]", loaded)
     if loaded in (None, []):
         return {}
     raise ConfigError(
-        "RF1002", f"config is a {type(loaded).__name__}", where=where, expected="`key: value` lines"
+        "RF1002",
+        f"config is a {type(loaded).__name__}",
+        where=where,
+        expected="`key: value` lines",
+        remedy="name a config file; `--print-config` shows one",
     )
 
 
@@ -166,6 +181,7 @@ def _parse_override(override: str) -> Mapping[str, Any]:
             f"override {override!r} is not of the form key=value",
             where="command line",
             expected="for example kl.coef=0.1",
+            remedy="write the key, an equals sign and the value without spaces",
         )
     try:
         tree = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
@@ -228,6 +244,8 @@ def _did_you_mean(key: str, known: Mapping[str, Any]) -> str:
 
 def _coerce(value: Any, field: dataclasses.Field[Any], default: Any) -> Any:
     """`value` in the type of a leaf; ValueError says what was expected."""
+    if value is None and str(field.type).startswith("list"):
+        return []  # `sampling.stop=` empties it
     if field.type == "list[int]":
         return [_coerce_scalar(v, int) for v in (value if isinstance(value, list) else [value])]
     if field.type == "list[str]":
@@ -241,9 +259,9 @@ def _coerce_scalar(value: Any, kind: type) -> Any:
             raise ValueError("expected true or false")
         return value
     if kind is str:
-        if value is None or isinstance(value, (list, dict)):
+        if isinstance(value, (list, dict)):
             raise ValueError("expected text")
-        return str(value)
+        return "" if value is None else str(value)  # `critic=` and `critic:` unset it
     if isinstance(value, bool) or value is None:
         raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}")
     try:

@@ -358,7 +358,11 @@ def _load_step(root: Path, candidates: list[_Candidate], step: int) -> Checkpoin
 def _absent(root: Path, what: str, candidates: list[_Candidate]) -> CheckpointError:
     available = ", ".join(str(step) for step in sorted({c.step for c in candidates})) or "none"
     return CheckpointError(
-        "RF8003", what, where=str(root), expected=f"one of the steps there: {available}"
+        "RF8003",
+        what,
+        where=str(root),
+        expected=f"one of the steps there: {available}",
+        remedy="set run.resume_step to one of them, or leave it out for the newest",
     )
 
 

@@ -31,8 +31,8 @@ class FunctionReward:
     """Scores texts with a Python function.
 
     The function is called once per rollout with keyword arguments `prompts` and `completions`,
-    lists of S strings, and one list of S values for every further column of the data; columns its
-    signature does not name are left out. It returns S values: a number per completion, None to
+    lists of S strings, `completion_ids`, S lists of token ids, and one list of S values for every
+    further column of the data; what its signature does not name is left out. It returns S values: a number per completion, None to
     abstain (the row takes no part in the losses, which is not the same as a score of 0), or a list
     of numbers, one for each response token, EOS included.
 
@@ -86,7 +86,7 @@ class FunctionReward:
         repeat = rollout.samples_per_prompt
         rows: list[Mapping[str, Any]] = [r for r in rollout.prompts.rows for _ in range(repeat)]
         columns = list(dict.fromkeys(name for row in rollout.prompts.rows for name in row))
-        clash = {"prompts", "completions"} & set(columns)
+        clash = {"prompts", "completions", "completion_ids"} & set(columns)
         if clash:
             raise RewardError(
                 "RF5002",
@@ -97,6 +97,7 @@ class FunctionReward:
         arguments: dict[str, Any] = {
             "prompts": [t for t in rollout.prompts.texts for _ in range(repeat)],
             "completions": completion_texts(rollout, self.tokenizer),
+            "completion_ids": rollout.response_ids(),
             **{name: [row.get(name) for row in rows] for name in columns},
         }
         accepted = _accepted_names(self.function)
@@ -231,6 +232,7 @@ def load_reward_function(spec: str) -> RewardFunction:
         raise RewardError(
             "RF5008",
             f"not a reward function: {spec!r}",
+            where="reward.function",
             expected="file.py:name",
             remedy="name a Python file and a function in it",
         )
