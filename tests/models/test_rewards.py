@@ -70,6 +70,7 @@ def test_function_receives_texts_and_columns() -> None:
     assert seen == {
         "prompts": ["first prompt"] * 2 + ["second prompt"] * 2,
         "completions": ["w5 w6", "w7", "w8 w9 w10", ""],
+        "completion_ids": [[5, 6, 2], [7], [8, 9, 10, 2], [2]],
         "answer": ["a", "a", "b", "b"],
         "level": [1, 1, 2, 2],
     }

@@ -21,7 +21,7 @@ from rlhf_fast.config import (
     RunConfig,
     SamplingConfig,
 )
-from rlhf_fast.errors import ConfigError, Interrupted
+from rlhf_fast.errors import ConfigError, Interrupted, RewardError
 from rlhf_fast.metrics import read_metrics
 from rlhf_fast.models.export import export_model
 from rlhf_fast.models.loading import load_sequence_classifier
@@ -159,16 +159,20 @@ def test_the_critic_starts_as_a_copy_of_the_reward_model(tmp_path, tokenizer):
 
 
 def test_per_token_rewards_train(tmp_path, tokenizer):
-    def per_token(completions, **columns):
-        counts = [len(tokenizer(text)["input_ids"]) for text in completions]
-        return [[0.1] * n for n in counts]
+    def per_token(completion_ids):
+        return [[0.1 * (i % 3) for i in ids] for ids in completion_ids]
 
-    # A per-token list must cover the response, EOS included; this one forgets EOS where there is
-    # one, which is a mistake of the user's.
-    from rlhf_fast.errors import RewardError
+    trainer(tmp_path, tokenizer, reward_function=per_token).train()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert all(row["objective/scores_std"] > 0 for row in rows)
 
-    with pytest.raises(RewardError):
-        trainer(tmp_path, tokenizer, reward_function=per_token).train()
+
+def test_per_token_rewards_must_cover_eos(tmp_path, tokenizer):
+    def one_short(completion_ids):
+        return [[0.1] * (len(ids) - 1) for ids in completion_ids]
+
+    with pytest.raises(RewardError, match="RF5006"):
+        trainer(tmp_path, tokenizer, reward_function=one_short).train()
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "grpo"])
