@@ -94,6 +94,19 @@ class GuardedOptimizer:
         """The learning rate of the next step."""
         return float(self.scheduler.get_last_lr()[0])
 
+    def follow_schedule(self) -> None:
+        """Set the learning rate to this schedule's for the present step.
+
+        A run resumed with another number of steps has loaded the rate of its former schedule, which
+        is 0 where that one had ended.
+        """
+        done, bases = self.scheduler.last_epoch, self.scheduler.base_lrs
+        factors = [factor(done) for factor in self.scheduler.lr_lambdas]
+        rates = [base * factor for base, factor in zip(bases, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.scheduler._last_lr = rates
+
     def zero_grad(self) -> None:
         """Drop all gradients."""
         self.optimizer.zero_grad(set_to_none=True)

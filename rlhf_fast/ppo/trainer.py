@@ -115,7 +115,8 @@ class PPOLearner:
             update = self.update(experience)
         metrics = rollout_metrics(experience, shaped, kl_coef=self.kl_controller.coef)
         warnings = self._check_logprob_gap(metrics) + self._check_first_ratio(update)
-        self.kl_controller.update(metrics["objective/kl"], len(rollout))
+        # Rows that abstained are in no mean: without any, there is no KL to steer by.
+        self.kl_controller.update(metrics["objective/kl"], int(scored.scored.sum()))
         self.steps += 1
         self.episodes += len(rollout)
         metrics |= update | {"episode": float(self.episodes), "kl_coef": self.kl_controller.coef}

@@ -217,6 +217,21 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, tokenizer):
     assert (parts / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
+def test_a_run_made_longer_follows_the_schedule_of_its_new_length(tmp_path, tokenizer):
+    def rates(config):
+        ppo = trainer(tmp_path, tokenizer, config)
+        used, guarded = [], ppo.roles.actor_optimizer
+        step = guarded.step
+        guarded.step = lambda: (used.append(guarded.lr), step())[1]
+        ppo.train()
+        return used
+
+    assert rates(settings(tmp_path, total_steps=2))[-1] == pytest.approx(1e-3 / 8)
+    # Four optimizer steps a PPO step: steps 8 to 15 of 16.
+    expected = [1e-3 * (16 - done) / 16 for done in range(8, 16)]
+    assert rates(settings(tmp_path, total_steps=4)) == pytest.approx(expected)
+
+
 def test_a_finished_run_says_so_and_trains_no_more(tmp_path, tokenizer):
     first = trainer(tmp_path, tokenizer).train()
     calls = []
