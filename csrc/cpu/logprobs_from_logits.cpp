@@ -4,9 +4,9 @@
 //
 // in one read, and segments are merged in order, so a row's result depends on that row alone, not on
 // the number of threads. `shift` is the maximum of the first few entries of the segment, not of
-// all: exp2 takes any y - shift below kTooHigh, so a block is read once, optimistically, and
-// recomputed from the first-level cache in the rare case that something in it was larger. That
-// saves the separate pass for the maximum. Within a block sums are fp32 per lane, across blocks fp64.
+// all: a block is read once, optimistically, and again from the first-level cache in the rare case
+// that its sum shows that something in it was far larger. That saves the separate pass for the
+// maximum and tracking one. Within a block sums are fp32 per lane, across blocks fp64.
 #include "cpu/logprobs_from_logits.h"
 
 #include <cmath>
@@ -23,12 +23,13 @@ namespace {
 constexpr int64_t kSegment = 16384;
 constexpr int64_t kBlock = 2048;
 constexpr int64_t kProbe = 256;
-constexpr float kTooHigh = 60.0f;              // 2^60 * 2048 * 60 stays far inside fp32
+constexpr double kTooHigh = 4294967296.0;      // y - shift < 32: its rounding error is 1e-6 at most
 constexpr int64_t kElementsPerTask = 65536;    // about 5 us: well above the cost of a task
 constexpr int64_t kStreamFromBytes = 8 << 20;  // a gradient that will not stay in the caches anyway
+constexpr double kPowerOfCentre = kCentre == 0.0f ? 1.0 : 1.0108892860517005;  // 2^(1/64)
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
-constexpr int kStep = 4;                       // vectors in flight
+constexpr int kStep = kLanes == 16 ? 8 : 4;    // vectors in flight, as the registers allow
 constexpr int64_t kPrefetchBytes = 4096;       // 10 % faster on Zen 5 in fp32 and bf16
 
 // fp32 as it lies; a tail shorter than a vector is padded with -inf by the caller.
@@ -106,36 +107,43 @@ bool has_nan(const typename Type::Element* x, int64_t count) {
 }
 
 // Sums of one block relative to `shift`, in kStep independent chains to hide latency.
-template <bool kEntropy>
+//
+// kBounded keeps y above kLowestExponent: -inf then adds 2^-125, which no sum of ours can see, where
+// otherwise y 2^y is NaN. The sums are those of exp2_centred, yet to be scaled.
+template <bool kEntropy, bool kBounded>
 struct Accumulator {
   vfloat sum[kStep];
   vfloat weighted[kStep];
-  vfloat highest[kStep];
 
   Accumulator() {
-    for (int k = 0; k < kStep; ++k) {
-      sum[k] = weighted[k] = splat(0.0f);
-      highest[k] = splat(-HUGE_VALF);
-    }
+    for (int k = 0; k < kStep; ++k) sum[k] = weighted[k] = splat(0.0f);
   }
 
   inline void add(int k, vfloat x, vfloat scale, vfloat minus_shift) {
-    // The clamp turns -inf into 2^-125, which no sum of ours can see, instead of NaN.
-    const vfloat y = vmax(splat(kLowestExponent), fma(x, scale, minus_shift));
-    const vfloat e = exp2_normal(y);
-    highest[k] = vmax(y, highest[k]);
+    vfloat y = fma(x, scale, minus_shift);
+    if (kBounded) y = vmax(splat(kLowestExponent), y);
+    const vfloat e = exp2_centred(y);
     sum[k] += e;
     if (kEntropy) weighted[k] = fma(y, e, weighted[k]);
   }
+
+  static vfloat total(const vfloat* part) {
+    vfloat all = part[0];
+    for (int k = 1; k < kStep; ++k) all += part[k];
+    return all;
+  }
 };
 
-// False if some entry lies too far above `shift`; `highest` then tells how far, relative to it.
-template <class Type, bool kEntropy>
-bool add_block(const typename Type::Element* x, int64_t count, float scale, Stats& stats,
-               float& highest) {
-  Accumulator<kEntropy> acc;
+struct BlockSums {
+  double sum;
+  double weighted;
+};
+
+template <class Type, bool kEntropy, bool kBounded>
+BlockSums block_sums(const typename Type::Element* x, int64_t count, float scale, float shift) {
+  Accumulator<kEntropy, kBounded> acc;
   const vfloat factor = splat(scale);
-  const vfloat minus_shift = splat(-stats.shift);
+  const vfloat minus_shift = splat(-shift);
   constexpr int64_t kPerStep = Type::kPerVector * (kStep / Type::kVectors);
   vfloat value[kStep];
   int64_t i = 0;
@@ -159,22 +167,37 @@ bool add_block(const typename Type::Element* x, int64_t count, float scale, Stat
     }
     for (int k = 0; k < Type::kVectors; ++k) acc.add(k, value[k], factor, minus_shift);
   }
-  highest = max_lanes(vmax(vmax(acc.highest[0], acc.highest[1]),
-                           vmax(acc.highest[2], acc.highest[3])));
-  if (highest > kTooHigh) return false;
-  stats.sum += add_lanes((acc.sum[0] + acc.sum[1]) + (acc.sum[2] + acc.sum[3]));
-  if (kEntropy) {
-    stats.weighted += add_lanes((acc.weighted[0] + acc.weighted[1]) +
-                                (acc.weighted[2] + acc.weighted[3]));
+  return {kPowerOfCentre * add_lanes(acc.total(acc.sum)),
+          kEntropy ? kPowerOfCentre * add_lanes(acc.total(acc.weighted)) : 0.0};
+}
+
+// One read of the block in the common case. An entry far above the shift shows in the sum (infinite
+// perhaps, never wrapped), one at -inf as NaN in `weighted`: then the block is read again.
+template <class Type, bool kEntropy>
+void add_block(const typename Type::Element* x, int64_t count, float scale, Stats& stats,
+               bool& bounded) {
+  BlockSums sums = bounded ? block_sums<Type, kEntropy, true>(x, count, scale, stats.shift)
+                           : block_sums<Type, kEntropy, false>(x, count, scale, stats.shift);
+  const bool in_range = sums.sum <= kTooHigh;  // false for NaN
+  if (!in_range) {
+    const float best = max_of<Type>(x, count) * scale - kCentre;
+    if (best > stats.shift) rescale(stats, best);
+  } else if (sums.weighted != sums.weighted) {
+    bounded = true;  // where one entry is masked, others will be
   }
-  return true;
+  if (!in_range || sums.weighted != sums.weighted) {
+    sums = block_sums<Type, kEntropy, true>(x, count, scale, stats.shift);
+  }
+  stats.sum += sums.sum;
+  stats.weighted += sums.weighted;
 }
 
 template <class Type, bool kEntropy>
 Stats segment_stats(const typename Type::Element* x, int64_t count, float scale) {
   Stats stats;
   const float first = max_of<Type>(x, smaller(count, kProbe));
-  if (first > -HUGE_VALF) stats.shift = first * scale;
+  if (first > -HUGE_VALF) stats.shift = first * scale - kCentre;
+  bool bounded = kLowestCentred == kLowestExponent;
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t length = smaller(kBlock, count - begin);
     if (stats.shift == -HUGE_VALF) {
@@ -183,13 +206,9 @@ Stats segment_stats(const typename Type::Element* x, int64_t count, float scale)
         if (has_nan<Type>(x + begin, length)) stats.sum += NAN;
         continue;
       }
-      rescale(stats, best * scale);
+      rescale(stats, best * scale - kCentre);
     }
-    float highest;
-    if (!add_block<Type, kEntropy>(x + begin, length, scale, stats, highest)) {
-      rescale(stats, stats.shift + highest);
-      add_block<Type, kEntropy>(x + begin, length, scale, stats, highest);
-    }
+    add_block<Type, kEntropy>(x + begin, length, scale, stats, bounded);
   }
   return stats;
 }

@@ -101,6 +101,44 @@ inline vfloat exp2_normal(vfloat x) {
   return scale_by_power(p, rounded);
 }
 
+// 2^(x - kCentre): exactly 1 at kCentre, relative error below 1.7e-7, at least 2^125 for any x above
+// 126; NaN gives NaN. x must not be below kLowestCentred.
+//
+// With AVX-512, 2^x = 2^floor(x) * 2^(j / 32) * 2^g for g in [0, 1/32): j indexes a table held in two
+// registers, degree 2 is then enough for g, and -inf gives exactly 0 without a bound: 20 % fewer cycles
+// in logprobs_from_logits on Zen 5. The centre lies in the middle of j = 0, where the polynomial has no
+// error, and the table is lower by 2^kCentre.
+#if defined(__AVX512F__)
+constexpr float kCentre = 0.015625f;
+constexpr float kLowestCentred = -__builtin_inff();
+constexpr vfloat kPowersLow = {
+    0.98922807f, 1.0108893f, 1.0330249f, 1.0556452f, 1.0787609f, 1.1023827f, 1.1265217f,
+    1.1511893f, 1.1763971f, 1.2021568f, 1.2284806f, 1.2553809f, 1.28287f, 1.3109612f,
+    1.3396676f, 1.3690025f};
+constexpr vfloat kPowersHigh = {
+    1.3989798f, 1.4296135f, 1.4609178f, 1.4929078f, 1.5255983f, 1.5590044f, 1.5931423f,
+    1.6280276f, 1.6636766f, 1.7001065f, 1.7373339f, 1.7753766f, 1.8142523f, 1.8539792f,
+    1.8945761f, 1.9360619f};
+
+inline vfloat exp2_centred(vfloat x) {
+  constexpr int kBelow32nds = 5 << 4 | _MM_FROUND_TO_NEG_INF;
+  const vfloat g = (vfloat)_mm512_maskz_reduce_ps(kAll, (__m512)x, kBelow32nds);
+  // 1.5 * 2^18 leaves floor(32 x) in the low bits, of which the lookup takes five.
+  const __m512 index = _mm512_maskz_add_round_ps(kAll, (__m512)x, (__m512)splat(393216.0f),
+                                                 _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  const vfloat power = (vfloat)_mm512_permutex2var_ps((__m512)kPowersLow, (__m512i)index,
+                                                      (__m512)kPowersHigh);
+  const vfloat slope = fma(splat(0.2428406f), g, splat(0.69311655f));
+  const vfloat p = fma(power * g, slope, power);
+  return (vfloat)_mm512_maskz_scalef_ps(kAll, (__m512)p, (__m512)x);  // times 2^floor(x)
+}
+#else
+constexpr float kCentre = 0.0f;
+constexpr float kLowestCentred = kLowestExponent;
+
+inline vfloat exp2_centred(vfloat x) { return exp2_normal(vmin(splat(126.0f), x)); }
+#endif
+
 // e^x and, without cancellation near 0, e^x - 1 - x. For |x| <= 85; exact at 0; NaN gives NaN.
 struct Exponential {
   vfloat exp;
@@ -152,10 +190,18 @@ inline uint16_t float_to_bf16(float x) {
   return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
+// The sum of the lanes in fp64.
 inline double add_lanes(vfloat x) {
+#if defined(__AVX512F__)
+  const __m512d low = _mm512_maskz_cvtps_pd(0xFF, _mm512_castps512_ps256((__m512)x));
+  const __m512d high =
+      _mm512_maskz_cvtps_pd(0xFF, _mm512_maskz_extractf32x8_ps(0xFF, (__m512)x, 1));
+  return _mm512_reduce_add_pd(low + high);
+#else
   double sum = 0.0;
   for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(x[lane]);
   return sum;
+#endif
 }
 
 // NaN lanes are passed over.
