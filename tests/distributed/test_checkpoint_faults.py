@@ -27,6 +27,7 @@ from rlhf_fast.distributed import load, save, steps
 from rlhf_fast.distributed.checkpoint import unfinished
 from rlhf_fast.distributed.durable import FileSystem, write_atomically
 from rlhf_fast.errors import EnvironmentFault, RLHFError
+from tests.forking import in_child
 
 
 class PowerCut(BaseException):
@@ -252,19 +253,6 @@ def test_small_files_are_replaced_whole(memory_path: Path) -> None:
             else:
                 break
         assert fail_at > 4
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Run `work` in a forked child (torch is loaded already) and return its pid."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
 
 
 def test_kill_9_at_random_instants(tmp_path: Path) -> None:

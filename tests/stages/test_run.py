@@ -29,6 +29,7 @@ from rlhf_fast.stages.progress import PhaseTimer, ProgressDisplay
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.run_config import compare, fingerprint
 from rlhf_fast.stages.run_lock import LOCK_NAME, RunLock
+from tests.forking import in_child
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = {"model": {"name": "tiny", "layers": 2}, "seed": 1, "optim": {"lr": 1e-5}, "steps": 10}
@@ -57,21 +58,6 @@ def start(path: Path, *, at: int | None = 3, complete: bool = False, **options: 
             save(run, at)
         if complete:
             run.mark_complete(at or 0, {"loss": 0.5})
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Fork (torch is loaded already); the child exits with the error's exit code."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except RLHFError as error:
-            code = error.exit_code
-        finally:
-            os._exit(code)
-    return pid
 
 
 def exit_code(pid: int) -> int:
