@@ -61,11 +61,6 @@ def require_valid(config: StageConfig, *, given: Collection[str] = ()) -> None:
         )
 
 
-def from_dict(kind: type[C], tree: Mapping[str, Any], where: str = "config") -> C:
-    """A validated config from nested plain dicts, such as a run directory holds."""
-    return _build(kind, {k: (v, where) for k, v in _flatten(tree, where=where)})
-
-
 def to_yaml(config: StageConfig) -> str:
     """The whole config as YAML that `load_config` reads back."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

@@ -171,7 +171,7 @@ class HFGenerator:
             prompts: B prompts of at least one token each.
             sampling: how to draw.
             samples_per_prompt: G.
-            seeds: S = B*G integers, see `sampler.sample_seed`.
+            seeds: S = B*G integers, see `rlhf_fast.seeds.derive_seed`.
 
         Raises:
             GenerationError: RF4001 to RF4009; nothing is generated if a check of the input fails.

@@ -17,7 +17,6 @@ so `top_k=1` and `top_p=0` are greedy decoding even where bf16 logits tie.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import NamedTuple
 
@@ -84,19 +83,6 @@ def validate_sampling(sampling: SamplingParams, vocab_size: int | None = None) -
             expected="; ".join(faults),
             remedy="correct the values named above",
         )
-
-
-def sample_seed(run_seed: int, step: int, uid: int, sample_index: int) -> int:
-    """The 63-bit seed of one sample: stable over processes, machines and Python versions.
-
-    Args:
-        run_seed: the seed of the run.
-        step: the rollout's number, so that a prompt seen again gets new samples.
-        uid: the prompt's stable integer, `PromptBatch.uid`.
-        sample_index: 0 to G-1 within the prompt's group.
-    """
-    key = f"{run_seed}:{step}:{uid}:{sample_index}".encode("ascii")
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
 def _signed(constant: int) -> int:

@@ -32,7 +32,6 @@ from rlhf_fast.data import (
 from rlhf_fast.distributed.durable import storage_fault, write_atomically
 from rlhf_fast.engine.best_of_n import best_of_n_curve
 from rlhf_fast.engine.generator import HFGenerator, Progress
-from rlhf_fast.engine.sampler import sample_seed
 from rlhf_fast.models.checks import check_context, check_vocabulary
 from rlhf_fast.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 from rlhf_fast.models.reward_function import (
@@ -45,6 +44,7 @@ from rlhf_fast.models.roles import Reference, RewardModel
 from rlhf_fast.ppo.layout import response_slots
 from rlhf_fast.ppo.rewards import sequence_sum
 from rlhf_fast.protocols import PolicyModel, Reward
+from rlhf_fast.seeds import derive_seed
 from rlhf_fast.stages.ppo_roles import check_tokenizers
 from rlhf_fast.stages.progress import ProgressBar
 from rlhf_fast.stages.run import Run
@@ -253,7 +253,7 @@ class EvalStage:
         )
         group = self.config.samples_per_prompt
         seed = self.config.run.seed
-        seeds = [sample_seed(seed, 0, uid, g) for uid in prompts.uid for g in range(group)]
+        seeds = [derive_seed(seed, 0, uid, g) for uid in prompts.uid for g in range(group)]
         with self.run.phase("generate"):
             return generator.generate(prompts, self.sampling, samples_per_prompt=group, seeds=seeds)
 

@@ -26,9 +26,9 @@ from transformers import (
 
 from rlhf_fast.engine.batching import pad_left, plan_batches
 from rlhf_fast.engine.generator import HFGenerator, Progress
-from rlhf_fast.engine.sampler import sample_seed
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.protocols import Generator
+from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import PackedSequences, PromptBatch, Rollout, SamplingParams
 
 VOCAB, POSITIONS, EOS = 61, 48, 2
@@ -83,7 +83,7 @@ def ragged(n: int = 6, seed: int = 1) -> list[list[int]]:
 
 
 def seeds_for(count: int) -> list[int]:
-    return [sample_seed(0, 0, s, 0) for s in range(count)]
+    return [derive_seed(0, 0, s, 0) for s in range(count)]
 
 
 def run(

@@ -16,7 +16,6 @@ from rlhf_fast.engine.sampler import (
     Draw,
     counter_uniform,
     inverse_cdf,
-    sample_seed,
     top_k_mask,
     top_p_mask,
     validate_sampling,
@@ -65,17 +64,6 @@ def test_uniforms_are_flat_and_uncorrelated_along_seeds_and_steps() -> None:
     centred = u - 0.5
     for product in (centred[1:] * centred[:-1], centred[:, 1:] * centred[:, :-1]):
         assert abs(float(product.mean())) * 12 < 4 / math.sqrt(product.numel())
-
-
-def test_sample_seed_is_stable_and_has_no_collisions() -> None:
-    assert sample_seed(1, 2, 3, 4) == 2429351365415745036
-    keys = {
-        sample_seed(r, s, u, g)
-        for r in range(3) for s in range(5) for u in range(50) for g in range(8)
-    }  # fmt: skip
-    assert len(keys) == 3 * 5 * 50 * 8
-    assert all(0 <= key < 2**63 for key in keys)
-    assert sample_seed(1, 11, 1, 1) != sample_seed(11, 1, 1, 1) != sample_seed(1, 1, 11, 1)
 
 
 @pytest.mark.parametrize(
