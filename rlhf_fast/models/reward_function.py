@@ -32,9 +32,9 @@ class FunctionReward:
 
     The function is called once per rollout with keyword arguments `prompts` and `completions`,
     lists of S strings, `completion_ids`, S lists of token ids, and one list of S values for every
-    further column of the data; what its signature does not name is left out. It returns S values: a number per completion, None to
-    abstain (the row takes no part in the losses, which is not the same as a score of 0), or a list
-    of numbers, one for each response token, EOS included.
+    further column of the data; what its signature does not name is left out. It returns S values: a
+    number per completion, None to abstain (the row takes no part in the losses, which is not the
+    same as a score of 0), or a list of numbers, one for each response token, EOS included.
 
     Args:
         function: as above.

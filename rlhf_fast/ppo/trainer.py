@@ -111,10 +111,11 @@ class PPOLearner:
             scored = self.score(rollout)
         with self.phase("prepare"):
             experience, shaped = self.prepare(scored)
+        metrics = rollout_metrics(experience, shaped, kl_coef=self.kl_controller.coef)
+        warnings = self._check_logprob_gap(metrics)
         with self.phase("update"):
             update = self.update(experience)
-        metrics = rollout_metrics(experience, shaped, kl_coef=self.kl_controller.coef)
-        warnings = self._check_logprob_gap(metrics) + self._check_first_ratio(update)
+        warnings += self._check_first_ratio(update)
         # Rows that abstained are in no mean: without any, there is no KL to steer by.
         self.kl_controller.update(metrics["objective/kl"], int(scored.scored.sum()))
         self.steps += 1

@@ -95,7 +95,7 @@ class PPOTrainer:
     Args:
         config: settings; `config.actor`, `config.reward.model` and so on name directories for
             whatever is not passed here.
-        model: the policy, a Hugging Face causal LM; trained in place.
+        model: the policy, a Hugging Face causal LM; trained in place, its weights as fp32.
         tokenizer: its tokenizer.
         train_dataset: rows with a `prompt` column: path, list of dicts or `datasets.Dataset`.
         reference: frozen reference; None copies the policy as it is now.
@@ -103,8 +103,8 @@ class PPOTrainer:
             head on a copy of the policy's trunk.
         reward_model: sequence classifier with one label.
         reward_tokenizer: its tokenizer if it is not the policy's.
-        reward_function: called as fn(prompts=[...], completions=[...], **columns), returns a list
-            of numbers, of None to abstain, or of per-token lists.
+        reward_function: called as fn(prompts=[...], completions=[...], completion_ids=[...],
+            **columns), returns a list of numbers, of None to abstain, or of per-token lists.
         pretraining_dataset: rows for the PPO-ptx term.
         on_step: called after each step with (step, StepOutput); the metrics it returns are logged.
         quiet: rare plain lines instead of progress bars.
