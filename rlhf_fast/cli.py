@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import logging
 import os
 import sys
 import traceback
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         _fail(f"RF1006: unknown option {unknown[0]}\n  to do:    see rlhf-fast --help")
         return 2
+    _show_notices()
     try:
         _check_op_choice()
         handler: Callable[[argparse.Namespace], int] = options.handler
@@ -73,6 +75,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "  to do:    run again with --debug and report the traceback"
         )
         return 1
+
+
+class _Notices(logging.Handler):
+    """Warnings of this package as plain lines on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from rlhf_fast.stages.progress import printable
+
+        _fail(f"{record.levelname.lower()}: {printable(record.getMessage())}")
+
+
+def _show_notices() -> None:
+    logger = logging.getLogger("rlhf_fast")
+    if not any(isinstance(handler, _Notices) for handler in logger.handlers):
+        logger.addHandler(_Notices(logging.WARNING))
 
 
 def _check_op_choice() -> None:

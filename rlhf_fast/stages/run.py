@@ -152,8 +152,10 @@ class Run:
             self._settle()
             undo.enter_context(self._signals)
             self._stack = undo.pop_all()
+        logged = self.checkpoint.notices if self.checkpoint is not None else ()
         for notice in self.notices:
-            _logger.warning("%s", notice)
+            if notice not in logged:
+                _logger.warning("%s", notice)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
