@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.robustness.workshop import Workshop, build_inputs
 
@@ -15,5 +17,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workshop(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Workshop:
-    return Workshop(inputs, tmp_path / "w", capsys)
+def workshop(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Workshop]:
+    # Tiny models gain nothing from threads, and lose much to them on a busy machine.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Workshop(inputs, tmp_path / "w", capsys)
+    torch.set_num_threads(threads)
