@@ -3,6 +3,8 @@
 Rules that every table made here follows:
 
 - contenders take turns (A B C A B C ...), so that drift of the clock or a noisy neighbour hits all;
+- a pause before each turn lets the worker threads of the one before stop spinning (OpenMP's wait
+  for milliseconds), which would take a core from the next and count as its processor time;
 - each turn gets the next of several input sets that together exceed the last-level cache;
 - medians with the 20th and 80th percentile, never the best of many;
 - the error against fp64 stands in the row of the time; who fails its gate has no time;
@@ -33,6 +35,7 @@ import torch
 from rlhf_fast_kernels import native
 
 PROC = Path("/proc/self")
+PAUSE = 0.02
 RESET_PEAK = "5"  # man 5 proc: writing 5 to clear_refs resets VmHWM
 
 
@@ -214,8 +217,10 @@ def measure(
         rows[contender.name].extra_mib = extra_memory(contender.run)
     reads = []
     for turn in range(repeats):
+        time.sleep(PAUSE)
         reads.append(probe.seconds())
         for contender in timed:
+            time.sleep(PAUSE)
             ring = [(turn * calls + call) % sets for call in range(calls)]
             wall, used = seconds(partial(_run_all, contender.run, ring))
             samples[contender.name].append((wall / calls, used / calls))

@@ -21,7 +21,7 @@ namespace RLHF_FAST_ISA {
 namespace {
 
 constexpr int64_t kSegment = 16384;
-constexpr int64_t kBlock = 2048;
+constexpr int64_t kBlock = 4096;
 constexpr int64_t kProbe = 256;
 constexpr double kTooHigh = 4294967296.0;      // y - shift < 32: its rounding error is 1e-6 at most
 constexpr int64_t kElementsPerTask = 65536;    // about 5 us: well above the cost of a task
@@ -108,8 +108,8 @@ bool has_nan(const typename Type::Element* x, int64_t count) {
 
 // Sums of one block relative to `shift`, in kStep independent chains to hide latency.
 //
-// kBounded keeps y above kLowestExponent: -inf then adds 2^-125, which no sum of ours can see, where
-// otherwise y 2^y is NaN. The sums are those of exp2_centred, yet to be scaled.
+// kBounded keeps y above kLowestExponent: -inf then adds 2^-125, which no sum of ours can see,
+// where otherwise y 2^y is NaN. The sums are those of exp2_centred, yet to be scaled.
 template <bool kEntropy, bool kBounded>
 struct Accumulator {
   vfloat sum[kStep];

@@ -101,13 +101,13 @@ inline vfloat exp2_normal(vfloat x) {
   return scale_by_power(p, rounded);
 }
 
-// 2^(x - kCentre): exactly 1 at kCentre, relative error below 1.7e-7, at least 2^125 for any x above
-// 126; NaN gives NaN. x must not be below kLowestCentred.
+// 2^(x - kCentre): exactly 1 at kCentre, relative error below 1.7e-7, at least 2^125 for any x
+// above 126; NaN gives NaN. x must not be below kLowestCentred.
 //
-// With AVX-512, 2^x = 2^floor(x) * 2^(j / 32) * 2^g for g in [0, 1/32): j indexes a table held in two
-// registers, degree 2 is then enough for g, and -inf gives exactly 0 without a bound: 20 % fewer cycles
-// in logprobs_from_logits on Zen 5. The centre lies in the middle of j = 0, where the polynomial has no
-// error, and the table is lower by 2^kCentre.
+// With AVX-512, 2^x = 2^floor(x) * 2^(j / 32) * 2^g for g in [0, 1/32): j indexes a table held in
+// two registers, degree 2 is then enough for g, and -inf gives exactly 0 without a bound: 20 % fewer
+// cycles in logprobs_from_logits on Zen 5. The centre lies in the middle of j = 0, where the
+// polynomial has no error, and the table is lower by 2^kCentre.
 #if defined(__AVX512F__)
 constexpr float kCentre = 0.015625f;
 constexpr float kLowestCentred = -__builtin_inff();
