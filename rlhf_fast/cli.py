@@ -244,7 +244,10 @@ def _check(options: argparse.Namespace) -> int:
         print(text)
         return EXIT_OK if passed else EXIT_ENVIRONMENT
     if options.stage is None:
-        _fail(f"RF1006: check needs a stage ({', '.join(STAGES)}) or --ops")
+        names = ", ".join(STAGES)
+        _fail(
+            f"RF1006: check needs a stage ({names}) or --ops\n  to do:    rlhf-fast check ppo ..."
+        )
         return 2
     from rlhf_fast.stages.check import check_stage
 

@@ -69,6 +69,12 @@ class GenerationError(RLHFError):
     """A rollout that cannot be produced (RF4xxx)."""
 
 
+class DivergedGeneration(GenerationError):
+    """Logits that are no distribution: the weights or the forward have diverged (RF4010)."""
+
+    exit_code = EXIT_NUMERICAL
+
+
 class RewardError(RLHFError):
     """A reward model or reward function (RF5xxx)."""
 

@@ -186,7 +186,7 @@ def test_each_code_belongs_to_one_kind_of_its_family() -> None:
         "1": {"ConfigError"},
         "2": {"DataError"},
         "3": {"ModelError"},
-        "4": {"GenerationError"},
+        "4": {"GenerationError", "DivergedGeneration"},
         "5": {"RewardError"},
         "6": {"NumericalError"},
         "7": {"EnvironmentFault"},

@@ -21,7 +21,7 @@ from rlhf_fast.engine.batching import PaddedPrompts, pad_left, plan_batches
 from rlhf_fast.engine.kv_cache import DecodeCache
 from rlhf_fast.engine.sampler import Draw, counter_uniform, sample, validate_sampling
 from rlhf_fast.engine.stopping import Decode, StopRule
-from rlhf_fast.errors import GenerationError
+from rlhf_fast.errors import DivergedGeneration, GenerationError
 from rlhf_fast.types import PromptBatch, Rollout, SamplingParams
 
 # A compaction copies the keys and values it moves once; a dead row costs about as much at every
@@ -347,7 +347,7 @@ class HFGenerator:
             (n for n, p in self.module.named_parameters() if not bool(p.isfinite().all())), None
         )
         cause = f"parameter {broken} holds NaN or Inf" if broken else "all parameters are finite"
-        raise GenerationError(
+        raise DivergedGeneration(
             "RF4010",
             f"the logits of {len(samples)} of {job.out.lengths.numel()} samples are NaN, +Inf or "
             f"all -Inf at response token {step}; {cause}",
