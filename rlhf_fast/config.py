@@ -245,7 +245,9 @@ class AlgorithmConfig:
     target_kl: float = setting(
         0.0, "mean k3 of new against old policy that ends the PPO epochs; 0 is off", low=0
     )
-    whiten: bool = setting(True, "whiten advantages (OAI); off in RLOO and GRPO as published")
+    whiten: bool = setting(
+        True, "whiten the advantages of gae (OAI); rloo and grpo have baselines of their own"
+    )
     whiten_scope: str = setting(
         "batch",
         "statistics over the rollout batch or each minibatch",

@@ -138,6 +138,8 @@ class PPOLearner:
     @torch.no_grad()
     def score(self, rollout: Rollout) -> ScoredRollout:
         """The four roles read the finished sequences."""
+        # Everything up to the update happens where the actor is, wherever the generator worked.
+        rollout = rollout.to(next(self.roles.actor.module.parameters()).device)
         scores, scored = self.roles.reward.score(rollout)
         shape, device = rollout.responses.shape, rollout.responses.device
         old, ref, values = (torch.zeros(shape, device=device) for _ in range(3))
@@ -181,7 +183,7 @@ class PPOLearner:
         algorithm = self.config.algorithm
         mask = experience.scored.loss_mask
         advantages = experience.advantages
-        if algorithm.whiten and algorithm.whiten_scope == "batch":
+        if self._whitens("batch"):
             advantages = whitened(advantages, mask, unbiased=algorithm.whiten_unbiased)
         weights = self._importance_weights(experience.scored)
         statistics = UpdateStatistics()
@@ -205,7 +207,7 @@ class PPOLearner:
         algorithm, roles = self.config.algorithm, self.roles
         rows = torch.as_tensor(minibatch, device=advantages.device)
         mask = experience.scored.loss_mask[rows]
-        if algorithm.whiten and algorithm.whiten_scope == "minibatch":
+        if self._whitens("minibatch"):
             advantages = advantages.clone()
             advantages[rows] = whitened(advantages[rows], mask, unbiased=algorithm.whiten_unbiased)
         tokens = int(mask.sum())
@@ -241,6 +243,8 @@ class PPOLearner:
             temperature=self.sampling.temperature,
             with_entropy=True,
         )
+        if entropy is not None and algorithm.entropy_coef == 0:
+            entropy = entropy.detach()  # reported only: its gradient would cost a pass of its own
         policy = policy_loss(
             microbatch,
             logprobs,
@@ -279,8 +283,14 @@ class PPOLearner:
         truncated = torch.nonzero(~rollout.ended).flatten().tolist()
         for indices in self._packs(rollout, truncated):
             slots = response_slots(rollout, indices)
-            out[torch.as_tensor(indices)] = critic.values(slots.sequences)[slots.last]
+            rows = torch.as_tensor(indices, device=out.device)
+            out[rows] = critic.values(slots.sequences)[slots.last]
         return out
+
+    def _whitens(self, scope: str) -> bool:
+        """Whether GAE's advantages are whitened over this scope; the others have baselines."""
+        algorithm = self.config.algorithm
+        return algorithm.whiten and algorithm.whiten_scope == scope and algorithm.estimator == "gae"
 
     def _importance_weights(self, scored: ScoredRollout) -> Tensor:
         """[S, R] truncated importance weight trainer/generator, or 1 everywhere."""
