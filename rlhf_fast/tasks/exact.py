@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_fast.errors import DataError, NumericalError
 
@@ -158,33 +158,36 @@ def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor) -> float:
     return float(_expectation(log_p, terms))
 
 
-def build_policy(seed: int) -> LlamaForCausalLM:
-    """A randomly initialised Llama over the 6 tokens (12.8 k parameters), fp32 on the CPU.
+def build_policy(seed: int) -> GPT2LMHeadModel:
+    """A randomly initialised GPT-2 over the 6 tokens (50 k parameters), fp32 on the CPU.
 
-    The wide initialisation makes the reference clearly non-uniform, about 1 nat from it: with a
-    uniform reference a KL term of the wrong sign or place would be harder to see.
+    Learned positions are what matters here. With rotary ones a position only enters the attention
+    weights, and over equal tokens every weighted average is the same: after BOS = 0 the contexts
+    "0", "0 0" and "0 0 0" would share one next-token distribution, and the optimum would be out of
+    reach whatever the trainer does.
 
     Args:
         seed: the weights are a function of it; the global random state is left as it was.
     """
-    config = LlamaConfig(
+    config = GPT2Config(
         vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1 + LENGTH,
+        n_positions=1 + LENGTH,
+        n_embd=64,
+        n_layer=1,
+        n_head=8,
+        n_inner=256,
         initializer_range=0.05,
         tie_word_embeddings=False,
-        attention_dropout=0.0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         bos_token_id=BOS,
         eos_token_id=None,
         pad_token_id=None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return GPT2LMHeadModel(config)
 
 
 @torch.no_grad()
