@@ -12,7 +12,7 @@ cannot pretend to have advantages, and no field is optional.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -113,6 +113,10 @@ class PromptBatch:
     def __len__(self) -> int:
         return len(self.sequences)
 
+    def to(self, device: torch.device) -> PromptBatch:
+        """The same prompts on another device."""
+        return replace(self, sequences=self.sequences.to(device))
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -170,6 +174,12 @@ class Rollout:
 
     def __len__(self) -> int:
         return self.responses.shape[0]
+
+    def to(self, device: torch.device) -> Rollout:
+        """The same rollout on another device, its prompts too."""
+        names = ("responses", "response_mask", "lengths", "ended", "rollout_logprobs")
+        tensors = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, prompts=self.prompts.to(device), **tensors)
 
     @property
     def prompt_lengths(self) -> Tensor:

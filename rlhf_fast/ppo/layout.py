@@ -37,8 +37,8 @@ class ResponseSlots:
         return packed
 
     def to_padded(self, packed: Tensor, out: Tensor) -> None:
-        """Write `packed` [N] into `out` [S, R] at the slots."""
-        out[self.rows, self.cols] = packed[self.positions].to(out.dtype)
+        """Write `packed` [N], on any device, into `out` [S, R] at the slots."""
+        out[self.rows, self.cols] = packed.to(out.device)[self.positions].to(out.dtype)
 
 
 def response_slots(rollout: Rollout, indices: Sequence[int]) -> ResponseSlots:
