@@ -198,6 +198,12 @@ def _stage(options: argparse.Namespace) -> int:
         )
         return EXIT_OK
     config = load_config(kind, options.config, options.overrides)
+    if config.run.overwrite and not isinstance(config, PPOConfig):
+        # A mistyped path must not cost the run that is about to be discarded. PPO reads everything
+        # before it touches its directory.
+        from rlhf_fast.stages.check import check_stage
+
+        check_stage(config)
     print(_run_stage(config))
     return EXIT_OK
 

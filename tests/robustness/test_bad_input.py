@@ -544,10 +544,15 @@ def test_an_earlier_run_survives_a_mistake(stage: str, workshop: Workshop) -> No
     assert workshop.run(stage).code == 0
     before = digest(workshop.out)
     key = "data.eval" if stage == "eval" else "data.train"
-    outcome = workshop.run(stage, f"{key}={workshop.path}/nowhere.jsonl")
-    assert outcome.code == 2
-    assert outcome.message
+    mistake = f"{key}={workshop.path}/nowhere.jsonl"
+    refused = workshop.run(stage, mistake)
+    assert refused.code == 2
+    assert refused.message
     assert digest(workshop.out) == before
+    # Not even the wish to discard it counts before the new run can start.
+    require_refused(workshop.run(stage, mistake, "run.overwrite=true"), "RF2001", 2, "nowhere")
+    assert digest(workshop.out) == before
+    assert workshop.run(stage, "run.overwrite=true").code == 0
 
 
 @pytest.mark.parametrize("what", ["model", "data"])
