@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ SAMPLES_NAME = "samples.jsonl"
 # Sequences generated and scored between two looks at the stop signals, in units of `max_batch`.
 _BATCHES_PER_CHUNK = 4
 REWARD_MODEL, REWARD_FUNCTION, SCORE = "reward_model", "reward_function", "score"
+GOLD = "gold"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class EvalResult:
         samples_per_prompt: samples of each.
         estimates: by name: `score` (what PPO would optimise), `reward_model`, `reward_function`,
             `kl` (nats a sequence), `entropy` (nats a token), `length` (tokens), `ended` (fraction).
-        best_of_n: rows of n, kl, proxy, gold, gold_stderr; empty if none were asked for.
+        best_of_n: rows of `best_of_n_rows`; empty if none were asked for.
         reports: counts of the data source, as `DataReport.to_dict`.
     """
 
@@ -104,9 +105,11 @@ class EvalResult:
         for name, e in self.estimates.items():
             lines.append(f"  {name:<16} {e.mean:.4f} +- {e.stderr:.4f}")
         for row in self.best_of_n:
+            judge = judge_name(row)
+            selector = f"proxy {row['proxy']:.4f}, " if "proxy" in row else ""
             lines.append(
-                f"  best of {row['n']:<8.0f} proxy {row['proxy']:.4f}, gold {row['gold']:.4f} +- "
-                f"{row['gold_stderr']:.4f}, KL {row['kl']:.3f}"
+                f"  best of {row['n']:<8.0f} {selector}{judge} {row[judge]:.4f} +- "
+                f"{row[f'{judge}_stderr']:.4f}, KL {row['kl']:.3f}"
             )
         return "\n".join([*lines, f"  files: {self.output_dir}/{EVAL_NAME}, {SAMPLES_NAME}"])
 
@@ -362,23 +365,30 @@ def best_of_n_rows(
     """The curve of best-of-n: the reward model selects, the function judges if there are both.
 
     Prompts with an unscored sample are left out: what best-of-n would have kept is unknown.
+
+    Returns:
+        Rows of n, kl, proxy, gold and gold_stderr with both; with one alone, which selects by the
+        very score it reports, of n, kl, and that score and its `_stderr` under its own name.
     """
-    judges = [values[n].reshape(-1, group) for n in (REWARD_MODEL, REWARD_FUNCTION) if n in values]
-    if not ns or not judges:
+    names = [name for name in (REWARD_MODEL, REWARD_FUNCTION) if name in values]
+    if not ns or not names:
         return []
-    proxy, gold = judges[0], judges[-1]
+    proxy, gold = (values[name].reshape(-1, group) for name in (names[0], names[-1]))
     complete = ~(proxy.isnan() | gold.isnan()).any(1)
     if not bool(complete.any()):
         return []
     curve = best_of_n_curve(proxy[complete], gold[complete], ns)
-    columns = {
-        "n": [float(n) for n in curve.ns],
-        "kl": curve.kl.tolist(),
-        "proxy": curve.proxy.tolist(),
-        "gold": curve.gold.tolist(),
-        "gold_stderr": curve.gold_stderr.tolist(),
-    }
+    columns = {"n": [float(n) for n in curve.ns], "kl": curve.kl.tolist()}
+    if len(names) == 2:
+        columns["proxy"] = curve.proxy.tolist()
+    judge = GOLD if len(names) == 2 else names[0]
+    columns |= {judge: curve.gold.tolist(), f"{judge}_stderr": curve.gold_stderr.tolist()}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def judge_name(row: Mapping[str, float]) -> str:
+    """The column of a best-of-n row that judges what was selected."""
+    return next(name for name in (GOLD, REWARD_MODEL, REWARD_FUNCTION) if name in row)
 
 
 def _plain(value: float) -> float | None:
@@ -390,7 +400,7 @@ def _as_metrics(result: EvalResult) -> dict[str, float]:
     metrics = {f"eval/{name}": e.mean for name, e in result.estimates.items()}
     metrics |= {f"eval/{name}_stderr": e.stderr for name, e in result.estimates.items()}
     for row in result.best_of_n:
-        metrics[f"eval/best_of_{row['n']:.0f}"] = row["gold"]
+        metrics[f"eval/best_of_{row['n']:.0f}"] = row[judge_name(row)]
     return metrics
 
 

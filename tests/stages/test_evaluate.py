@@ -215,7 +215,21 @@ def test_rows_a_function_abstains_from_are_left_out(base: Path, tmp_path: Path) 
     assert result.estimates["score"] == Estimate(1.0, 0.0, 2)
     rows = rows_of(tmp_path / "out")
     assert [row["score"] for row in rows] == [None] * 4 + [1.0] * 8
-    assert result.best_of_n[-1]["gold"] == 1.0
+    assert result.best_of_n[-1]["reward_function"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["reward_model", "reward_function"])
+def test_one_judge_alone_goes_by_its_own_name(base: Path, tmp_path: Path, name: str) -> None:
+    judge = {"reward_model": str(base / "judge"), "reward_function": f"{base}/rewards.py:words"}
+    reward = RewardConfig(**{name.removeprefix("reward_"): judge[name]})
+    result = run_evaluate(config_for(base, tmp_path, reward=reward), quiet=True)
+    assert list(result.best_of_n[0]) == ["n", "kl", name, f"{name}_stderr"]
+    assert result.best_of_n[0][name] == pytest.approx(result.estimates[name].mean)
+    values = torch.tensor([row[name] for row in rows_of(tmp_path)]).reshape(12, 4)
+    assert result.best_of_n[2][name] == pytest.approx(float(values.max(1).values.mean()))
+    assert metric_lines(tmp_path)[0]["eval/best_of_4"] == result.best_of_n[2][name]
+    assert "gold" not in result.summary()
+    assert f"best of 4        {name} " in result.summary()
 
 
 def test_greedy_says_that_kl_is_not_the_policys(base: Path, tmp_path: Path, capsys: Any) -> None:
