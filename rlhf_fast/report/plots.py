@@ -72,7 +72,8 @@ def line_chart(
     ]
     size = (SMALL_WIDTH, SMALL_HEIGHT) if small else (WIDTH, HEIGHT)
     frame = _Frame.around(points + bars, *size)
-    body = [_axes(frame, x, y)]
+    # A small chart shows one metric, which its title names: a label beside it would say the same.
+    body = [_axes(frame, x, Axis("", y.tick_text) if small else y)]
     body += [_line(frame, line) for line in series]
     description = escape(f"{title}: {y.label} against {x.label}")
     box = f"0 0 {frame.width:g} {frame.height:g}"
@@ -206,9 +207,12 @@ def _axes(frame: _Frame, x: Axis, y: Axis) -> str:
         f'<line x1="{_LEFT:g}" x2="{right:g}" y1="{bottom:g}" y2="{bottom:g}" class="axis"/>'
         f'<text x="{middle_x:g}" y="{frame.height - 8:g}" class="label" text-anchor="middle">'
         f"{escape(x.label)}</text>"
-        f'<text x="14" y="{middle_y:g}" class="label" text-anchor="middle" '
-        f'transform="rotate(-90 14 {middle_y:g})">{escape(y.label)}</text>'
     )
+    if y.label:
+        parts.append(
+            f'<text x="14" y="{middle_y:g}" class="label" text-anchor="middle" '
+            f'transform="rotate(-90 14 {middle_y:g})">{escape(y.label)}</text>'
+        )
     return "".join(parts)
 
 

@@ -50,6 +50,16 @@ def test_any_points_give_well_formed_svg_inside_its_box(
         assert 0 <= float(dot.attrib["cy"]) <= box[3]
 
 
+def test_small_charts_do_not_repeat_their_title_along_the_axis() -> None:
+    rotated = {
+        small: [t.text for t in draw(Series("", [(0, 0), (1, 1)]), small=small).iter("text")]
+        for small in (True, False)
+    }
+    assert "y" in rotated[False]
+    assert "y" not in rotated[True]
+    assert "x" in rotated[True]
+
+
 def test_positions_are_affine_in_the_data_and_up_is_up() -> None:
     figure = draw(Series("", [(0.0, 0.0), (1.0, 5.0), (2.0, 10.0)], markers=True))
     dots = [(float(d.attrib["cx"]), float(d.attrib["cy"])) for d in figure.iter("circle")]
