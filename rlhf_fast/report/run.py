@@ -14,6 +14,7 @@ from rlhf_fast.errors import CheckpointError
 from rlhf_fast.metrics import METRICS_NAME, Number, read_metrics
 from rlhf_fast.report import html
 from rlhf_fast.report.curves import Rows, column, keys, metric_chart, time_totals
+from rlhf_fast.report.evaluation import EVAL_NAME, one_sample_each, read_evaluation, result_part
 from rlhf_fast.report.plots import bar_chart, number_text, seconds_text
 from rlhf_fast.report.settings import config_part
 
@@ -23,6 +24,7 @@ CONFIG_NAME = "config.yaml"
 
 #: Metrics shown first, where a run has them; the others follow, folded, by their prefix.
 HEADLINES = (
+    "eval/score", "eval/kl", "eval/reward_function",
     "objective/scores", "objective/kl", "objective/rlhf_reward", "objective/entropy",
     "rollout/length", "rollout/ended_fraction", "policy/clipfrac_avg", "policy/approxkl_avg",
     "val/explained_variance", "loss/policy_avg", "loss/value_avg", "rollout/logprob_gap",
@@ -35,8 +37,11 @@ _SHOWN_SAMPLES = 24
 def build_report(run_dir: Path, out: Path) -> Path:
     """Write the report of a run directory, finished or not.
 
-    Reads `metrics.jsonl`, and where they exist `run.json` or `config.yaml` (stage and settings) and
-    `samples.jsonl` (rows with any of step, prompt, response, score, kl, length, ended).
+    Reads `metrics.jsonl`, and where they exist `run.json` or `config.yaml` (stage and settings),
+    `samples.jsonl` (rows with any of step, prompt, response, score, kl, length, ended) and
+    `eval.json`. The page of an evaluation shows its result as tables, for it has one row of
+    metrics, and one sample of each prompt; that of any other stage shows curves and the last
+    samples.
 
     Args:
         run_dir: the directory of one stage.
@@ -51,19 +56,26 @@ def build_report(run_dir: Path, out: Path) -> Path:
     """
     rows = _metrics(run_dir)
     stage, config = _settings(run_dir)
+    evaluation = _evaluation(run_dir)
     totals = time_totals(rows)
     title = f"{stage or 'Run'}: {run_dir.resolve().name}"
     subtitle = f"{len(rows)} rows of metrics" + (
         f", {seconds_text(sum(totals.values()))} in timed phases" if totals else ""
     )
     samples = _jsonl(run_dir / SAMPLES_NAME) if (run_dir / SAMPLES_NAME).is_file() else []
+    if evaluation is None:
+        findings = html.section("Curves", _headline_charts(rows), _other_charts(rows))
+        shown: Sequence[Mapping[str, Any]] = samples[::-1]
+    else:
+        findings = html.section("Result", result_part(evaluation))
+        shown = one_sample_each(samples, evaluation)
     text = html.page(
         title,
         subtitle,
         _tiles(rows),
-        html.section("Curves", _headline_charts(rows), _other_charts(rows)),
+        findings,
         html.section("Where the time went", _timing(totals)),
-        html.section("Samples", _samples(samples)),
+        html.section("Samples", _samples(shown[:_SHOWN_SAMPLES])),
         html.section("Figures", _summary(rows)),
         html.section("Settings", config_part(stage, config)),
     )
@@ -106,6 +118,13 @@ def _settings(run_dir: Path) -> tuple[str, Mapping[str, Any]]:
     return "", {}
 
 
+def _evaluation(run_dir: Path) -> dict[str, Any] | None:
+    try:
+        return read_evaluation(run_dir)
+    except (OSError, ValueError, TypeError) as error:
+        raise _unreadable(run_dir / EVAL_NAME, error) from error
+
+
 def _jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL file; a last line that a crash cut short is left out."""
     rows = []
@@ -133,10 +152,17 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 def _tiles(rows: Rows) -> str:
     entries = []
     for key in [key for key in HEADLINES if key in keys(rows)][:5]:
-        values = [value for _, value in column(rows, key) if math.isfinite(value)]
-        caption = f"{key}, first {number_text(values[0])}"
+        values = _finite(rows, key)
+        errors = _finite(rows, f"{key}_stderr")
+        caption = f"{key}, first {number_text(values[0])}" if len(values) > 1 else key
+        if errors:
+            caption = f"{key}, +- {number_text(errors[-1])}"
         entries.append((number_text(values[-1]), caption, ""))
     return html.tiles(entries) if entries else ""
+
+
+def _finite(rows: Rows, key: str) -> list[float]:
+    return [value for _, value in column(rows, key) if math.isfinite(value)]
 
 
 def _headline_charts(rows: Rows) -> str:
@@ -166,14 +192,12 @@ def _timing(totals: Mapping[str, float]) -> str:
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
-    """The last samples, newest first."""
-    shown = list(reversed(samples[-_SHOWN_SAMPLES:]))
-    present = {key for sample in shown for key in sample}
+    present = {key for sample in samples for key in sample}
     names = [name for name in _SAMPLE_COLUMNS if name in present]
     names += sorted(present.difference(names))
     texts = {"prompt", "response", "completion"}
     kinds = ["text" if name in texts else "number" for name in names]
-    cells = [[_cell(sample.get(name, "")) for name in names] for sample in shown]
+    cells = [[_cell(sample.get(name, "")) for name in names] for sample in samples]
     return html.table(names, cells, kinds)
 
 
@@ -186,7 +210,7 @@ def _cell(value: Any) -> str:
 def _summary(rows: Rows) -> str:
     body = []
     for key in keys(rows):
-        values = [value for _, value in column(rows, key) if math.isfinite(value)]
+        values = _finite(rows, key)
         figures = (values[0], min(values), max(values), values[-1])
         body.append((key, len(values), *map(number_text, figures)))
     table = html.table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,59 @@ def test_metrics_alone_are_enough_also_after_a_crash(tmp_path: Path) -> None:
     assert page.text.count("Settings") == page.text.count("Samples") == 0
 
 
+def evaluation(run: Path) -> dict[str, Any]:
+    """The files of an evaluation of 5 prompts with 2 samples each."""
+    figures = {"score": (1.25, 0.125), "kl": (3.5, 0.5), "reward_function": (0.75, None)}
+    row: dict[str, Any] = {"step": 0, "time/generate": 1.0}
+    for name, (mean, error) in figures.items():
+        row |= {f"eval/{name}": mean, f"eval/{name}_stderr": "nan" if error is None else error}
+    write(run / "metrics.jsonl", [row])
+    samples = [{"prompt": f"p{i // 2}", "response": f"r{i}", "score": 1.0} for i in range(10)]
+    write(run / "samples.jsonl", samples)
+    curve = {"n": 4.0, "kl": 0.636, "proxy": 2.0, "gold": 0.875, "gold_stderr": 0.0625}
+    return {
+        "samples_per_prompt": 2,
+        "estimates": {
+            name: {"mean": mean, "stderr": error, "prompts": 5}
+            for name, (mean, error) in figures.items()
+        },
+        "best_of_n": [curve],
+    }
+
+
+def test_an_evaluation_shows_its_result(tmp_path: Path) -> None:
+    (tmp_path / "eval.json").write_text(json.dumps(evaluation(tmp_path)))
+    page = build(tmp_path)
+    for caption in ("1.25eval/score, +- 0.125", "3.5eval/kl, +- 0.5", "0.75eval/reward_function"):
+        assert caption in page.text
+    assert page.cells[:8] == [
+        *("figure", "mean", "standard error", "prompts"),
+        *("score", "1.25", "0.125", "5"),
+    ]
+    at = page.cells.index("gold_stderr")
+    assert page.cells[at - 4 : at + 6] == [
+        *("n", "kl", "proxy", "gold", "gold_stderr"),
+        *("4", "0.636", "2", "0.875", "0.0625"),
+    ]
+    assert "judges" in page.text
+    # No curves of one point: the only picture is the timing.
+    assert page.count("svg") == 1
+    assert [cell for cell in page.cells if re.fullmatch(r"r\d", cell)] == [
+        *("r0", "r2", "r4", "r6", "r8"),
+    ]
+
+
+def test_an_evaluation_without_best_of_n_or_with_one_judge(tmp_path: Path) -> None:
+    tree = evaluation(tmp_path)
+    tree["best_of_n"] = [{"n": 2.0, "kl": 0.2, "reward_model": 1.0, "reward_model_stderr": None}]
+    (tmp_path / "eval.json").write_text(json.dumps(tree))
+    page = build(tmp_path)
+    assert "Best of n" in page.text
+    assert "gold" not in page.text
+    (tmp_path / "eval.json").write_text(json.dumps(tree | {"best_of_n": []}))
+    assert "Best of n" not in build(tmp_path).text
+
+
 def test_a_run_that_has_logged_nothing_yet_gives_a_page(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     assert "0 rows of metrics" in build(tmp_path).text
@@ -98,6 +152,9 @@ def test_other_directories_are_refused(tmp_path: Path) -> None:
         ("run.json", "[]"),
         ("config.yaml", "a: [1"),
         ("samples.jsonl", "{}\n[1]\n"),
+        ("eval.json", "[]"),
+        ("eval.json", '{"estimates": {"kl": {"mean": "a lot"}}, "samples_per_prompt": 1}'),
+        ("eval.json", '{"estimates": {}, "samples_per_prompt": 0}'),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, name: str, text: str) -> None:
