@@ -117,8 +117,9 @@ class EvalResult:
 def run_evaluate(config: EvalConfig, *, quiet: bool = False) -> EvalResult:
     """Generate, score and compare; writes `eval.json` and `samples.jsonl`.
 
-    Prompts come from `data.eval`, or from `data.train` if that is empty. Nothing is resumed: the
-    same command evaluates again.
+    Prompts come from `data.eval`, or from `data.train` if that is empty. Nothing is resumed: in a
+    directory of an earlier evaluation, of whatever configuration, the results replace the earlier
+    ones once they are there.
 
     Args:
         config: the stage's config; `model` and `run.output_dir` are required.
@@ -131,10 +132,12 @@ def run_evaluate(config: EvalConfig, *, quiet: bool = False) -> EvalResult:
     prompts = "data.eval" if config.data.eval else "data.train"
     require_settings(config, "model", prompts, "run.output_dir")
     device = setup_run(config.run)
-    with open_run(config, "eval", outputs=(EVAL_NAME, SAMPLES_NAME), quiet=quiet) as run:
+    outputs = (EVAL_NAME, SAMPLES_NAME)
+    with open_run(config, "eval", outputs=outputs, resumable=False, quiet=quiet) as run:
         stage = EvalStage(config, run, device)
         samples = stage.sample_and_score()
         result = stage.result(samples)
+        run.renew_record()
         _write(run.path, result, samples, config)
         with open_metrics(run, config) as metrics:
             metrics.truncate(0)

@@ -82,6 +82,9 @@ class Run:
         outputs: names of further entries the stage creates in the directory (exports), for
             `overwrite`.
         keep_last: checkpoints to keep, None for all.
+        resumable: whether the stage can be continued at all. If not, a run of the same stage, of
+            whatever configuration, is done again; the earlier one's files and record stay until
+            the stage replaces them (`renew_record`).
         bytes_needed: estimate of what the run will write; refused at the start if it does not fit.
         quiet: rare plain lines instead of progress bars.
 
@@ -111,6 +114,7 @@ class Run:
         overwrite: bool = False,
         outputs: Sequence[str] = (),
         keep_last: int | None = 2,
+        resumable: bool = True,
         bytes_needed: int = 0,
         quiet: bool = False,
     ) -> None:
@@ -126,6 +130,7 @@ class Run:
         self._overwrite = overwrite
         self._owned = (*_OWN_ENTRIES, *outputs)
         self._keep_last = keep_last
+        self._resumable = resumable
         self._bytes_needed = bytes_needed
         self._signals = StopSignals()
         self._display = ProgressDisplay(quiet=quiet)
@@ -209,6 +214,15 @@ class Run:
         record = {"stage": self.stage, "step": step, "summary": plain_config(summary or {})}
         _write_json(self.path / COMPLETE_NAME, record)
 
+    def renew_record(self) -> None:
+        """Write this run's stage and configuration to `run.json`.
+
+        Done at the start, except where a stage that is not resumable runs again: it does so once
+        it has results to put in the place of the earlier ones.
+        """
+        record = {"format_version": _RUN_FORMAT, "stage": self.stage, "config": self._config}
+        _write_json(self.path / RUN_NAME, record)
+
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Add the duration of a block to `time/<name>`."""
         return self._timer.phase(name)
@@ -286,6 +300,8 @@ class Run:
                 remedy="use another output_dir, run.resume=always, or run.overwrite=true",
             )
         differences = self._differences(recorded)
+        if not self._resumable and self._resume_step is None and self._is_mine(recorded):
+            return
         self._refuse_other_run(differences)
         complete = _read_json(self.path / COMPLETE_NAME)
         notices = [f"configuration changed on resume: {item}" for item in differences]
@@ -301,7 +317,7 @@ class Run:
             return
         if complete is not None:
             (self.path / COMPLETE_NAME).unlink()
-        self._write_record()
+        self.renew_record()
 
     def _open_checkpoint(self, notices: list[str]) -> None:
         root = self.checkpoint_root
@@ -334,7 +350,7 @@ class Run:
                 remedy="use another output_dir, or remove them yourself",
             )
         self._fresh = True
-        self._write_record()
+        self.renew_record()
 
     def _differences(self, recorded: Mapping[str, Any]) -> list[ConfigDifference]:
         if recorded.get("format_version") != _RUN_FORMAT:
@@ -346,10 +362,13 @@ class Run:
                 remedy="use the release that made the run, or another output_dir",
             )
         found = compare(recorded.get("config") or {}, self._config, self._hard_keys)
-        if recorded.get("stage") != self.stage:
+        if not self._is_mine(recorded):
             before, after = json.dumps(recorded.get("stage")), json.dumps(self.stage)
             found.insert(0, ConfigDifference("stage", before, after, hard=True))
         return found
+
+    def _is_mine(self, recorded: Mapping[str, Any]) -> bool:
+        return recorded.get("stage") == self.stage
 
     def _refuse_other_run(self, differences: Sequence[ConfigDifference]) -> None:
         hard = [difference for difference in differences if difference.hard]
@@ -364,10 +383,6 @@ class Run:
         raise CheckpointError(
             "RF8202", what, where=str(self.path), expected=listed(differences), remedy=remedy
         )
-
-    def _write_record(self) -> None:
-        record = {"format_version": _RUN_FORMAT, "stage": self.stage, "config": self._config}
-        _write_json(self.path / RUN_NAME, record)
 
     def _clear(self) -> None:
         if not (self.path / RUN_NAME).exists():

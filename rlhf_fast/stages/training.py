@@ -148,6 +148,7 @@ def open_run(
     stage: str,
     *,
     outputs: Sequence[str] = (MODEL_NAME,),
+    resumable: bool = True,
     bytes_needed: int = 0,
     quiet: bool = False,
 ) -> Run:
@@ -160,6 +161,7 @@ def open_run(
         config: a stage's config; its `run` section says where and how.
         stage: name of the stage.
         outputs: entries the stage creates in the directory.
+        resumable: false for a stage that starts from the beginning each time.
         bytes_needed: estimate of what the run will write.
         quiet: rare plain lines instead of progress bars.
     """
@@ -181,6 +183,7 @@ def open_run(
         overwrite=run.overwrite,
         outputs=tuple(outputs),
         keep_last=run.keep_last,
+        resumable=resumable,
         bytes_needed=bytes_needed,
         quiet=quiet,
     )
@@ -239,7 +242,6 @@ def prepare_for_training(
     if gradient_checkpointing:
         enable_gradient_checkpointing(module)
     return module.train()
-
 
 
 def require_budget(microbatch_tokens: int, longest: int) -> None:

@@ -18,11 +18,13 @@ from rlhf_fast.config import (
     RewardConfig,
     RunConfig,
     SamplingConfig,
+    SFTConfig,
 )
-from rlhf_fast.errors import ConfigError, ModelError, Preempted
+from rlhf_fast.errors import CheckpointError, ConfigError, ModelError, Preempted
 from rlhf_fast.models.loading import load_sequence_classifier
 from rlhf_fast.models.roles import RewardModel
 from rlhf_fast.stages.evaluate import Estimate, best_of_n_rows, estimate, run_evaluate
+from rlhf_fast.stages.training import open_run
 from rlhf_fast.types import PackedSequences
 from tests.models.tiny import build_classifier, tokenizer
 from tests.stages.tiny_runs import (
@@ -189,6 +191,46 @@ def test_the_same_command_evaluates_again_to_the_same_figures(base: Path, tmp_pa
     assert run_evaluate(config, quiet=True) == first
     assert (tmp_path / "samples.jsonl").read_bytes() == before
     assert len(metric_lines(tmp_path)) == 1
+
+
+def test_another_config_evaluates_again_in_the_same_directory(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_evaluate(config_for(base, tmp_path), quiet=True)
+    fewer = config_for(base, tmp_path, max_prompts=4, reference="", best_of=[])
+    assert run_evaluate(fewer, quiet=True).prompts == 4
+    assert caplog.messages == []
+    assert len(rows_of(tmp_path)) == 16
+    assert json.loads((tmp_path / "run.json").read_bytes())["config"]["max_prompts"] == 4
+    assert "eval/kl" not in metric_lines(tmp_path)[0]
+
+
+def test_an_evaluation_that_fails_leaves_the_earlier_one(base: Path, tmp_path: Path) -> None:
+    run_evaluate(config_for(base, tmp_path), quiet=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")}
+    assert {"run.json", "eval.json", "samples.jsonl", "metrics.jsonl"} <= set(before)
+    with pytest.raises(ModelError):
+        run_evaluate(config_for(base, tmp_path, model=str(base / "none")), quiet=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")} == before
+
+
+def test_other_runs_are_not_evaluated_over(base: Path, tmp_path: Path) -> None:
+    config = config_for(base, tmp_path)
+    with open_run(SFTConfig(run=config.run), "sft", quiet=True):
+        pass
+    with pytest.raises(CheckpointError, match="RF8202"):
+        run_evaluate(config, quiet=True)
+    assert json.loads((tmp_path / "run.json").read_bytes())["stage"] == "sft"
+    evaluated = config_for(base, tmp_path / "eval")
+    run_evaluate(evaluated, quiet=True)
+    never = dataclasses.replace(evaluated.run, resume="never")
+    with pytest.raises(CheckpointError, match="RF8203"):
+        run_evaluate(dataclasses.replace(evaluated, run=never), quiet=True)
+    with (
+        pytest.raises(CheckpointError, match="RF8202"),
+        open_run(SFTConfig(run=evaluated.run), "sft", quiet=True),
+    ):
+        pass
 
 
 def test_max_prompts_takes_a_sample_that_the_seed_decides(base: Path, tmp_path: Path) -> None:
