@@ -113,6 +113,7 @@ def main() -> int:
     if reason is not None:
         print(f"no compiled module: {reason}")
         return 1
+    torch.set_num_threads(options.threads)
     facts = harness.environment(options.threads)
     harness.print_environment(facts)
     tokens = options.rows * options.columns
@@ -134,8 +135,8 @@ def main() -> int:
             contender("matmul", make_matmul(options.columns), slack=9e-6),
         ],
         sets=len(sets),
-        bytes_read=tokens * BYTES_PER_TOKEN,
-        bandwidth=facts["read_gb_per_s"],
+        bytes_moved=tokens * BYTES_PER_TOKEN,
+        probe=harness.ReadProbe(),
         repeats=options.repeats,
     )
     harness.print_rows(rows)
