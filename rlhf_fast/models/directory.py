@@ -49,12 +49,17 @@ def _cached_snapshot(name: str) -> Path:
         config = None
     if isinstance(config, str):
         return Path(config).parent
+    parts = Path(name).parts
+    # The export of a stage, and too long for a hub name, which is OWNER/NAME at most.
+    exported = parts[-1:] == ("model",) and len(parts) > 2
     raise ModelError(
         "RF3010",
         f"no such model: {name!r}",
         where=name,
         expected="a local directory, or a hub name that is in the Hugging Face cache",
-        remedy="correct the path, or download it first: hf download NAME",
+        remedy="run the stage that writes it first, or correct the path"
+        if exported
+        else "correct the path, or download it first: hf download NAME",
     )
 
 

@@ -89,7 +89,8 @@ def load_sequence_classifier(
                 "the model has no reward head",
                 where=str(directory),
                 expected="a sequence-classification directory with a `score` layer",
-                remedy="give a trained reward model, or set init_head=true to train a new head",
+                remedy="give the model that `rlhf-fast rm` exports; to train a new head on this "
+                "one, run `rlhf-fast rm` with init_head=true",
             )
         init_reward_head(module, seed)
     return _prepare(module, dtype, str(directory))

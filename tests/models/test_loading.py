@@ -104,6 +104,13 @@ def test_missing_directory_and_uncached_hub_name_fail_at_once() -> None:
         assert time.monotonic() - start < 5
 
 
+def test_a_missing_export_asks_for_its_stage() -> None:
+    with pytest.raises(ModelError, match=r"(?s)RF3010.*run the stage that writes it first"):
+        load_causal_lm("runs/sft/model", dtype="float32")
+    with pytest.raises(ModelError, match=r"(?s)RF3010.*hf download"):
+        load_causal_lm("somebody/model", dtype="float32")
+
+
 def test_cached_hub_name_is_loaded_from_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
