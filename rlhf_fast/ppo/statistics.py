@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 from rlhf_fast.optim import StepResult
 from rlhf_fast.ppo.rewards import sequence_sum
 from rlhf_fast.types import Experience, LossOutput
+
+_RATES = {"policy": "lr", "value": "lr_value"}
 
 
 def _mean(values: Tensor) -> float:
@@ -67,6 +69,16 @@ def _correlation(x: Tensor, y: Tensor) -> float:
     return float((x * y).sum()) / scale if scale > 0 else 0.0
 
 
+def _step_metrics(name: str, steps: Sequence[StepResult]) -> dict[str, float]:
+    """Gradient norm and skipped steps of a model: 0 without a step, nan if none was applied."""
+    applied = [s.grad_norm for s in steps if s.applied]
+    no_norm = math.nan if steps else 0.0
+    return {
+        f"{name}/grad_norm": sum(applied) / len(applied) if applied else no_norm,
+        f"{name}/skipped_steps": float(len(steps) - len(applied)),
+    }
+
+
 class UpdateStatistics:
     """Adds the losses' metric sums over microbatches and turns them into means."""
 
@@ -110,15 +122,16 @@ class UpdateStatistics:
         self._lr[name] = lr
 
     def finalize(self, *, early_stop: bool) -> dict[str, float]:
-        """Means over all loss tokens of the update."""
-        out = self._policy_means() | self._value_means()
-        for name, steps in self._steps.items():
-            applied = [s.grad_norm for s in steps if s.applied]
-            out[f"{name}/grad_norm"] = sum(applied) / len(applied) if applied else math.nan
-            out[f"{name}/skipped_steps"] = float(len(steps) - len(applied))
-        out["lr"] = self._lr.get("policy", 0.0)
-        if "value" in self._lr:
-            out["lr_value"] = self._lr["value"]
+        """Means over all loss tokens of the update.
+
+        An update that target_kl ended in its first minibatch has no learning rates: they are those
+        of the last step.
+        """
+        values = self._value_means()
+        out = self._policy_means() | values
+        for name in ("policy", "value") if values else ("policy",):
+            out |= _step_metrics(name, self._steps[name])
+        out |= {_RATES[name]: lr for name, lr in self._lr.items()}
         if self._pretraining:
             out["loss/ptx_avg"] = sum(self._pretraining) / len(self._pretraining)
         out["val/first_ratio_gap"] = self._first_ratio_gap

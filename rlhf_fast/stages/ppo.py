@@ -231,7 +231,7 @@ class PPOTrainer:
             output = learner.step(batch)
             state.extra = learner.state_dict()
             done = state.step + 1
-            metrics = output.metrics
+            metrics = self._rates() | output.metrics
             if self.on_step is not None:
                 metrics |= self.on_step(done, output) or {}
             self._advise(output, metrics)
@@ -255,6 +255,13 @@ class PPOTrainer:
         metrics = {name: float(last[name] or 0.0) for name in _KEPT}
         run.mark_complete(state.step, metrics)
         return PPOResult(run.path / MODEL_NAME, state.step, metrics)
+
+    def _rates(self) -> dict[str, float]:
+        """Present learning rates, for a step in which no update gave any: target_kl forbade it."""
+        rates = {"lr": self.roles.actor_optimizer.lr}
+        if self.roles.critic_optimizer is not None:
+            rates["lr_value"] = self.roles.critic_optimizer.lr
+        return rates
 
     def save_model(self, directory: str | Path) -> None:
         """Export the policy and its tokenizer as a Hugging Face directory."""

@@ -185,6 +185,21 @@ def test_target_kl_ends_the_epochs_before_the_step_that_would_exceed_it():
     assert all(p.grad is None for p in trainer.roles.actor.module.parameters())
 
 
+@pytest.mark.parametrize("estimator", ["gae", "rloo"])
+def test_an_update_that_target_kl_ends_at_once_has_the_columns_of_any_other(monkeypatch, estimator):
+    config = small_config(estimator=estimator, target_kl=0.1)
+    trainer, experience, _ = prepared(config)
+    full = trainer.update(experience)
+    monkeypatch.setattr(UpdateStatistics, "minibatch_kl", lambda self: 1.0)
+    stopped = trainer.update(experience)
+    assert stopped["policy/early_stop"] == 1
+    assert set(full) - set(stopped) == ({"lr", "lr_value"} if estimator == "gae" else {"lr"})
+    assert stopped.keys() <= full.keys()
+    for name in ("optimizer_steps", "grad_norm", "skipped_steps"):
+        assert stopped[f"policy/{name}"] == 0
+    assert all(math.isfinite(value) for value in stopped.values())
+
+
 def test_generator_and_trainer_that_disagree_stop_the_run():
     trainer, experience, shaped = prepared()
     scored = experience.scored

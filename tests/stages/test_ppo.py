@@ -25,6 +25,7 @@ from rlhf_fast.errors import ConfigError, Interrupted, RewardError
 from rlhf_fast.metrics import read_metrics
 from rlhf_fast.models.export import export_model
 from rlhf_fast.models.loading import load_sequence_classifier
+from rlhf_fast.ppo.statistics import UpdateStatistics
 from rlhf_fast.tasks.reviews import prompt_split
 from rlhf_fast.tasks.tiny import build_tokenizer
 from tests.ppo.synthetic import tiny_config
@@ -184,6 +185,22 @@ def test_critic_free_estimators_run_and_export_no_critic(tmp_path, tokenizer, es
     )
     trainer(tmp_path, tokenizer, config).train()
     assert not (tmp_path / "critic").exists()
+
+
+def test_a_step_without_an_update_logs_the_present_learning_rates(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(UpdateStatistics, "minibatch_kl", lambda self: 1.0)
+    config = settings(
+        tmp_path,
+        total_steps=1,
+        algorithm=AlgorithmConfig(target_kl=0.1),
+        actor_optim=OptimConfig(lr=1e-3, warmup_steps=4),
+        critic_optim=OptimConfig(lr=2e-3, warmup_steps=4),
+    )
+    trainer(tmp_path, tokenizer, config).train()
+    row = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert row["policy/optimizer_steps"] == 0
+    assert (row["lr"], row["lr_value"]) == (pytest.approx(2.5e-4), pytest.approx(5e-4))
+    assert row["policy/grad_norm"] == row["value/grad_norm"] == 0
 
 
 def without_times(path):
