@@ -56,15 +56,6 @@ class TaskReward:
         )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are tiny: a second thread costs more in barriers than it computes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def config_for(beta: float, seed: int) -> PPOConfig:
     return PPOConfig(
         run=RunConfig(seed=seed),

@@ -1,0 +1,14 @@
+"""Settings of every test."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """The models are tiny: a second thread costs more in barriers than it computes.
+
+    Where another process competes for the core, each barrier waits for a time slice: minutes become
+    hours. Tests of threading set their own number.
+    """
+    torch.set_num_threads(1)
