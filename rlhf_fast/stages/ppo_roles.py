@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -200,6 +200,23 @@ def adopt_modules(dtype: ComputeDtype, modules: Mapping[str, nn.Module | None]) 
         adopt_module(module, dtype=dtype, role=role)
 
 
+def build_optimizer(
+    config: PPOConfig, module: nn.Module, name: Literal["actor", "critic"]
+) -> GuardedOptimizer:
+    """Put a module, already on its device, in train mode, and make its optimizer."""
+    module.train()  # dropout is off in either mode; activations are recomputed in this one only
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(module)
+    algorithm = config.algorithm
+    return GuardedOptimizer(
+        module,
+        config.actor_optim if name == "actor" else config.critic_optim,
+        config.total_steps * algorithm.ppo_epochs * algorithm.minibatches,
+        max_bad_steps=config.run.max_bad_steps,
+        name=name,
+    )
+
+
 def build_roles(
     config: PPOConfig,
     tokenizer: Any,
@@ -237,19 +254,10 @@ def build_roles(
         )
     value_model = build_critic(config, actor, critic=critic, reward=reward_model)
     policy = Actor(actor.to(device))
-    trained = [actor] if value_model is None else [actor, value_model.module.to(device)]
-    for module in trained:
-        module.train()  # dropout is off in either mode; activations are recomputed in this one only
-        if config.gradient_checkpointing:
-            enable_gradient_checkpointing(module)
-    algorithm = config.algorithm
-    steps = config.total_steps * algorithm.ppo_epochs * algorithm.minibatches
-    bad = config.run.max_bad_steps
-
-    def optimizer(module: nn.Module, name: str) -> GuardedOptimizer:
-        settings = config.actor_optim if name == "actor" else config.critic_optim
-        return GuardedOptimizer(module, settings, steps, max_bad_steps=bad, name=name)
-
+    actor_optimizer = build_optimizer(config, actor, "actor")
+    critic_optimizer = None
+    if value_model is not None:
+        critic_optimizer = build_optimizer(config, value_model.module.to(device), "critic")
     return Roles(
         actor=policy,
         reference=Reference(reference.to(device)),
@@ -269,8 +277,8 @@ def build_roles(
             max_batch=config.rollout.max_batch,
             autocast_dtype=torch.bfloat16 if compute_type(config.run) == "bfloat16" else None,
         ),
-        actor_optimizer=optimizer(actor, "actor"),
-        critic_optimizer=None if value_model is None else optimizer(value_model.module, "critic"),
+        actor_optimizer=actor_optimizer,
+        critic_optimizer=critic_optimizer,
         pretraining=pretraining,
         on_update=lambda: policy.bump_version(),
     )
