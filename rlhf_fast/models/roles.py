@@ -25,6 +25,8 @@ DEFAULT_TOKEN_BUDGET = 16384
 
 
 class _Policy:
+    """What actor and reference share; arguments as for `Actor`."""
+
     def __init__(
         self,
         module: nn.Module,
@@ -32,10 +34,13 @@ class _Policy:
         vocab_size: int | None = None,
         max_logits_elements: int = MAX_LOGITS_ELEMENTS,
     ) -> None:
-        disable_dropout(module)
+        self._prepare(module)
         self.module = module
         self.vocab_size = vocab_size
         self.max_logits_elements = max_logits_elements
+
+    def _prepare(self, module: nn.Module) -> None:
+        disable_dropout(module)
 
     def logprobs(
         self,
@@ -77,18 +82,11 @@ class Actor(_Policy):
         max_logits_elements: logits alive at once; more are computed in chunks that are recomputed
             in backward.
 
-    `weight_version` counts optimizer steps: a rollout carries the version that generated it.
+    Attributes:
+        weight_version: counts optimizer steps; a rollout carries the version that generated it.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        vocab_size: int | None = None,
-        max_logits_elements: int = MAX_LOGITS_ELEMENTS,
-    ) -> None:
-        super().__init__(module, vocab_size=vocab_size, max_logits_elements=max_logits_elements)
-        self.weight_version = 0
+    weight_version: int = 0
 
     def bump_version(self) -> int:
         """Count one change of the weights; returns the new version."""
@@ -102,14 +100,8 @@ class Reference(_Policy):
     Arguments as for `Actor`.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        vocab_size: int | None = None,
-        max_logits_elements: int = MAX_LOGITS_ELEMENTS,
-    ) -> None:
-        super().__init__(module, vocab_size=vocab_size, max_logits_elements=max_logits_elements)
+    def _prepare(self, module: nn.Module) -> None:
+        super()._prepare(module)
         freeze(module)
 
     @torch.no_grad()
