@@ -34,29 +34,6 @@ class PairCounts(NamedTuple):
     pairs: list[int]
 
 
-def pairwise_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    margin: Tensor | None = None,
-    *,
-    num_prompts: int | None = None,
-) -> LossOutput:
-    """Bradley-Terry loss of one pair a prompt.
-
-    Args:
-        chosen: [P] scores of the preferred completions.
-        rejected: [P] scores of the others.
-        margin: [P] subtracted inside the sigmoid; None is 0.
-        num_prompts: divisor of the sum: prompts of the whole optimizer step; None is P.
-
-    Returns:
-        loss [] float32 (float64 for float64 scores) and the metrics of `ranking_loss`.
-    """
-    scores = torch.stack((chosen, rejected), dim=1).reshape(-1)
-    counts = torch.full((chosen.numel(),), 2, dtype=torch.int64)
-    return ranking_loss(scores, counts, margin, num_prompts=num_prompts)
-
-
 def ranking_loss(
     scores: Tensor, counts: Tensor, margin: Tensor | None = None, *, num_prompts: int | None = None
 ) -> LossOutput:

@@ -13,6 +13,7 @@ from rlhf_fast.optim import StepResult
 from rlhf_fast.ppo.rewards import sequence_sum
 from rlhf_fast.types import Experience, LossOutput
 
+# Model -> its learning rate among the metrics.
 _RATES = {"policy": "lr", "value": "lr_value"}
 
 

@@ -98,7 +98,7 @@ class SFTResult:
         lines = [f"SFT: {self.steps} steps, training loss {self.train_loss:.4f} nats per token"]
         if self.eval_loss is not None and self.eval_token_accuracy is not None:
             lines.append(
-                f"  held out: loss {self.eval_loss:.4f}, perplexity {math.exp(self.eval_loss):.2f},"
+                f"  held out: loss {self.eval_loss:.4f}, perplexity {self.eval_perplexity:.2f},"
                 f" token accuracy {self.eval_token_accuracy:.1%}"
             )
         return "\n".join([*lines, f"  model: {self.model_dir}"])

@@ -178,46 +178,6 @@ def preference_rows(
     return rows
 
 
-def ranked_rows(
-    prompts: Sequence[str], completions: Sequence[Sequence[str]], seed: int
-) -> list[dict[str, Any]]:
-    """Rank the completions of each prompt as a noisy human would, best first.
-
-    Draws a Plackett-Luce ranking with utilities 2 * gold by perturbing them with Gumbel noise, so
-    each pair within a ranking has exactly the distribution of `preference_rows`.
-
-    Args:
-        prompts: P prompts.
-        completions: for each prompt at least two texts; their number may differ between prompts.
-        seed: draws the rankings.
-
-    Returns:
-        Rows `{"prompt", "completions", "ranks"}`: completions in the order given, `ranks[i]` the
-        rank of completion i with 1 for the best.
-
-    Raises:
-        DataError: RF2904, fewer than two completions for a prompt.
-    """
-    rng = random.Random(f"rankings-{seed}")
-    rows = []
-    for prompt, texts in zip(prompts, completions, strict=True):
-        if len(texts) < 2:
-            raise DataError(
-                "RF2904",
-                f"a ranking needs at least two completions, got {len(texts)}",
-                where=repr(prompt),
-            )
-        utilities = [
-            PREFERENCE_SHARPNESS * gold(prompt, text).total + _gumbel(rng) for text in texts
-        ]
-        order = sorted(range(len(texts)), key=lambda i, u=utilities: -u[i])  # type: ignore[misc]
-        ranks = [0] * len(texts)
-        for rank, index in enumerate(order, start=1):
-            ranks[index] = rank
-        rows.append({"prompt": prompt, "completions": [_spaced(t) for t in texts], "ranks": ranks})
-    return rows
-
-
 def label_ceiling(rows: Sequence[Mapping[str, Any]]) -> float:
     """Accuracy of the gold score itself on preference rows: what a perfect reward model reaches."""
     if not rows:
@@ -235,8 +195,3 @@ def _spaced(text: str) -> str:
 
 def _sigmoid(x: float) -> float:
     return 0.5 * (1.0 + math.tanh(0.5 * x))
-
-
-def _gumbel(rng: random.Random) -> float:
-    # random() is in [0, 1): 1 - random() is never 0, and max() keeps the outer log off 0 too.
-    return -math.log(max(-math.log(1.0 - rng.random()), 1e-300))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import random
 
 import pytest
 from hypothesis import given, settings
@@ -153,28 +151,3 @@ def test_preference_rows_are_seeded_spaced_and_skip_equal_texts() -> None:
     assert all({row["chosen"], row["rejected"]} == {" " + WARM, " " + COLD} for row in rows)
     with pytest.raises(DataError, match="RF2905"):
         g.label_ceiling([])
-
-
-def test_rankings_have_the_pairwise_law_of_preferences() -> None:
-    texts = [WARM, middling(), COLD]
-    n = 4000
-    rows = g.ranked_rows([PROMPT] * n, [texts] * n, seed=0)
-    utilities = [g.gold(PROMPT, text).total for text in texts]
-    for i, j in itertools.combinations(range(3), 2):
-        expected = 1 / (1 + math.exp(-2 * (utilities[i] - utilities[j])))
-        share = sum(row["ranks"][i] < row["ranks"][j] for row in rows) / n
-        noise = math.sqrt(expected * (1 - expected) / n)
-        assert share == pytest.approx(expected, abs=4 * noise + 1e-3)
-
-
-def test_ranked_rows_keep_order_and_give_each_rank_once() -> None:
-    rng = random.Random(0)
-    topic = reviews.parse_prompt(PROMPT)
-    texts = [[reviews.write_review(topic, rng) for _ in range(k)] for k in (2, 4, 9)]
-    rows = g.ranked_rows([PROMPT] * 3, texts, seed=1)
-    assert rows == g.ranked_rows([PROMPT] * 3, texts, seed=1)
-    for row, given_texts in zip(rows, texts, strict=True):
-        assert row["completions"] == [" " + text for text in given_texts]
-        assert sorted(row["ranks"]) == list(range(1, len(given_texts) + 1))
-    with pytest.raises(DataError, match="RF2904"):
-        g.ranked_rows([PROMPT], [[WARM]], seed=0)
