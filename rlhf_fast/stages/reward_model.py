@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from rlhf_fast.config import RewardModelConfig
 from rlhf_fast.config_loading import require_valid
 from rlhf_fast.data import (
-    EpochSampler,
     LoadedData,
     LoadOptions,
     PreferenceBatch,
@@ -39,16 +38,13 @@ from rlhf_fast.models.heads import scalar_outputs, set_calibration
 from rlhf_fast.models.loading import load_sequence_classifier
 from rlhf_fast.models.ranking_loss import PairCounts, count_pairs, pair_accuracy, ranking_loss
 from rlhf_fast.models.roles import last_token_hidden
-from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.stages.held_out import Split, split_by_prompt
 from rlhf_fast.stages.run import Run
+from rlhf_fast.stages.supervised import SupervisedStage
 from rlhf_fast.stages.training import (
     MODEL_NAME,
-    TrainingState,
     compute_type,
     finished_summary,
-    load_stage_tokenizer,
-    load_training_state,
     open_metrics,
     open_run,
     prepare_for_training,
@@ -57,8 +53,6 @@ from rlhf_fast.stages.training import (
     say,
     setup_run,
     show_reports,
-    steps_of,
-    train,
     training_bytes,
     warn_loudly,
 )
@@ -170,42 +164,22 @@ def warn_near_chance(result: RewardModelResult) -> None:
     )
 
 
-class RewardModelStage:
+class RewardModelStage(SupervisedStage[RewardModelConfig]):
     """Model, data and optimizer of a run; `train`, then `finish`."""
+
+    role = "reward_model"
+    description = "reward model"
+    shown: ClassVar[Mapping[str, str]] = {"loss": "loss/train", "accuracy": "train/accuracy"}
 
     def __init__(
         self, config: RewardModelConfig, run: Run, metrics: MetricLogger, device: torch.device
     ) -> None:
-        self.config, self.run, self.device = config, run, device
-        self.tokenizer = load_stage_tokenizer(config.model, config.data)
+        super().__init__(config, run, device)
         self.reports: dict[str, Any] = {}
         self.split, fingerprint = self._load_data()
         self.demonstrations = self._load_demonstrations()
         self.module = self._load_module()
-        self.sampler = EpochSampler(
-            len(self.split.train),
-            config.batch_size,
-            config.run.seed,
-            drop_last=False,
-            fingerprint=fingerprint,
-        )
-        self.total_steps = steps_of(config.epochs, config.max_steps, self.sampler)
-        self.optimizer = GuardedOptimizer(
-            self.module,
-            config.optim,
-            self.total_steps,
-            max_bad_steps=config.run.max_bad_steps,
-            name="reward_model",
-        )
-        self.state = TrainingState(
-            {"reward_model": self.module},
-            {"reward_model": self.optimizer},
-            {"train": self.sampler},
-            metrics,
-        )
-        load_training_state(
-            run.checkpoint, self.state, allow_data_change=config.run.allow_data_change
-        )
+        self.begin(self.module, metrics, rows=len(self.split.train), fingerprint=fingerprint)
 
     def _load_data(self) -> tuple[Split, str]:
         config, source = self.config, self.config.data
@@ -266,18 +240,6 @@ class RewardModelStage:
         set_calibration(module, 1.0, 0.0)
         return module
 
-    def train(self) -> None:
-        """All steps that are left."""
-        train(
-            self.run,
-            self.state,
-            self.step,
-            total_steps=self.total_steps,
-            save_every=self.config.run.save_every,
-            description="reward model",
-            shown={"loss": "loss/train", "accuracy": "train/accuracy"},
-        )
-
     def step(self) -> dict[str, float]:
         """One optimizer step: pack, accumulate gradients, update; evaluate after the last one."""
         with self.run.phase("data"):
@@ -286,18 +248,14 @@ class RewardModelStage:
             batches = pack_preferences(examples, self.config.microbatch_tokens)
         with self.run.phase("forward_backward"):
             sums = self.accumulate(batches, len(examples))
-        with self.run.phase("optimizer"):
-            lr = self.optimizer.lr
-            update = self.optimizer.step()
+        update = self.update()
         metrics = {
             "loss/train": sums["loss"],
             "train/accuracy": sums["correct"],
             "train/margin": sums["margin"],
             "rewards/chosen": sums["chosen"],
             "rewards/rejected": sums["rejected"],
-            "lr": lr,
-            "grad_norm": update.grad_norm,
-            "skipped_steps": float(not update.applied),
+            **update,
             "tokens": float(sum(len(e) for e in examples)),
             "epoch": epoch,
         }

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.config_loading import require_valid
 from rlhf_fast.data import (
-    EpochSampler,
     LoadedData,
     LoadOptions,
     PackedBatch,
@@ -43,15 +42,12 @@ from rlhf_fast.models.forward import (
 from rlhf_fast.models.heads import MAX_LOGITS_ELEMENTS
 from rlhf_fast.models.loading import load_causal_lm
 from rlhf_fast.models.roles import Actor
-from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.stages.run import Run
+from rlhf_fast.stages.supervised import SupervisedStage
 from rlhf_fast.stages.training import (
     MODEL_NAME,
-    TrainingState,
     compute_type,
     finished_summary,
-    load_stage_tokenizer,
-    load_training_state,
     open_metrics,
     open_run,
     prepare_for_training,
@@ -59,8 +55,6 @@ from rlhf_fast.stages.training import (
     require_settings,
     setup_run,
     show_reports,
-    steps_of,
-    train,
     training_bytes,
 )
 from rlhf_fast.types import PackedSequences
@@ -129,14 +123,17 @@ def run_sft(config: SFTConfig, *, quiet: bool = False) -> SFTResult:
     return result
 
 
-class SFTStage:
+class SFTStage(SupervisedStage[SFTConfig]):
     """Model, data and optimizer of a run; `train`, then `export`."""
+
+    role = "actor"
+    description = "sft"
+    shown: ClassVar[Mapping[str, str]] = {"loss": "loss/train", "lr": "lr"}
 
     def __init__(
         self, config: SFTConfig, run: Run, metrics: MetricLogger, device: torch.device
     ) -> None:
-        self.config, self.run, self.device = config, run, device
-        self.tokenizer = load_stage_tokenizer(config.model, config.data)
+        super().__init__(config, run, device)
         self.data, self.eval_data = self._load_data()
         sources = [d for d in (self.data, self.eval_data) if d is not None]
         show_reports(*(d.report for d in sources))
@@ -150,27 +147,7 @@ class SFTStage:
             gradient_checkpointing=config.gradient_checkpointing,
         )
         self.actor = Actor(module)
-        self.sampler = EpochSampler(
-            len(self.data),
-            config.batch_size,
-            config.run.seed,
-            drop_last=False,
-            fingerprint=self.data.fingerprint,
-        )
-        self.total_steps = steps_of(config.epochs, config.max_steps, self.sampler)
-        self.optimizer = GuardedOptimizer(
-            module,
-            config.optim,
-            self.total_steps,
-            max_bad_steps=config.run.max_bad_steps,
-            name="actor",
-        )
-        self.state = TrainingState(
-            {"actor": module}, {"actor": self.optimizer}, {"train": self.sampler}, metrics
-        )
-        load_training_state(
-            run.checkpoint, self.state, allow_data_change=config.run.allow_data_change
-        )
+        self.begin(module, metrics, rows=len(self.data), fingerprint=self.data.fingerprint)
 
     def _load_data(self) -> tuple[LoadedData[SFTExample], LoadedData[SFTExample] | None]:
         source, options = self.config.data, LoadOptions.from_config(self.config.data)
@@ -183,18 +160,6 @@ class SFTStage:
         warn_overlap(data, held_out)
         return data, held_out
 
-    def train(self) -> None:
-        """All steps that are left."""
-        train(
-            self.run,
-            self.state,
-            self.step,
-            total_steps=self.total_steps,
-            save_every=self.config.run.save_every,
-            description="sft",
-            shown={"loss": "loss/train", "lr": "lr"},
-        )
-
     def step(self) -> dict[str, float]:
         """One optimizer step: pack, accumulate gradients, update; evaluate when it is due."""
         with self.run.phase("data"):
@@ -204,14 +169,10 @@ class SFTStage:
             loss_tokens = max(1, sum(batch.num_loss_tokens for batch in batches))
         with self.run.phase("forward_backward"):
             loss = self.accumulate(batches, loss_tokens)
-        with self.run.phase("optimizer"):
-            lr = self.optimizer.lr
-            update = self.optimizer.step()
+        update = self.update()
         metrics = {
             "loss/train": loss,
-            "lr": lr,
-            "grad_norm": update.grad_norm,
-            "skipped_steps": float(not update.applied),
+            **update,
             "tokens": float(sum(len(e) for e in examples)),
             "loss_tokens": float(loss_tokens),
             "epoch": epoch,

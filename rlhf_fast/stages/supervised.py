@@ -1,0 +1,100 @@
+"""What SFT and the reward model share: one module, trained by epochs over labelled rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from rlhf_fast.config import RewardModelConfig, SFTConfig
+from rlhf_fast.data import EpochSampler
+from rlhf_fast.metrics import MetricLogger
+from rlhf_fast.optim import GuardedOptimizer
+from rlhf_fast.stages.run import Run
+from rlhf_fast.stages.training import (
+    TrainingState,
+    load_stage_tokenizer,
+    load_training_state,
+    steps_of,
+    train,
+)
+
+Config = TypeVar("Config", bound=SFTConfig | RewardModelConfig)
+
+
+class SupervisedStage(ABC, Generic[Config]):
+    """A subclass loads rows and module, calls `begin`, and says what a step is.
+
+    Attributes:
+        role: name of the module in checkpoints and messages.
+        description: of the progress bar.
+        shown: label beside the bar -> metric.
+    """
+
+    role: ClassVar[str]
+    description: ClassVar[str]
+    shown: ClassVar[Mapping[str, str]]
+
+    def __init__(self, config: Config, run: Run, device: torch.device) -> None:
+        self.config, self.run, self.device = config, run, device
+        self.tokenizer = load_stage_tokenizer(config.model, config.data)
+
+    def begin(
+        self, module: nn.Module, metrics: MetricLogger, *, rows: int, fingerprint: str
+    ) -> None:
+        """Make sampler and optimizer, and put all to the run's checkpoint, if it has one.
+
+        Args:
+            module: what is trained, on its device.
+            metrics: log of the run.
+            rows: training rows.
+            fingerprint: of the training data.
+        """
+        config = self.config
+        self.sampler = EpochSampler(
+            rows, config.batch_size, config.run.seed, drop_last=False, fingerprint=fingerprint
+        )
+        self.total_steps = steps_of(config.epochs, config.max_steps, self.sampler)
+        self.optimizer = GuardedOptimizer(
+            module,
+            config.optim,
+            self.total_steps,
+            max_bad_steps=config.run.max_bad_steps,
+            name=self.role,
+        )
+        self.state = TrainingState(
+            {self.role: module}, {self.role: self.optimizer}, {"train": self.sampler}, metrics
+        )
+        load_training_state(
+            self.run.checkpoint, self.state, allow_data_change=config.run.allow_data_change
+        )
+
+    @abstractmethod
+    def step(self) -> dict[str, float]:
+        """One optimizer step; returns its metrics."""
+
+    def train(self) -> None:
+        """All steps that are left."""
+        train(
+            self.run,
+            self.state,
+            self.step,
+            total_steps=self.total_steps,
+            save_every=self.config.run.save_every,
+            description=self.description,
+            shown=self.shown,
+        )
+
+    def update(self) -> dict[str, float]:
+        """Apply the accumulated gradients; returns the metrics of that."""
+        with self.run.phase("optimizer"):
+            lr = self.optimizer.lr
+            result = self.optimizer.step()
+        return {
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "skipped_steps": float(not result.applied),
+        }
