@@ -157,6 +157,7 @@ def test_hub_name_without_network_fails_within_seconds(
 def test_probe_is_bounded_when_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     def hang(*_: Any, **__: Any) -> None:
         time.sleep(30)
+        raise OSError("nobody answers")
 
     monkeypatch.setattr(columnar, "PROBE_SECONDS", 0.2)
     monkeypatch.setattr(columnar.socket, "create_connection", hang)
