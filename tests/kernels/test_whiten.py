@@ -115,6 +115,9 @@ def test_merged_moments_of_ranks_whiten_like_one_rank(impl):
         torch.testing.assert_close(torch.cat(shards), whole, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.skipif(
+    native.missing("whiten") is not None, reason="eager PyTorch promises no such thing"
+)
 def test_nothing_depends_on_the_number_of_threads():
     x, mask = draw(300, 1000, mean=1.0)
     before, results = torch.get_num_threads(), []
