@@ -36,6 +36,10 @@ class ResponseSlots:
         packed[self.positions] = padded[self.rows, self.cols]
         return packed
 
+    def targets(self, mask: Tensor) -> Tensor:
+        """[N] the token after each slot where `mask` [S, R] is true, IGNORE_INDEX elsewhere."""
+        return torch.where(self.to_packed(mask), self.sequences.ids.roll(-1), IGNORE_INDEX)
+
     def to_padded(self, packed: Tensor, out: Tensor) -> None:
         """Write `packed` [N], on any device, into `out` [S, R] at the slots."""
         out[self.rows, self.cols] = packed.to(out.device)[self.positions].to(out.dtype)
@@ -99,12 +103,11 @@ def build_microbatch(
     """
     scored = experience.scored
     slots = response_slots(scored.rollout, indices)
-    loss_mask = slots.to_packed(scored.loss_mask)
-    following = torch.roll(slots.sequences.ids, -1)
+    targets = slots.targets(scored.loss_mask)
     return Microbatch(
         sequences=slots.sequences,
-        targets=torch.where(loss_mask, following, IGNORE_INDEX),
-        loss_mask=loss_mask,
+        targets=targets,
+        loss_mask=targets != IGNORE_INDEX,
         old_logprobs=slots.to_packed(scored.old_logprobs),
         ref_logprobs=slots.to_packed(scored.ref_logprobs),
         old_values=slots.to_packed(scored.values),

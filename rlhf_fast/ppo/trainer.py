@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlhf_fast.config import PPOConfig
+from rlhf_fast.config import PPOConfig, SamplingConfig
 from rlhf_fast.data.packing import pack_by_tokens
 from rlhf_fast.errors import NumericalError
 from rlhf_fast.optim import GuardedOptimizer
@@ -70,6 +70,18 @@ class StepOutput:
     warnings: list[str]
 
 
+def sampling_params(config: SamplingConfig) -> SamplingParams:
+    """The sampling section as the generator takes it."""
+    return SamplingParams(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        stop_strings=tuple(config.stop),
+    )
+
+
 class PPOLearner:
     """Turns prompts into an improved actor and critic, one rollout batch at a time.
 
@@ -93,15 +105,7 @@ class PPOLearner:
         self.score_moments = RunningMoments()
         self.steps = 0
         self.episodes = 0
-        sampling = config.sampling
-        self.sampling = SamplingParams(
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            stop_strings=tuple(sampling.stop),
-        )
+        self.sampling = sampling_params(config.sampling)
 
     def step(self, prompts: PromptBatch) -> StepOutput:
         """One rollout batch: sample, score, estimate advantages, update both models."""
@@ -145,8 +149,7 @@ class PPOLearner:
         old, ref, values = (torch.zeros(shape, device=device) for _ in range(3))
         for indices in self._packs(rollout, range(len(rollout))):
             slots = response_slots(rollout, indices)
-            mask = slots.to_packed(rollout.response_mask)
-            targets = torch.where(mask, slots.sequences.ids.roll(-1), IGNORE_INDEX)
+            targets = slots.targets(rollout.response_mask)
             for policy, out in ((self.roles.actor, old), (self.roles.reference, ref)):
                 logprobs, _ = policy.logprobs(
                     slots.sequences, targets, temperature=self.sampling.temperature

@@ -43,6 +43,7 @@ from rlhf_fast.models.rewards import ModelReward
 from rlhf_fast.models.roles import Reference, RewardModel
 from rlhf_fast.ppo.layout import response_slots
 from rlhf_fast.ppo.rewards import sequence_sum
+from rlhf_fast.ppo.trainer import sampling_params
 from rlhf_fast.protocols import PolicyModel, Reward
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.stages.ppo_roles import check_tokenizers
@@ -59,7 +60,7 @@ from rlhf_fast.stages.training import (
     setup_run,
     show_reports,
 )
-from rlhf_fast.types import IGNORE_INDEX, PromptBatch, Rollout, SamplingParams
+from rlhf_fast.types import PromptBatch, Rollout
 
 EVAL_NAME = "eval.json"
 SAMPLES_NAME = "samples.jsonl"
@@ -177,7 +178,7 @@ class EvalStage:
         self.tokenizer = load_stage_tokenizer(config.model, config.data)
         self.data, self.examples = choose_prompts(config, self.tokenizer)
         show_reports(self.data.report)
-        self.sampling = sampling_params(config)
+        self.sampling = sampling_params(config.sampling)
         self._advise()
         check_tokenizers(self.tokenizer, reference=config.reference)
         self.policy = self._load_policy(config.model)
@@ -295,8 +296,7 @@ class EvalStage:
         lengths = (rollout.prompt_lengths + rollout.lengths).tolist()
         for indices in pack_by_tokens(lengths, self.config.microbatch_tokens):
             slots = response_slots(rollout, indices)
-            chosen = slots.to_packed(rollout.response_mask)
-            targets = torch.where(chosen, slots.sequences.ids.roll(-1), IGNORE_INDEX)
+            targets = slots.targets(rollout.response_mask)
             found, entropy = policy.logprobs(
                 slots.sequences,
                 targets,
@@ -337,14 +337,6 @@ def choose_prompts(
     # A fair sample of the file, whatever order it is in.
     order = epoch_permutation(len(data), config.run.seed, 0)
     return data, [data[i] for i in sorted(order[: config.max_prompts])]
-
-
-def sampling_params(config: EvalConfig) -> SamplingParams:
-    """The sampling section as the generator takes it."""
-    s = config.sampling
-    return SamplingParams(
-        s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, stop_strings=tuple(s.stop)
-    )
 
 
 def estimate(values: Tensor) -> Estimate:
