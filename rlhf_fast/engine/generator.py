@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.engine.batching import PaddedPrompts, pad_left, plan_batches
-from rlhf_fast.engine.kv_cache import DecodeCache
+from rlhf_fast.engine.kv_cache import DecodeCache, keeps_keys_and_values
 from rlhf_fast.engine.sampler import Draw, counter_uniform, sample, validate_sampling
 from rlhf_fast.engine.stopping import Decode, StopRule
 from rlhf_fast.errors import DivergedGeneration, GenerationError
@@ -27,6 +27,8 @@ from rlhf_fast.types import PromptBatch, Rollout, SamplingParams
 # A compaction copies the keys and values it moves once; a dead row costs about as much at every
 # step. With an eighth of the batch dead the copy has paid for itself within a few steps.
 _COMPACT_FRACTION = 8
+# What a causal LM calls its key-value cache: transformers renamed it in 5.24.
+CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
 class Progress(NamedTuple):
@@ -91,7 +93,7 @@ class HFGenerator:
     """Samples responses from the present weights of a Hugging Face causal LM.
 
     Args:
-        module: a causal LM whose forward takes `past_key_values`; a peft wrapper is one too.
+        module: a causal LM whose forward takes a key-value cache; a peft wrapper is one too.
         eos_ids: ids that end a response. No pad id is needed: padding is known from lengths.
         weight_version: read before and after each rollout; stamped on it.
         max_batch: sequences decoded side by side at most.
@@ -127,12 +129,14 @@ class HFGenerator:
         inner: Any = module if unwrap is None else unwrap()
         self._config = inner.config
         self._accepts = frozenset(inspect.signature(inner.forward).parameters)
-        if "past_key_values" not in self._accepts:
+        names = [name for name in CACHE_ARGUMENTS if name in self._accepts]
+        if not names or not keeps_keys_and_values(self._config):
             raise GenerationError(
                 "RF4003",
                 f"{type(inner).__name__} cannot decode with a key-value cache",
-                expected="a causal LM whose forward takes past_key_values",
+                expected=f"a causal LM whose forward takes {' or '.join(CACHE_ARGUMENTS)}",
             )
+        self._cache_argument = names[0]
 
     @classmethod
     def from_tokenizer(cls, module: nn.Module, tokenizer: Any, **options: Any) -> HFGenerator:
@@ -306,7 +310,7 @@ class HFGenerator:
         self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DecodeCache
     ) -> Tensor:
         """[B, V] logits after the last column of ids [B, q]."""
-        arguments: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache.hf}
+        arguments: dict[str, Any] = {"attention_mask": mask, self._cache_argument: cache.hf}
         if "position_ids" in self._accepts:
             arguments["position_ids"] = positions
         if "logits_to_keep" in self._accepts:

@@ -81,6 +81,12 @@ def _grown(states: Tensor, needed: int) -> Tensor:
     return buffer
 
 
+def keeps_keys_and_values(config: Any) -> bool:
+    """False for models all of whose layers keep a recurrent state instead (Mamba)."""
+    layers = DynamicCache(config=config).layers
+    return not layers or any(isinstance(layer, DynamicLayer) for layer in layers)
+
+
 class DecodeCache:
     """The cache of one decoding batch.
 
@@ -88,7 +94,7 @@ class DecodeCache:
         config: configuration of the model; decides which kind of layer each layer gets.
 
     Attributes:
-        hf: what the model's forward receives as `past_key_values`.
+        hf: what the model's forward receives as its cache.
     """
 
     def __init__(self, config: Any) -> None:
