@@ -30,7 +30,7 @@ from tests.models.tiny import build_classifier, tokenizer
 from tests.stages.tiny_runs import as_pairs, demonstrations, model_directory, ranked, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 EXAMPLES = {
     "sft.yaml": SFTConfig,
     "rm.yaml": RewardModelConfig,

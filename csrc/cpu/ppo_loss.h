@@ -7,7 +7,7 @@
 
 namespace rlhf_fast {
 
-// Order of `sums`; part of the Python interface (PPO_SUM_NAMES in reference.py).
+// Order of `sums`; part of the Python interface (PPO_SUM_NAMES in reference/ppo_loss.py).
 enum PpoSum : int {
   kTokens,
   kPolicyLoss,

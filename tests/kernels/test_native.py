@@ -49,8 +49,10 @@ def copy(tmp_path):
     """The Python files of the package without the compiled module."""
     package = tmp_path / "rlhf_fast_kernels"
     package.mkdir()
-    for source in PACKAGE.glob("*.py"):
-        (package / source.name).write_bytes(source.read_bytes())
+    for source in PACKAGE.rglob("*.py"):
+        target = package / source.relative_to(PACKAGE)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(source.read_bytes())
     return package
 
 

@@ -1,0 +1,31 @@
+"""Every op in plain PyTorch: the specification, and the oracle of tests and benchmarks.
+
+Computed in fp32, or in fp64 when an input is fp64. Written to be read; runs on every device.
+"""
+
+from rlhf_fast_kernels.reference.common import KL_ESTIMATORS, kl_estimate, output_dtype
+from rlhf_fast_kernels.reference.logprobs_from_logits import logprobs_from_logits
+from rlhf_fast_kernels.reference.ppo_loss import PPO_SUM_NAMES, ppo_loss
+from rlhf_fast_kernels.reference.rewards_and_gae import gae, last_true, rewards_and_gae
+from rlhf_fast_kernels.reference.whiten import (
+    masked_moments,
+    mean_and_scale,
+    moments_dtype,
+    whiten,
+)
+
+__all__ = [
+    "KL_ESTIMATORS",
+    "PPO_SUM_NAMES",
+    "gae",
+    "kl_estimate",
+    "last_true",
+    "logprobs_from_logits",
+    "masked_moments",
+    "mean_and_scale",
+    "moments_dtype",
+    "output_dtype",
+    "ppo_loss",
+    "rewards_and_gae",
+    "whiten",
+]

@@ -1,0 +1,1 @@
+"""Triton kernels, one module an op; import them through `triton_support.kernels(op)` only."""
