@@ -239,6 +239,7 @@ void set_ppo_tensors(PpoLossArgs& args, const py::tuple& tensors) {
   args.values = to_tokens(tensors, 6);
   args.old_values = to_tokens(tensors, 7);
   args.returns = to_tokens(tensors, 8);
+  args.kl = to_tokens(tensors, 9);
 }
 
 void set_ppo_settings(PpoLossArgs& args, const py::tuple& settings) {
@@ -274,6 +275,7 @@ void bind_ppo_loss(py::module_& m) {
     args.d_logprobs = pointer<float>(outputs[3]);
     args.d_entropy = pointer<float>(outputs[4]);
     args.d_values = pointer<float>(outputs[5]);
+    args.d_kl = pointer<float>(outputs[6]);
     args.threads = threads;
     const py::gil_scoped_release release;
     ppo_loss(args);

@@ -112,7 +112,7 @@ struct Tile {
   int64_t begin;
   int64_t count;
   Mask mask;
-  Column logprobs, entropy, values;  // kept for the parts that follow
+  Column logprobs, entropy, values, exact_kl;  // kept for the parts that follow
   Column d_logprobs;
   LaneSums acc;
 
@@ -195,12 +195,12 @@ struct Tile {
     }
   }
 
-  void entropy_bonus() {
-    entropy.read(args.entropy, begin, count, mask.bits);
-    const vfloat slope = splat(constants.entropy_slope);
+  // A term that is given per token; leaves its gradient in `column`.
+  void linear(PpoSum name, const TokenTensor& tensor, float slope, Column& column) {
+    column.read(tensor, begin, count, mask.bits);
     for (int64_t i = 0; i < count; i += kLanes) {
-      acc.add(kEntropy, load(entropy.x + i));
-      store(entropy.x + i, select(mask.at(i), slope, splat(0.0f)));
+      acc.add(name, load(column.x + i));
+      store(column.x + i, select(mask.at(i), splat(slope), splat(0.0f)));
     }
   }
 
@@ -257,8 +257,12 @@ void run_tile(const PpoLossArgs& args, const Constants& constants, int64_t tile,
     work.write(args.d_logprobs, work.d_logprobs);
   }
   if (args.entropy.data != nullptr) {
-    work.entropy_bonus();
+    work.linear(kEntropy, args.entropy, constants.entropy_slope, work.entropy);
     work.write(args.d_entropy, work.entropy);
+  }
+  if (args.kl.data != nullptr) {
+    work.linear(kKl, args.kl, constants.kl_slope, work.exact_kl);
+    work.write(args.d_kl, work.exact_kl);
   }
   if (args.values.data != nullptr) {
     work.value();

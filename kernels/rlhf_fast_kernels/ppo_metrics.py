@@ -44,8 +44,9 @@ class PPOLossOutput(NamedTuple):
             microbatches and ranks and then given to `finalize_metrics`. Only the parts that were
             computed: `tokens`, `policy_loss`, `approx_kl_k1`, `approx_kl_k2`, `approx_kl_k3`,
             `ratio`, `ratio_squared`, `clip_low`, `clip_high`, `clip_dual`; `kl` with
-            `ref_logprobs`; `entropy` with `entropy`; `value_tokens`, `value_loss`, `value_clip`,
-            `returns`, `returns_squared`, `residual`, `residual_squared` with `values`.
+            `ref_logprobs` or `kl`; `entropy` with `entropy`; `value_tokens`, `value_loss`,
+            `value_clip`, `returns`, `returns_squared`, `residual`, `residual_squared` with
+            `values`.
         extrema: [] fp32 each, to be combined by maximum: `ratio_max` and `negative_ratio_min`;
             -inf where no token was counted. Empty without the policy part.
     """
@@ -59,7 +60,7 @@ def as_output(loss: Tensor, sums: Tensor, extrema: Tensor, inputs: Inputs) -> PP
     names: tuple[str, ...] = ()
     if inputs.logprobs is not None:
         names += _POLICY_SUMS
-    if inputs.ref_logprobs is not None:
+    if inputs.ref_logprobs is not None or inputs.kl is not None:
         names += ("kl",)
     if inputs.entropy is not None:
         names += ("entropy",)

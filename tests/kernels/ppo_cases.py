@@ -56,16 +56,17 @@ def run(
     impl: str | None = None,
     **options: Any,
 ) -> tuple[PPOLossOutput, dict[str, torch.Tensor]]:
-    """The output and the gradients of LEAVES."""
+    """The output and the gradients of LEAVES and of kl."""
+    leaves = (*LEAVES, "kl")
     given_ = {
-        name: x.detach().clone().requires_grad_() if name in LEAVES else x
+        name: x.detach().clone().requires_grad_() if name in leaves else x
         for name, x in tensors.items()
     }
     if normalizer is None:
         normalizer = max(int(tensors["mask"].sum()), 1)
     out = ppo_loss(**given_, normalizer=normalizer, impl=impl, **options)
     out.loss.backward()
-    grads = {name: given_[name].grad for name in LEAVES if name in given_}
+    grads = {name: given_[name].grad for name in leaves if name in given_}
     return out, {name: g for name, g in grads.items() if g is not None}
 
 
@@ -85,6 +86,12 @@ def assert_same(
         scale = float(grad.abs().max()) if grad.numel() else 0.0
         error = (got[1][name].double() - grad.double()).abs()
         assert float(error.max() if error.numel() else 0.0) <= tolerance * (1e-9 + scale), name
+
+
+def with_exact_kl(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same call with the KL given per token; for `kl_estimator="exact"`."""
+    changed = {name: x for name, x in tensors.items() if name != "ref_logprobs"}
+    return {**changed, "kl": tensors["ref_logprobs"].square()}
 
 
 def doubles(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

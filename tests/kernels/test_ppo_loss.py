@@ -23,6 +23,7 @@ from tests.kernels.ppo_cases import (
     draw,
     one_token,
     run,
+    with_exact_kl,
 )
 
 # ---- numbers ------------------------------------------------------------------------------------
@@ -37,6 +38,22 @@ def test_matches_fp64(shape: tuple[int, ...], estimator: str, kl_gradient: str, 
     options = {**FULL, "kl_estimator": estimator, "kl_gradient": kl_gradient}
     want = run(doubles(tensors), impl="reference", **options)
     assert_same(run(tensors, impl=impl, **options), want, 2e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_kl_is_a_term_with_a_gradient(dtype: torch.dtype, impl: str) -> None:
+    tensors = with_exact_kl(draw((700,), dtype=dtype))
+    tensors["kl"][~tensors["mask"]] = torch.nan
+    options = {**FULL, "kl_estimator": "exact"}
+    got, grads = run(tensors, 500, impl=impl, **options)
+    want = run(doubles(tensors), 500, impl="reference", **options)
+    assert_same((got, grads), want, 2e-6 if dtype == torch.float32 else 4e-3)
+    mask = tensors["mask"]
+    assert float(got.metrics["kl"]) == pytest.approx(float(tensors["kl"][mask].double().sum()))
+    assert grads["kl"].dtype == dtype
+    slope = torch.where(mask, FULL["kl_coef"] / 500, 0.0)
+    assert torch.allclose(grads["kl"].float(), slope, rtol=1e-6 if dtype == torch.float32 else 4e-3)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
