@@ -164,55 +164,62 @@ void bind_whiten(py::module_& m) {
 
 // ---- logprobs_from_logits ---------------------------------------------------------------------
 
-// layout: (outer, inner, outer stride, inner stride) of the rows.
-LogitRows make_logit_rows(uintptr_t logits, int dtype, const py::tuple& layout, int64_t vocab,
-                          uintptr_t labels, int64_t ignore_index, uintptr_t temperature,
-                          double scalar_temperature, int threads) {
+// logits: (address, dtype, outer, inner, outer stride, inner stride); settings: (columns, vocab_start,
+// vocab_size, ignore_index, address of the temperatures or 0, scalar temperature, softcap or 0).
+LogitRows to_logit_rows(const py::tuple& logits, const py::tuple& settings, uintptr_t labels,
+                        int threads) {
   LogitRows rows;
-  rows.logits = reinterpret_cast<const void*>(logits);
-  rows.dtype = static_cast<DType>(dtype);
-  rows.outer = layout[0].cast<int64_t>();
-  rows.inner = layout[1].cast<int64_t>();
-  rows.outer_stride = layout[2].cast<int64_t>();
-  rows.inner_stride = layout[3].cast<int64_t>();
-  rows.vocab = vocab;
+  rows.logits = pointer<const void>(logits[0]);
+  rows.dtype = static_cast<DType>(logits[1].cast<int32_t>());
+  rows.outer = logits[2].cast<int64_t>();
+  rows.inner = logits[3].cast<int64_t>();
+  rows.outer_stride = logits[4].cast<int64_t>();
+  rows.inner_stride = logits[5].cast<int64_t>();
+  rows.columns = settings[0].cast<int64_t>();
+  rows.vocab_start = settings[1].cast<int64_t>();
+  rows.vocab_size = settings[2].cast<int64_t>();
+  rows.ignore_index = settings[3].cast<int64_t>();
+  rows.temperature = pointer<const float>(settings[4]);
+  rows.scalar_temperature = settings[5].cast<double>();
+  rows.softcap = settings[6].cast<double>();
   rows.labels = reinterpret_cast<const int64_t*>(labels);
-  rows.ignore_index = ignore_index;
-  rows.temperature = reinterpret_cast<const float*>(temperature);
-  rows.scalar_temperature = scalar_temperature;
   rows.threads = threads;
   return rows;
 }
 
+// outputs: addresses of logprobs, entropy (or 0) and lse; stats and upstream: of entropy (or 0) and
+// lse, and of the gradients of logprobs and entropy (or 0); grad: (address, dtype, outer stride, inner
+// stride, width).
 void bind_logprobs_from_logits(py::module_& m) {
   m.def("logprobs_from_logits_forward",
-        [](uintptr_t logits, int dtype, const py::tuple& layout, int64_t vocab, uintptr_t labels,
-           int64_t ignore_index, uintptr_t temperature, double scalar_temperature, int threads,
-           uintptr_t logprobs, uintptr_t entropy, uintptr_t lse) {
+        [](const py::tuple& logits, const py::tuple& settings, uintptr_t labels, int64_t count,
+           uintptr_t row_of, bool shard, const py::tuple& outputs, int threads) {
           LogprobsForwardArgs args;
-          args.rows = make_logit_rows(logits, dtype, layout, vocab, labels, ignore_index,
-                                      temperature, scalar_temperature, threads);
-          args.logprobs = reinterpret_cast<float*>(logprobs);
-          args.entropy = reinterpret_cast<float*>(entropy);
-          args.lse = reinterpret_cast<double*>(lse);
+          args.rows = to_logit_rows(logits, settings, labels, threads);
+          args.count = count;
+          args.row_of = reinterpret_cast<const int64_t*>(row_of);
+          args.shard = shard;
+          args.logprobs = pointer<float>(outputs[0]);
+          args.entropy = pointer<float>(outputs[1]);
+          args.lse = pointer<double>(outputs[2]);
           const py::gil_scoped_release release;
           logprobs_from_logits_forward(args);
         });
   m.def("logprobs_from_logits_backward",
-        [](uintptr_t logits, int dtype, const py::tuple& layout, int64_t vocab, uintptr_t labels,
-           int64_t ignore_index, uintptr_t temperature, double scalar_temperature, int threads,
-           uintptr_t entropy, uintptr_t lse, uintptr_t grad_logprobs, uintptr_t grad_entropy,
-           uintptr_t grad_logits, const py::tuple& grad_strides) {
+        [](const py::tuple& logits, const py::tuple& settings, uintptr_t labels, uintptr_t slot_of,
+           const py::tuple& stats, const py::tuple& upstream, const py::tuple& grad, int threads) {
           LogprobsBackwardArgs args;
-          args.rows = make_logit_rows(logits, dtype, layout, vocab, labels, ignore_index,
-                                      temperature, scalar_temperature, threads);
-          args.entropy = reinterpret_cast<const float*>(entropy);
-          args.lse = reinterpret_cast<const double*>(lse);
-          args.grad_logprobs = reinterpret_cast<const float*>(grad_logprobs);
-          args.grad_entropy = reinterpret_cast<const float*>(grad_entropy);
-          args.grad_logits = reinterpret_cast<void*>(grad_logits);
-          args.grad_outer_stride = grad_strides[0].cast<int64_t>();
-          args.grad_inner_stride = grad_strides[1].cast<int64_t>();
+          args.rows = to_logit_rows(logits, settings, labels, threads);
+          args.slot_of = reinterpret_cast<const int64_t*>(slot_of);
+          args.entropy = pointer<const float>(stats[0]);
+          args.lse = pointer<const double>(stats[1]);
+          args.grad_logprobs = pointer<const float>(upstream[0]);
+          args.grad_entropy = pointer<const float>(upstream[1]);
+          args.grad_logits = pointer<void>(grad[0]);
+          args.grad_dtype = static_cast<DType>(grad[1].cast<int32_t>());
+          args.grad_outer_stride = grad[2].cast<int64_t>();
+          args.grad_inner_stride = grad[3].cast<int64_t>();
+          args.width = grad[4].cast<int64_t>();
           const py::gil_scoped_release release;
           logprobs_from_logits_backward(args);
         });
