@@ -28,7 +28,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from rlhf_fast_kernels import dispatch, native, reference
+from rlhf_fast_kernels import dispatch, native, reference, triton_support
 from rlhf_fast_kernels.logit_arguments import (
     Arguments,
     row_settings,
@@ -37,7 +37,7 @@ from rlhf_fast_kernels.logit_arguments import (
     validate_inplace,
 )
 from rlhf_fast_kernels.logit_rows import OP, gather_shards, row_gradient, row_stats
-from rlhf_fast_kernels.logit_settings import RowSettings, RowStats, lse_dtype
+from rlhf_fast_kernels.logit_settings import RowSettings, RowStats
 
 FAST_DTYPES = tuple(native.DTYPE_CODES)
 Results = tuple[Tensor, Tensor | None, Tensor]
@@ -174,7 +174,7 @@ def _op_fake(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Ten
     logprobs = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
     with_entropy = options[-2]
     entropy = torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
-    return logprobs, entropy, torch.empty_like(logprobs, dtype=lse_dtype(logits.device))
+    return logprobs, entropy, torch.empty_like(logprobs, dtype=torch.float64)
 
 
 @torch.library.custom_op("rlhf_fast::logprobs_from_logits_backward", mutates_args=())
@@ -438,4 +438,6 @@ dispatch.register(
     native.on_cpu(f"{OP}_forward", f"{OP}_backward"),
     dtypes=FAST_DTYPES,
 )
+# Above CUDA: on [tokens, vocab] a launch costs nothing beside the work.
+triton_support.register(OP, partial(_run_fused, "triton"), preference=4)
 dispatch.register_selftest(OP, _selftest)
