@@ -88,24 +88,21 @@ def _launch_reference(
 def _launch_cpu(
     inputs: Inputs, mask: Tensor, normalizer: float | Tensor, settings: Settings, needs: Needs
 ) -> Raw:
-    loss = torch.zeros((), dtype=torch.float32)
-    sums = torch.zeros(len(PPO_SUM_NAMES), dtype=torch.float32)
-    extrema = torch.full((2,), -torch.inf, dtype=torch.float32)
+    loss = torch.empty((), dtype=torch.float32)
+    sums = torch.empty(len(PPO_SUM_NAMES), dtype=torch.float32)
+    extrema = torch.empty(2, dtype=torch.float32)
     grads = [torch.empty(mask.shape, dtype=torch.float32) if need else None for need in needs]
-    if mask.numel() > 0:
-        mask = mask.contiguous()
-        dense = [None if x is None else x.detach().contiguous() for x in vars(inputs).values()]
-        native.core().ppo_loss(
-            tuple(
-                None if x is None else (x.data_ptr(), native.DTYPE_CODES[x.dtype]) for x in dense
-            ),
-            mask.data_ptr(),
-            mask.numel(),
-            float(normalizer),
-            settings.native(),
-            tuple(0 if x is None else x.data_ptr() for x in (loss, sums, extrema, *grads)),
-            native.thread_count(),
-        )
+    dense = [None if x is None else x.contiguous() for x in vars(inputs).values()]
+    mask = mask.contiguous()
+    native.core().ppo_loss(
+        tuple(None if x is None else (x.data_ptr(), native.DTYPE_CODES[x.dtype]) for x in dense),
+        mask.data_ptr(),
+        mask.numel(),
+        float(normalizer),
+        settings.native(),
+        tuple(0 if x is None else x.data_ptr() for x in (loss, sums, extrema, *grads)),
+        native.thread_count(),
+    )
     return loss, sums, extrema, grads[0], grads[1], grads[2], grads[3]
 
 

@@ -232,18 +232,8 @@ def ppo_loss(
         ValueError, TypeError: parts that do not go together, differing shapes, settings out of
             range.
     """
-    inputs = Inputs(
-        logprobs,
-        _constant(old_logprobs),
-        _constant(advantages),
-        entropy,
-        _constant(ref_logprobs),
-        _constant(weights),
-        values,
-        _constant(old_values),
-        _constant(returns),
-        kl,
-    )
+    policy = (logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights)
+    inputs = Inputs(*policy, values, old_values, returns, kl)
     settings = Settings(
         clip_eps_low,
         clip_eps_high,
@@ -267,10 +257,6 @@ def ppo_loss(
         raw = chosen.function(inputs, mask, normalizer, settings)
     loss, sums, extrema, *_ = raw
     return as_output(loss, sums, extrema, inputs)
-
-
-def _constant(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
 
 
 def _run(
