@@ -1,7 +1,7 @@
 """csrc/cuda/ppo_loss.cu on a CPU: the kernels themselves, with their Python launcher.
 
 The source is compiled as C++ against tests/kernels/cuda_emulator, which runs the threads of a block
-as fibers. Ownership of tokens, reductions, alignment, tails and both launches are those of a device.
+as fibers. Ownership of tokens, reductions, alignment, tails and launches are those of a device.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def reference(tensors: dict[str, torch.Tensor], **options: Any) -> Any:
     return run(doubles(tensors), impl="reference", **options)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 3, 4, 130, 1023, 1024, 1025, 3001])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 4, 130, 1023, 1024, 1025, 3001, 20_000])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_fp64_with_any_tail(tokens: int, dtype: torch.dtype) -> None:
     tensors = draw((tokens,), dtype=dtype)
@@ -162,8 +162,10 @@ def test_unaligned_inputs_are_read_one_by_one() -> None:
     assert tensors["logprobs"].data_ptr() % 16 == 4
     got, want = run(tensors, impl="cuda", **FULL), reference(tensors, **FULL)
     assert_same(got, want, 2e-6)
-    aligned = run({name: x.clone() for name, x in tensors.items()}, impl="cuda", **FULL)
-    assert torch.equal(got[0].loss, aligned[0].loss)
+    aligned = {name: x.clone() for name, x in tensors.items()}
+    for unaligned in ("mask", "values"):
+        mixed = run({**aligned, unaligned: tensors[unaligned]}, impl="cuda", **FULL)
+        assert torch.equal(got[0].loss, mixed[0].loss)
 
 
 def test_mixed_dtypes_and_strides() -> None:
