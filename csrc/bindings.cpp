@@ -19,6 +19,7 @@
 
 #ifdef RLHF_FAST_WITH_CUDA
 #include "cuda/device.h"
+#include "cuda/ppo_loss.h"
 #include "cuda/rewards_and_gae.h"
 #endif
 
@@ -267,13 +268,46 @@ void set_ppo_settings(PpoLossArgs& args, const py::tuple& settings) {
   if (settings[7].is_none()) args.old_values = TokenTensor();
 }
 
+// normalizer: a number, or (address on the device, its type); placement: number of CPU threads, or
+// (CUDA device, stream handle, address of the workspace).
+void run_ppo_loss(PpoLossArgs& args, py::handle normalizer, py::handle placement) {
+  if (py::isinstance<py::int_>(placement)) {
+    args.normalizer = normalizer.cast<double>();
+    args.threads = placement.cast<int>();
+    const py::gil_scoped_release release;
+    ppo_loss(args);
+    return;
+  }
+#ifdef RLHF_FAST_WITH_CUDA
+  DeviceNumber on_device;
+  if (py::isinstance<py::tuple>(normalizer)) {
+    const auto [address, type] = normalizer.cast<std::pair<uintptr_t, int32_t>>();
+    on_device.data = reinterpret_cast<const void*>(address);
+    on_device.type = static_cast<DeviceNumber::Type>(type);
+  } else {
+    args.normalizer = normalizer.cast<double>();
+  }
+  const auto [device, stream, workspace] =
+      placement.cast<std::tuple<int, uintptr_t, uintptr_t>>();
+  std::string error;
+  {
+    const py::gil_scoped_release release;
+    error = ppo_loss_cuda(args, on_device, reinterpret_cast<double*>(workspace), device,
+                          reinterpret_cast<void*>(stream));
+  }
+  if (!error.empty()) throw std::runtime_error("ppo_loss (cuda): " + error);
+#else
+  throw std::runtime_error("ppo_loss (cuda): this build has no CUDA code");
+#endif
+}
+
 void bind_ppo_loss(py::module_& m) {
-  m.def("ppo_loss", [](const py::tuple& tensors, uintptr_t mask, int64_t tokens, double normalizer,
-                       const py::tuple& settings, const py::tuple& outputs, int threads) {
+  m.def("ppo_loss", [](const py::tuple& tensors, uintptr_t mask, int64_t tokens,
+                       py::handle normalizer, const py::tuple& settings, const py::tuple& outputs,
+                       py::handle placement) {
     PpoLossArgs args;
     args.tokens = tokens;
     args.mask = reinterpret_cast<const uint8_t*>(mask);
-    args.normalizer = normalizer;
     set_ppo_tensors(args, tensors);
     set_ppo_settings(args, settings);
     args.loss = pointer<float>(outputs[0]);
@@ -283,10 +317,28 @@ void bind_ppo_loss(py::module_& m) {
     args.d_entropy = pointer<float>(outputs[4]);
     args.d_values = pointer<float>(outputs[5]);
     args.d_kl = pointer<float>(outputs[6]);
-    args.threads = threads;
-    const py::gil_scoped_release release;
-    ppo_loss(args);
+    run_ppo_loss(args, normalizer, placement);
   });
+#ifdef RLHF_FAST_WITH_CUDA
+  m.def("ppo_loss_workspace", &ppo_loss_workspace, "Doubles that a CUDA call works in.");
+  // from: four addresses or 0; to: as many (address, dtype) or None.
+  m.def("ppo_loss_scale", [](const py::tuple& from, const py::tuple& to, int64_t tokens,
+                             uintptr_t upstream, int device, uintptr_t stream) {
+    PpoScaleArgs args;
+    args.tokens = tokens;
+    args.upstream = reinterpret_cast<const float*>(upstream);
+    for (int k = 0; k < PpoScaleArgs::kGradients; ++k) {
+      args.from[k] = pointer<const float>(from[k]);
+      args.to[k] = to_tokens(to, k);
+    }
+    std::string error;
+    {
+      const py::gil_scoped_release release;
+      error = ppo_loss_scale_cuda(args, device, reinterpret_cast<void*>(stream));
+    }
+    if (!error.empty()) throw std::runtime_error("ppo_loss (cuda): " + error);
+  });
+#endif
 }
 
 // ---- what this build is -----------------------------------------------------------------------
