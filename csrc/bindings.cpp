@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/kl_from_logits.h"
 #include "cpu/logprobs_from_logits.h"
 #include "cpu/ppo_loss.h"
 #include "cpu/rewards_and_gae.h"
@@ -226,6 +227,57 @@ void bind_logprobs_from_logits(py::module_& m) {
         });
 }
 
+// ---- kl_from_logits ---------------------------------------------------------------------------
+
+// settings: (columns, temperature address or 0, scalar temperature, softcap, ref_softcap), 0: no cap.
+KlRows make_kl_rows(int64_t count, py::handle logits, py::handle ref_logits, py::handle mask,
+                    const py::tuple& settings, int threads) {
+  KlRows rows;
+  rows.rows = count;
+  rows.logits = to_view(logits);
+  rows.ref_logits = to_view(ref_logits);
+  rows.mask = to_mask(mask);
+  rows.columns = settings[0].cast<int64_t>();
+  rows.temperature = pointer<const float>(settings[1]);
+  rows.scalar_temperature = settings[2].cast<double>();
+  rows.softcap = settings[3].cast<double>();
+  rows.ref_softcap = settings[4].cast<double>();
+  rows.threads = threads;
+  return rows;
+}
+
+void bind_kl_from_logits(py::module_& m) {
+  m.def("kl_from_logits_forward",
+        [](int64_t count, py::handle logits, py::handle ref_logits, py::handle mask,
+           const py::tuple& settings, bool shard, const py::tuple& outputs, int threads) {
+          KlForwardArgs args;
+          args.rows = make_kl_rows(count, logits, ref_logits, mask, settings, threads);
+          args.shard = shard;
+          args.kl = pointer<double>(outputs[0]);
+          args.lse = pointer<double>(outputs[1]);
+          args.ref_lse = pointer<double>(outputs[2]);
+          const py::gil_scoped_release release;
+          kl_from_logits_forward(args);
+        });
+  // stats: addresses of kl, lse, ref_lse.
+  m.def("kl_from_logits_backward",
+        [](int64_t count, py::handle logits, py::handle ref_logits, py::handle mask,
+           const py::tuple& settings, const py::tuple& stats, uintptr_t grad_kl, py::handle out,
+           int64_t width, bool accumulate, int threads) {
+          KlBackwardArgs args;
+          args.rows = make_kl_rows(count, logits, ref_logits, mask, settings, threads);
+          args.kl = pointer<const float>(stats[0]);
+          args.lse = pointer<const double>(stats[1]);
+          args.ref_lse = pointer<const double>(stats[2]);
+          args.grad_kl = reinterpret_cast<const float*>(grad_kl);
+          args.out = to_view(out);
+          args.width = width;
+          args.accumulate = accumulate;
+          const py::gil_scoped_release release;
+          kl_from_logits_backward(args);
+        });
+}
+
 // ---- ppo_loss ---------------------------------------------------------------------------------
 
 TokenTensor to_tokens(const py::tuple& tensors, size_t index) {
@@ -378,5 +430,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   rlhf_fast::bind_rewards_and_gae(m);
   rlhf_fast::bind_whiten(m);
   rlhf_fast::bind_logprobs_from_logits(m);
+  rlhf_fast::bind_kl_from_logits(m);
   rlhf_fast::bind_ppo_loss(m);
 }
