@@ -1,5 +1,9 @@
 """Fused ops for PPO on language models: PyTorch reference, C++ for CPUs, CUDA; needs only torch."""
 
+from rlhf_fast_kernels.kl_from_logits import kl_from_logits
+from rlhf_fast_kernels.linear_kl import linear_kl
+from rlhf_fast_kernels.linear_logprobs import linear_logprobs
+from rlhf_fast_kernels.linear_ppo_loss import LinearPPOLossOutput, linear_ppo_loss
 from rlhf_fast_kernels.logprobs_from_logits import logprobs_from_logits
 from rlhf_fast_kernels.ppo_loss import ppo_loss
 from rlhf_fast_kernels.ppo_metrics import PPOLossOutput, finalize_metrics
@@ -7,10 +11,15 @@ from rlhf_fast_kernels.rewards_and_gae import RewardsAndGAE, gae, rewards_and_ga
 from rlhf_fast_kernels.whiten import masked_moments, merge_moments, whiten
 
 __all__ = [
+    "LinearPPOLossOutput",
     "PPOLossOutput",
     "RewardsAndGAE",
     "finalize_metrics",
     "gae",
+    "kl_from_logits",
+    "linear_kl",
+    "linear_logprobs",
+    "linear_ppo_loss",
     "logprobs_from_logits",
     "masked_moments",
     "merge_moments",
