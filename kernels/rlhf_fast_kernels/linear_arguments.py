@@ -204,6 +204,19 @@ def is_distributed(group: Any) -> bool:
     return group is not None and torch.distributed.get_world_size(group) > 1
 
 
+def validate_group(op: str, group: Any, vocab_size: int | None, vocab_start: int | None) -> None:
+    """A shard that does not begin at rank * V must say how large the vocabulary is."""
+    if vocab_start is None:
+        return
+    if not is_distributed(group):
+        raise ValueError(f"{op}: vocab_start is for shards: it needs group")
+    if vocab_size is None or not 0 <= vocab_start <= vocab_size:
+        raise ValueError(
+            f"{op}: vocab_start needs vocab_size, and to lie in [0, vocab_size]; got {vocab_start} "
+            f"and {vocab_size}"
+        )
+
+
 def vocabulary_of(weight: Tensor, vocab_size: int | None, group: Any) -> int:
     """How many labels exist: as said, or the rows of the weight on all ranks."""
     if vocab_size is not None:

@@ -37,6 +37,7 @@ class Call:
         with_entropy: whether the entropy is wanted.
         group: process group of the vocabulary shards, or None.
         sum_hidden_gradient: whether the gradients of the hidden states are summed over the group.
+        vocab_start: id of the first row of the weight; None: equal shards in rank order.
     """
 
     impl: str
@@ -48,15 +49,18 @@ class Call:
     with_entropy: bool
     group: Any = None
     sum_hidden_gradient: bool = True
+    vocab_start: int | None = None
 
     def settings(self, head: Head, temperature: Tensor | None) -> RowSettings:
         """As the row kernels take them."""
-        rank = torch.distributed.get_rank(self.group) if is_distributed(self.group) else 0
+        start = self.vocab_start or 0
+        if self.vocab_start is None and is_distributed(self.group):
+            start = torch.distributed.get_rank(self.group) * head.vocab
         return RowSettings(
             temperature=temperature,
             scale=self.scale,
             softcap=self.softcap,
-            vocab_start=rank * head.vocab,
+            vocab_start=start,
             vocab_size=vocabulary_of(head.weight, self.vocab_size, self.group),
         )
 

@@ -36,6 +36,7 @@ from rlhf_fast_kernels.linear_arguments import (
     is_distributed,
     select_tokens,
     temperature_of,
+    validate_group,
     validate_head,
     validate_reference,
     validate_softcap,
@@ -305,6 +306,7 @@ def linear_kl(
     compute_dtype: torch.dtype | None = None,
     chunk_rows: int | None = None,
     group: Any = None,
+    vocab_start: int | None = None,
     sum_hidden_gradient: bool = True,
     impl: str | None = None,
 ) -> Tensor:
@@ -316,8 +318,8 @@ def linear_kl(
             receive no gradient.
         mask: bool `[...]`; tokens where it is false cost nothing and yield exact 0. None: all.
         rows: `[n]` int64, the flat indices of the tokens that count, instead of `mask`.
-        temperature, softcap, vocab_size, compute_dtype, chunk_rows, group, sum_hidden_gradient,
-            impl: as in `linear_logprobs`, for both sides.
+        temperature, softcap, vocab_size, compute_dtype, chunk_rows, group, vocab_start,
+            sum_hidden_gradient, impl: as in `linear_logprobs`, for both sides.
 
     Returns:
         `[...]` fp32 (fp64 for fp64 inputs), nats.
@@ -328,6 +330,7 @@ def linear_kl(
     validate_head(OP, hidden, weight, bias)
     validate_reference(OP, hidden, weight, (ref_hidden, ref_weight, ref_bias))
     validate_softcap(OP, softcap)
+    validate_group(OP, group, vocab_size, vocab_start)
     labels = _no_labels(hidden)
     if mask is not None and (mask.dtype != torch.bool or mask.shape != labels.shape):
         raise ValueError(
@@ -349,7 +352,9 @@ def linear_kl(
                 *(flat, weight, bias, *ref_tensors, *selection, chosen.impl, compute, *scalars)
             )
         else:
-            call = Call(chosen.impl, compute, *scalars, False, group, sum_hidden_gradient)
+            call = Call(
+                chosen.impl, compute, *scalars, False, group, sum_hidden_gradient, vocab_start
+            )
             tokens = select_tokens(OP, labels.reshape(-1), keep, rows, per_row)
             ref = _side(ref_flat, ref_weight, ref_bias, call)
             kl = _LinearKL.apply(flat, weight, bias, ref, tokens, call)

@@ -32,6 +32,7 @@ from rlhf_fast_kernels.linear_arguments import (
     compute_dtype_of,
     select_tokens,
     temperature_of,
+    validate_group,
     validate_head,
     validate_label_range,
     validate_labels,
@@ -246,6 +247,7 @@ def linear_logprobs(
     compute_dtype: torch.dtype | None = None,
     chunk_rows: int | None = None,
     group: Any = None,
+    vocab_start: int | None = None,
     sum_hidden_gradient: bool = True,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -269,7 +271,9 @@ def linear_logprobs(
         compute_dtype: dtype the operands of the products are rounded to; None: autocast's inside
             autocast, otherwise hidden's. Products and everything after are fp32.
         chunk_rows: rows whose logits exist at once; None: up to 512 on CPUs, 4096 on GPUs.
-        group: process group over which the vocabulary is split in equal shards in rank order.
+        group: process group over which the vocabulary is split.
+        vocab_start: id of the first row of `weight` on this rank, with `vocab_size`; None: equal
+            shards in rank order.
         sum_hidden_gradient: under `group`, all-reduce the gradient of `hidden`. False leaves each
             rank's part to the caller (sequence parallelism reduce-scatters it).
         impl: whose row kernels, see `rlhf_fast_kernels.dispatch`; the products are PyTorch's.
@@ -279,14 +283,15 @@ def linear_logprobs(
         `with_entropy`.
 
     Raises:
-        ValueError: shapes or devices that do not fit, an empty vocabulary; on the CPU also labels
-            and rows out of range. On an accelerator a label out of range yields NaN.
+        ValueError: shapes, devices or shards that do not fit, an empty vocabulary; on the CPU also
+            labels and rows out of range. On an accelerator a label out of range yields NaN.
         TypeError: wrong dtypes, or a DTensor.
         RuntimeError: the implementation asked for cannot run here.
     """
     validate_head(OP, hidden, weight, bias)
     validate_labels(OP, hidden, labels)
     validate_softcap(OP, softcap)
+    validate_group(OP, group, vocab_size, vocab_start)
     scale, per_row = temperature_of(OP, temperature, labels)
     compute = compute_dtype_of(hidden, compute_dtype)
     chosen = dispatch.choose(OP, impl, hidden, weight)
@@ -303,7 +308,7 @@ def linear_logprobs(
         else:
             call = Call(
                 *(chosen.impl, compute, scale, softcap, vocab_size, chunk_rows, with_entropy),
-                *(group, sum_hidden_gradient),
+                *(group, sum_hidden_gradient, vocab_start),
             )
             tokens = _tokens(flat_labels, rows, per_row, ignore_index)
             validate_label_range(OP, tokens.labels, vocabulary_of(weight, vocab_size, group))

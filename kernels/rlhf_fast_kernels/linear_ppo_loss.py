@@ -31,6 +31,7 @@ from rlhf_fast_kernels.linear_arguments import (
     compute_dtype_of,
     select_tokens,
     temperature_of,
+    validate_group,
     validate_head,
     validate_label_range,
     validate_labels,
@@ -110,6 +111,7 @@ def linear_ppo_loss(
     compute_dtype: torch.dtype | None = None,
     chunk_rows: int | None = None,
     group: Any = None,
+    vocab_start: int | None = None,
     sum_hidden_gradient: bool = True,
     impl: str | None = None,
 ) -> LinearPPOLossOutput:
@@ -121,7 +123,7 @@ def linear_ppo_loss(
 
     Args:
         hidden, weight, labels, bias, temperature, softcap, vocab_size, compute_dtype, chunk_rows,
-            group, sum_hidden_gradient: as in `linear_logprobs`; `hidden` may be `[..., H]`.
+            group, vocab_start, sum_hidden_gradient: as in `linear_logprobs`.
         old_logprobs: of labels' shape: log-probs of the labels under the policy that sampled them.
         advantages: of labels' shape.
         normalizer: what the sum over tokens is divided by: the loss tokens of the whole optimizer
@@ -153,6 +155,7 @@ def linear_ppo_loss(
     validate_head(OP, hidden, weight, bias)
     validate_labels(OP, hidden, labels)
     validate_softcap(OP, softcap)
+    validate_group(OP, group, vocab_size, vocab_start)
     validate_normalizer(normalizer)
     _validate_weight_out(weight, weight_out)
     settings = Settings(
@@ -182,7 +185,7 @@ def linear_ppo_loss(
                 raise ValueError(f"{OP}: group and weight_out are not for torch.compile")
             raw = _compiled(flat, normalizer, settings, impl, compute, shape, grad_scale)
         else:
-            call = Call(impl, compute, *shape, True, group, sum_hidden_gradient)
+            call = Call(impl, compute, *shape, True, group, sum_hidden_gradient, vocab_start)
             raw = _eager(flat, normalizer, settings, call, grad_scale, weight_out)
     loss, sums, extrema, logprobs, token_entropy = raw
     given = flat.policy_part(kl_estimator)
