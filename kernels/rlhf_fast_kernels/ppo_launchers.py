@@ -88,30 +88,40 @@ def _launch_reference(
 _NUMBER_TYPES = {torch.float32: 0, torch.float64: 1, torch.int64: 2}
 
 
-def _launch_native(
+def _launch_cpu(
     inputs: Inputs, mask: Tensor, normalizer: float | Tensor, settings: Settings, needs: Needs
 ) -> Raw:
-    device = mask.device
-    loss, sums, extrema = _results(device)
+    return _call(inputs, mask, float(normalizer), settings, needs, native.thread_count())
+
+
+def _launch_cuda(
+    inputs: Inputs, mask: Tensor, normalizer: float | Tensor, settings: Settings, needs: Needs
+) -> Raw:
+    count = _number_on(mask.device, normalizer)
+    number = (count.data_ptr(), _NUMBER_TYPES[count.dtype]) if isinstance(count, Tensor) else count
+    size = native.core().ppo_loss_workspace(mask.numel())
+    workspace = torch.empty(size, dtype=torch.float64, device=mask.device)
+    placement = (*_stream(mask.device), workspace.data_ptr())
+    return _call(inputs, mask, number, settings, needs, placement)
+
+
+def _call(
+    inputs: Inputs,
+    mask: Tensor,
+    normalizer: float | tuple[int, int],
+    settings: Settings,
+    needs: Needs,
+    placement: int | tuple[int, int, int],
+) -> Raw:
+    loss, sums, extrema = _results(mask.device)
     grads = _gradients(mask, needs)
     dense = [None if x is None else x.contiguous() for x in vars(inputs).values()]
     mask = mask.contiguous()
-    count: float | Tensor | tuple[int, int]
-    placement: int | tuple[int, int, int]
-    if device.type == "cpu":
-        count, placement = float(normalizer), native.thread_count()
-    else:
-        count = _number_on(device, normalizer)
-        if isinstance(count, Tensor):
-            normalizer, count = count, (count.data_ptr(), _NUMBER_TYPES[count.dtype])
-        size = native.core().ppo_loss_workspace(mask.numel())
-        workspace = torch.empty(size, dtype=torch.float64, device=device)
-        placement = (*_stream(device), workspace.data_ptr())
     native.core().ppo_loss(
         tuple(None if x is None else (x.data_ptr(), native.DTYPE_CODES[x.dtype]) for x in dense),
         mask.data_ptr(),
         mask.numel(),
-        count,
+        normalizer,
         settings.native(),
         tuple(0 if x is None else x.data_ptr() for x in (loss, sums, extrema, *grads)),
         placement,
@@ -238,8 +248,8 @@ def scale(
 
 _LAUNCHERS: dict[str, Callable[..., Raw]] = {
     "reference": _launch_reference,
-    "cpu": _launch_native,
-    "cuda": _launch_native,
+    "cpu": _launch_cpu,
+    "cuda": _launch_cuda,
     "triton": _launch_triton,
 }
 _SCALES: dict[str, Callable[..., list[Tensor | None]]] = {
