@@ -1,7 +1,8 @@
 """Log-prob and entropy from logits: the C++ op against eager PyTorch and torch.compile.
 
-    python -m bench.kernels.bench_logprobs [--threads 2] [--repeats 9] [--shape 512x151936 ...]
-                                           [--dtype fp32|bf16 ...] [--forward-only] [--json FILE]
+    python -m bench.kernels.bench_logprobs [--device cpu] [--threads 2] [--repeats 9] [--quick]
+                                           [--shape 512x151936 ...] [--dtype fp32|bf16 ...]
+                                           [--forward-only] [--json FILE]
 
 Peers give the same two fp32 tensors; bf16 logits are upcast as trainers do:
 
@@ -17,7 +18,6 @@ rows (gradient: relative to its largest entry); the gate is the error of log_sof
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -59,11 +59,11 @@ def logsumexp_by_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ours(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-    return logprobs_from_logits(logits, labels, impl="cpu")
+    return logprobs_from_logits(logits, labels)
 
 
 def ours_in_place(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-    return logprobs_from_logits(logits, labels, impl="cpu", inplace_backward=True)
+    return logprobs_from_logits(logits, labels, inplace_backward=True)
 
 
 def forward(op: Op, sets: list[tuple[Tensor, ...]], k: int) -> Any:
@@ -103,20 +103,23 @@ def backward_error(op: Op, sets: list[tuple[Tensor, ...]]) -> float:
     return float((got - exact).abs().max() / exact.abs().max())
 
 
-def draw(rows: int, vocab: int, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+def draw(
+    rows: int, vocab: int, dtype: torch.dtype, device: torch.device
+) -> list[tuple[Tensor, ...]]:
     generator = torch.Generator().manual_seed(0)
     sets = []
     for _ in range(SETS):
         logits = (2.0 * torch.randn(rows, vocab, generator=generator)).to(dtype)
         labels = torch.randint(0, vocab, (rows,), generator=generator)
-        sets.append((logits, labels, *torch.randn(2, rows, generator=generator).unbind()))
+        drawn = (logits, labels, *torch.randn(2, rows, generator=generator).unbind())
+        sets.append(tuple(x.to(device) for x in drawn))
     return sets
 
 
 def run_case(
-    rows: int, vocab: int, dtype: str, backward: bool, probe: harness.ReadProbe, repeats: int
+    rows: int, vocab: int, dtype: str, backward: bool, session: harness.Session
 ) -> list[harness.Row]:
-    sets = draw(rows, vocab, DTYPES[dtype])
+    sets = draw(rows, vocab, DTYPES[dtype], session.device)
     error_of = backward_error if backward else forward_error
     run = both if backward else forward
     peers: dict[str, Op] = {
@@ -129,9 +132,10 @@ def run_case(
         fast = harness.compiled(peers[name], sets[0][:2])
         if fast is not None:
             peers[f"compile {name}"] = fast
-    own: dict[str, Op] = {"rlhf_fast cpu": ours}
+    name = f"rlhf_fast {harness.implementation('logprobs_from_logits', sets[0][0])}"
+    own: dict[str, Op] = {name: ours}
     if backward:
-        own["rlhf_fast cpu, in place"] = ours_in_place
+        own[f"{name}, in place"] = ours_in_place
     limit = error_of(log_softmax, sets) + 1e-6
     contenders = [
         harness.Contender(name, partial(run, op, sets), error_of(op, sets), limit, ours=name in own)
@@ -149,37 +153,27 @@ def run_case(
         contenders,
         sets=SETS,
         bytes_moved=3 * nbytes if backward else nbytes,
-        probe=probe,
-        repeats=repeats,
+        **session.limits(),
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="log-prob and entropy from logits")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser = harness.parser("log-prob and entropy from logits")
     parser.add_argument("--shape", nargs="+", default=SHAPES, help="ROWSxVOCAB")
     parser.add_argument("--dtype", nargs="+", default=tuple(DTYPES), choices=tuple(DTYPES))
     parser.add_argument("--forward-only", action="store_true")
-    parser.add_argument("--json", help="write the report to this file")
     options = parser.parse_args(arguments)
+    session = harness.start(options)
     problem = native.missing("logprobs_from_logits_forward", "logprobs_from_logits_backward")
-    if problem:
+    if problem and session.device.type == "cpu":
         print(f"nothing to measure: {problem}", file=sys.stderr)
         return 1
-    torch.set_num_threads(options.threads)
-    probe = harness.ReadProbe()
-    report = harness.Report(harness.environment(options.threads))
-    harness.print_environment(report.environment)
     for backward in (False,) if options.forward_only else (False, True):
-        for shape in options.shape:
+        for shape in options.shape[:1] if options.quick else options.shape:
             rows, vocab = (int(part) for part in shape.split("x"))
             for dtype in options.dtype:
-                found = run_case(rows, vocab, dtype, backward, probe, options.repeats)
-                harness.print_rows(found)
-                report.rows += found
-    harness.write_json(report, options.json)
-    return harness.exit_code(report.rows)
+                session.add(run_case(rows, vocab, dtype, backward, session))
+    return session.finish()
 
 
 if __name__ == "__main__":
