@@ -1,11 +1,11 @@
-"""GAE in C++ against PyTorch on this machine's CPU.
+"""GAE against PyTorch, on the CPU (C++) or a GPU.
 
-    python -m bench.kernels.bench_gae [--rows 64] [--columns 2048] [--threads 2] [--repeats 15]
-                                      [--json FILE]
+    python -m bench.kernels.bench_gae [--rows 64] [--columns 2048] [--device cpu] [--threads 2]
+                                      [--repeats 15] [--quick] [--json FILE]
 
 Contenders, all fp32 in and out, on the same rotated inputs:
 
-    cpu          rlhf_fast_kernels.gae(impl="cpu")
+    cpu, cuda    rlhf_fast_kernels.gae, by the implementation that it chooses on the device
     eager loop   the reference: a loop over time steps, batched over rows, that carries value and
                  advantage across masked steps (the rule that the op implements)
     dense loop   the leanest loop in use: deltas for all steps at once, then one multiply-add per
@@ -22,9 +22,8 @@ largest value; the gate is that of the eager loop plus 1e-6 (matmul: plus 1e-5).
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -43,19 +42,20 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Op = Callable[[Inputs], tuple[torch.Tensor, torch.Tensor]]
 
 
-def draw_inputs(rows: int, columns: int, count: int) -> list[Inputs]:
+def draw_inputs(rows: int, columns: int, count: int, device: torch.device) -> list[Inputs]:
     """Normal rewards and values; lengths uniform in [columns / 2, columns]."""
     generator = torch.Generator().manual_seed(0)
     sets = []
     for _ in range(count):
         rewards, values = torch.randn(2, rows, columns, generator=generator).unbind()
         lengths = torch.randint(columns // 2, columns + 1, (rows, 1), generator=generator)
-        sets.append((rewards, values, torch.arange(columns) < lengths))
+        mask = torch.arange(columns) < lengths
+        sets.append((rewards.to(device), values.to(device), mask.to(device)))
     return sets
 
 
-def cpp(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    return gae(*inputs, gamma=GAMMA, gae_lambda=LAMBDA, impl="cpu")
+def ours(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    return gae(*inputs, gamma=GAMMA, gae_lambda=LAMBDA)
 
 
 def eager_loop(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,8 +80,8 @@ def dense_loop(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return advantages, advantages + values
 
 
-def make_matmul(columns: int) -> Op:
-    steps = torch.arange(columns)
+def make_matmul(columns: int, device: torch.device) -> Op:
+    steps = torch.arange(columns, device=device)
     distance = (steps[:, None] - steps).double()  # row: source step, column: target step
     powers = torch.where(distance >= 0, (GAMMA * LAMBDA) ** distance, 0.0).float()
 
@@ -102,53 +102,49 @@ def largest_error(run: Op, inputs: Inputs) -> float:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="GAE in C++ against PyTorch")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = harness.parser("GAE against PyTorch", repeats=15)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--columns", type=int, default=2048)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    session = harness.start(options)
+    device = session.device
     reason = native.missing("gae")
-    if reason is not None:
+    if reason is not None and device.type == "cpu":
         print(f"no compiled module: {reason}")
         return 1
-    torch.set_num_threads(options.threads)
-    facts = harness.environment(options.threads)
-    harness.print_environment(facts)
     tokens = options.rows * options.columns
-    sets = draw_inputs(options.rows, options.columns, max(2, ROTATED_BYTES // (9 * tokens)))
+    count = max(2, ROTATED_BYTES // (9 * tokens))
+    sets = draw_inputs(options.rows, options.columns, count, device)
+    own = harness.implementation("gae", *sets[0])
     limit = largest_error(eager_loop, sets[0]) + 1e-6
 
     def contender(name: str, op: Op, slack: float = 0.0) -> harness.Contender:
         error = largest_error(op, sets[0])
         return harness.Contender(
-            name, lambda k: op(sets[k]), error, limit + slack, ours=name == "cpu"
+            name, lambda k: op(sets[k]), error, limit + slack, ours=name == own
         )
 
     rows = harness.measure(
         f"GAE [{options.rows}, {options.columns}] fp32, {len(sets)} rotated input sets",
         [
-            contender("cpu", cpp),
+            contender(own, ours),
             contender("eager loop", eager_loop),
             contender("dense loop", dense_loop),
-            contender("matmul", make_matmul(options.columns), slack=9e-6),
+            contender("matmul", make_matmul(options.columns, device), slack=9e-6),
         ],
         sets=len(sets),
         calls=CALLS,
         bytes_moved=tokens * BYTES_PER_TOKEN,
-        probe=harness.ReadProbe(),
-        repeats=options.repeats,
+        **session.limits(),
     )
-    harness.print_rows(rows)
+    session.add(rows)
     medians = {row.contender: row.median_ms for row in rows}
-    if medians["cpu"] is not None and medians["eager loop"] is not None:
-        ratio = medians["eager loop"] / medians["cpu"]
+    if medians[own] is not None and medians["eager loop"] is not None:
+        ratio = medians["eager loop"] / medians[own]
         verdict = "met" if ratio >= TARGET else "MISSED"
-        print(f"C++ against the eager loop: {ratio:.0f}x (goal {TARGET:.0f}x: {verdict})")
-    harness.write_json(harness.Report(facts, rows), options.json)
-    return harness.exit_code(rows)
+        print(f"{own} against the eager loop: {ratio:.0f}x (goal {TARGET:.0f}x: {verdict})")
+    return session.finish()
 
 
 if __name__ == "__main__":

@@ -346,3 +346,17 @@ def test_two_ranks_with_a_shard_each_agree_with_one(tmp_path: Path) -> None:
             assert worst(ours, true) < 3e-6, case
         grad = torch.cat([rank[case][1] for rank in ranks], dim=-1)
         assert worst(grad, want_grad[:, : grad.shape[-1]]) < 3e-6, case
+
+
+def test_torch_compile_leaves_the_gather_out_of_its_graph(tmp_path: Path) -> None:
+    logits, labels, _ = shard_case()
+    options: dict[str, Any] = {"vocab_size": 58, "impl": FAST}
+    want = logprobs_from_logits(logits, labels, **options)
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        compiled = torch.compile(logprobs_from_logits, backend="eager")
+        got = compiled(logits, labels, group=dist.group.WORLD, **options)
+    finally:
+        dist.destroy_process_group()
+    for ours, whole in zip(got, want, strict=True):
+        assert worst(ours, whole) < 1e-6
