@@ -19,6 +19,9 @@ inline constexpr int64_t kGroup = 4 * kWordStride;
 inline constexpr int64_t kMaxSegments = 64;
 inline constexpr int kThresholds = 3;
 inline constexpr float kShortestWait = 0x1p-33f;  // the smallest Exp(1) variable that 32 bits can give
+// No token of less mass, relative to the best, beats the best one's longest wait (23). Padding and -inf,
+// of mass 2^-125, lie below, so what is not there is never looked at.
+inline constexpr float kHopeless = 0x1p-60f;
 
 // What leads the exponential race: the largest p / E, where p is relative to that of the best token.
 struct Leader {
@@ -111,7 +114,7 @@ inline void race(const Row<Type>& row, int64_t first_id, vint counters, const vf
   vint any{};
   for (int w = 0; w < 4; ++w) {
     const vfloat v = from_unsigned(words[w]) * splat(0x1p-32f);
-    possible[w] = (v * splat(ratio) < mass[w] * splat(1.00001f)) & (mass[w] > splat(0.0f));
+    possible[w] = (v * splat(ratio) < mass[w] * splat(1.00001f)) & (mass[w] > splat(kHopeless));
     any |= possible[w];
   }
   if (lane_bits(any) == 0) return;
