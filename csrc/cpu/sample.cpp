@@ -42,7 +42,7 @@ float value_of_key(int64_t key) {
 
 template <class Type>
 int64_t key_of(float x) {
-  return order_of(x + 0.0f) >> kShift<Type>;  // + 0: the two zeros are one value
+  return order_of(x) >> kShift<Type>;
 }
 
 // ---- sweeps over all segments -------------------------------------------------------------------
@@ -179,7 +179,8 @@ void set_filters(Row<Type>& row, int64_t top_k, double top_p, double mass, int t
     double above;
     const float threshold = border<Type, true>(row, below, top_p * mass, above, threads);
     const double y = (static_cast<double>(threshold) - row.best) * row.scale;
-    const double fit = larger(1, std::ceil((top_p * mass - above) / std::exp2(y)));
+    double fit = std::ceil((top_p * mass - above) / std::exp2(y));  // infinite for ties at -inf
+    if (fit < 1.0) fit = 1.0;
     room = threshold > row.threshold || fit < room ? fit : room;
     row.threshold = threshold;
   }

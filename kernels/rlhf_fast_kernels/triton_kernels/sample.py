@@ -102,7 +102,7 @@ def _add(x, ids, word, best, scale, greedy, mass, weighted, lead_mass, lead_wait
     y = (x - best) * scale
     p = tl.exp2(y)
     mass += p
-    weighted += tl.where(p > 0, y * p, 0.0)
+    weighted += tl.where(p > 0, y, 0.0) * p
     runner = tl.where(greedy, tl.where(x == best, 1.0, 0.0), p)
     wait = tl.where(greedy, 1.0, _exponential(word))
     ahead = runner * lead_wait > lead_mass * wait

@@ -37,7 +37,7 @@ KEY_SHIFTS = {"fp32": 0, "bf16": 16, "fp16": 13}
 @triton.jit
 def _key_of(x, SHIFT: tl.constexpr):
     """int64 of the same order as x; the low SHIFT bits, constant for each sign, are left out."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)  # + 0: the two zeros are one value
+    bits = x.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) >> SHIFT
 
 
