@@ -14,6 +14,7 @@
 #include "cpu/logprobs_from_logits.h"
 #include "cpu/ppo_loss.h"
 #include "cpu/rewards_and_gae.h"
+#include "cpu/sample.h"
 #include "cpu/whiten.h"
 #include "host/cpu_features.h"
 #include "host/tensor_view.h"
@@ -393,6 +394,35 @@ void bind_ppo_loss(py::module_& m) {
 #endif
 }
 
+// ---- sample -----------------------------------------------------------------------------------
+
+// shape: (rows, row stride, vocabulary); settings: addresses of seeds, steps, temperature, top_k, top_p,
+// min_p; outputs: of tokens, logprobs, raw_logprobs and entropy or 0.
+void bind_sample(py::module_& m) {
+  m.def("sample", [](uintptr_t logits, int dtype, const py::tuple& shape,
+                     const py::tuple& settings, const py::tuple& outputs, int threads) {
+    SampleArgs args;
+    args.logits = reinterpret_cast<const void*>(logits);
+    args.dtype = static_cast<DType>(dtype);
+    args.rows = shape[0].cast<int64_t>();
+    args.row_stride = shape[1].cast<int64_t>();
+    args.vocab = shape[2].cast<int64_t>();
+    args.seeds = pointer<const int64_t>(settings[0]);
+    args.steps = pointer<const int64_t>(settings[1]);
+    args.temperature = pointer<const float>(settings[2]);
+    args.top_k = pointer<const int64_t>(settings[3]);
+    args.top_p = pointer<const float>(settings[4]);
+    args.min_p = pointer<const float>(settings[5]);
+    args.tokens = pointer<int64_t>(outputs[0]);
+    args.logprobs = pointer<float>(outputs[1]);
+    args.raw_logprobs = pointer<float>(outputs[2]);
+    args.entropy = pointer<float>(outputs[3]);
+    args.threads = threads;
+    const py::gil_scoped_release release;
+    sample(args);
+  });
+}
+
 // ---- what this build is -----------------------------------------------------------------------
 
 py::dict build_info() {
@@ -432,4 +462,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   rlhf_fast::bind_logprobs_from_logits(m);
   rlhf_fast::bind_kl_from_logits(m);
   rlhf_fast::bind_ppo_loss(m);
+  rlhf_fast::bind_sample(m);
 }

@@ -8,12 +8,15 @@ from rlhf_fast_kernels.logprobs_from_logits import logprobs_from_logits
 from rlhf_fast_kernels.ppo_loss import ppo_loss
 from rlhf_fast_kernels.ppo_metrics import PPOLossOutput, finalize_metrics
 from rlhf_fast_kernels.rewards_and_gae import RewardsAndGAE, gae, rewards_and_gae
+from rlhf_fast_kernels.sample import sample
+from rlhf_fast_kernels.sample_arguments import SampleOutput
 from rlhf_fast_kernels.whiten import masked_moments, merge_moments, whiten
 
 __all__ = [
     "LinearPPOLossOutput",
     "PPOLossOutput",
     "RewardsAndGAE",
+    "SampleOutput",
     "finalize_metrics",
     "gae",
     "kl_from_logits",
@@ -25,5 +28,6 @@ __all__ = [
     "merge_moments",
     "ppo_loss",
     "rewards_and_gae",
+    "sample",
     "whiten",
 ]

@@ -9,6 +9,7 @@ from rlhf_fast_kernels.reference.linear import linear_kl, linear_logprobs, linea
 from rlhf_fast_kernels.reference.logprobs_from_logits import logprobs_from_logits
 from rlhf_fast_kernels.reference.ppo_loss import PPO_SUM_NAMES, ppo_loss
 from rlhf_fast_kernels.reference.rewards_and_gae import gae, last_true, rewards_and_gae
+from rlhf_fast_kernels.reference.sample import sample
 from rlhf_fast_kernels.reference.whiten import (
     masked_moments,
     mean_and_scale,
@@ -33,5 +34,6 @@ __all__ = [
     "output_dtype",
     "ppo_loss",
     "rewards_and_gae",
+    "sample",
     "whiten",
 ]
