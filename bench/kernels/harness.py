@@ -174,9 +174,10 @@ class Session:
         return {"probe": self.probe, "repeats": self.repeats}
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Print a case and keep it."""
+        """Print a case and keep it; on disk as well, should a later one end the process."""
         print_rows(rows)
         self.report.rows += rows
+        write_json(self.report, self.json)
 
     def finish(self) -> int:
         """Calibrate again, write the report and give the exit code."""
@@ -210,10 +211,9 @@ def start(options: argparse.Namespace) -> Session:
 
 def _warn_of_drift(before: Mapping[str, float], after: Mapping[str, float]) -> None:
     for name in before.keys() & after.keys():
-        if name.endswith("_per_s") and not 1 / DRIFT < after[name] / before[name] < DRIFT:
-            print(
-                f"the machine changed under the run: {name} {before[name]:.4g}, {after[name]:.4g}"
-            )
+        was, now = before[name], after[name]
+        if name.endswith("_per_s") and not 1 / DRIFT < now / was < DRIFT:
+            print(f"the machine changed under the run: {name} was {was:.4g}, is {now:.4g}")
 
 
 def implementation(op: str, *tensors: torch.Tensor) -> str:
