@@ -9,8 +9,11 @@ bonus and the gradients of log-probs, entropy and values, and these metrics: app
 clip fractions, mean ratio, mean KL, mean entropy.
 
     lean        as TRL's trainer writes it: masks by multiplication, few metrics
+    verl        verl's own functions, if installed, metrics as numbers on the host
     reference   the op's specification: masks by `where`, all nineteen sums
-    compile ... torch.compile of the two
+    compile ... torch.compile of lean and reference
+    read only   the floor: as many bytes as the inputs have, read once; computes nothing. Its gain
+                is what an op that only reads would have
 
 The gain is against the fastest peer, and against the fastest that is not compiled. The error is the
 largest one of loss and gradients against fp64, relative to the largest entry; the gate is the error
@@ -27,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import harness
+from bench.kernels import harness, ppo_loss_peers
 from rlhf_fast_kernels import native, ppo_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -124,6 +127,10 @@ def run_case(tokens: int, dtype: str, session: harness.Session) -> list[harness.
         fast = harness.compiled(op, (sets[0],))
         if fast is not None:
             peers[f"compile {name}"] = fast
+    verl = ppo_loss_peers.verl()
+    if verl is not None:
+        peers["verl"] = verl
+    size = DTYPES[dtype].itemsize
     own = harness.Contender(
         f"rlhf_fast {impl}",
         partial(both, partial(by_impl, impl), sets),
@@ -135,12 +142,18 @@ def run_case(tokens: int, dtype: str, session: harness.Session) -> list[harness.
         harness.Contender(name, partial(both, op, sets), error_of(op, sets), max(limit, 1e-2))
         for name, op in peers.items()
     ]
-    size = DTYPES[dtype].itemsize
+    floor = harness.Contender(
+        "read only",
+        ppo_loss_peers.read_only(tokens * (len(NAMES) * size + 1), len(sets)),
+        0.0,
+        0.0,
+        ours=True,
+    )
     # Read the inputs and the mask, write three gradients in fp32 and read them once in backward.
     moved = tokens * (len(NAMES) * size + 1 + 3 * (4 + 4 + size))
     return harness.measure(
         f"{tokens} tokens {dtype} forward + backward",
-        [own, *others],
+        [own, floor, *others],
         sets=len(sets),
         bytes_moved=moved,
         calls=CALLS,

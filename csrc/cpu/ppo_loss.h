@@ -50,6 +50,7 @@ struct PpoLossArgs {
   TokenTensor values;         // the value part: values and returns, or none
   TokenTensor old_values;     // absent: no value clipping
   TokenTensor returns;
+  TokenTensor kl;             // exact KL, in place of the estimate from ref_logprobs
 
   double normalizer = 1.0;
   double clip_eps_low = 0.0;
@@ -69,6 +70,7 @@ struct PpoLossArgs {
   float* d_logprobs = nullptr;  // gradients of the loss; null: not wanted
   float* d_entropy = nullptr;
   float* d_values = nullptr;
+  float* d_kl = nullptr;
   int threads = 1;
 };
 

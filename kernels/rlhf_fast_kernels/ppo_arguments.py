@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf_fast_kernels.reference import KL_ESTIMATORS
 
 OP = "ppo_loss"
+PPO_KL_ESTIMATORS = (*KL_ESTIMATORS, "exact")
 KL_GRADIENTS = ("k2", "own")
 
 
@@ -30,7 +31,7 @@ class Settings:
     def native(self) -> tuple[Any, ...]:
         """In the same order with the two choices as numbers; None is left as it is."""
         fields = dict(vars(self))
-        fields["kl_estimator"] = 1 + KL_ESTIMATORS.index(self.kl_estimator)
+        fields["kl_estimator"] = 1 + PPO_KL_ESTIMATORS.index(self.kl_estimator)
         fields["kl_gradient"] = self.kl_gradient == "own"
         return tuple(fields.values())
 
@@ -48,6 +49,7 @@ class Inputs:
     values: Tensor | None
     old_values: Tensor | None
     returns: Tensor | None
+    kl: Tensor | None = None
 
     def present(self) -> dict[str, Tensor]:
         return {name: x for name, x in vars(self).items() if x is not None}
@@ -61,7 +63,7 @@ def validate_inputs(inputs: Inputs, mask: Tensor) -> None:
         raise ValueError(f"{OP}: values and returns go together")
     if inputs.logprobs is None and inputs.values is None:
         raise ValueError(f"{OP}: give the policy part (logprobs), the value part (values) or both")
-    for name in ("entropy", "ref_logprobs", "weights"):
+    for name in ("entropy", "ref_logprobs", "weights", "kl"):
         if inputs.logprobs is None and getattr(inputs, name) is not None:
             raise ValueError(f"{OP}: {name} belongs to the policy part, but logprobs is absent")
     if mask.dtype != torch.bool:
@@ -79,13 +81,19 @@ def validate_inputs(inputs: Inputs, mask: Tensor) -> None:
 
 def validate_settings(settings: Settings, inputs: Inputs) -> None:
     """What goes together with what; the numbers themselves are looked at by `_validate_numbers`."""
+    if (settings.kl_estimator == "exact") != (
+        inputs.kl is not None
+    ) and inputs.logprobs is not None:
+        raise ValueError(f"{OP}: kl and kl_estimator='exact' go together")
+    if inputs.kl is not None and inputs.ref_logprobs is not None:
+        raise ValueError(f"{OP}: give kl (exact) or ref_logprobs (k1, k2, k3), not both")
     _validate_numbers(settings)
     clipping = settings.value_clip_eps is not None and inputs.values is not None
     if clipping and inputs.old_values is None:
         raise ValueError(f"{OP}: value clipping needs old_values (or value_clip_eps=None)")
     if inputs.logprobs is None:
         return
-    if settings.kl_coef != 0 and inputs.ref_logprobs is None:
+    if settings.kl_coef != 0 and inputs.ref_logprobs is None and inputs.kl is None:
         raise ValueError(f"{OP}: kl_coef is not 0 but ref_logprobs is absent")
     if settings.entropy_coef != 0 and inputs.entropy is None:
         raise ValueError(f"{OP}: entropy_coef is not 0 but entropy is absent")
@@ -100,8 +108,8 @@ def validate_normalizer(normalizer: float | Tensor) -> None:
 
 
 def _validate_numbers(settings: Settings) -> None:
-    if settings.kl_estimator not in KL_ESTIMATORS:
-        raise ValueError(f"{OP}: kl_estimator must be one of {KL_ESTIMATORS}")
+    if settings.kl_estimator not in PPO_KL_ESTIMATORS:
+        raise ValueError(f"{OP}: kl_estimator must be one of {PPO_KL_ESTIMATORS}")
     if settings.kl_gradient not in KL_GRADIENTS:
         raise ValueError(f"{OP}: kl_gradient must be one of {KL_GRADIENTS}")
     if settings.clip_eps_low < 0 or settings.clip_eps_high < 0:

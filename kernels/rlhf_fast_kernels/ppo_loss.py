@@ -7,6 +7,7 @@ Per token, with A the advantage, R the return and everything but lp, H, v a cons
     pg     = min(pg, -dual_clip A)             where A < 0         (Ye et al. 2020)
     d      = clamp(lp - lp_ref, -c, c)
     kl     = d | d^2 / 2 | exp(-d) - 1 + d                         (k1 | k2 | k3, Schulman 2020)
+             or as given: KL(policy || reference) over the whole vocabulary   (exact)
     vl     = max((v - R)^2, (v_old + clip(v - v_old, -e, e) - R)^2) / 2      e = value_clip_eps
 
     loss   = sum over mask of (w pg + value_coef vl + kl_coef kl - entropy_coef H) / normalizer
@@ -19,6 +20,7 @@ zero for k1, that of KL(policy || reference) for k2 and that of KL(reference || 
 PPO wants is the second, so with `kl_gradient="k2"` the term has the value of `kl_estimator` and the
 gradient d * grad lp; `kl_gradient="own"` differentiates the estimate: 1, d or 1 - exp(-d). The
 clamp of d is passed straight through: a token that drifted further than c is still pulled back.
+The exact KL is an input with a graph of its own: it receives kl_coef / normalizer.
 
 Ties follow torch: `maximum` and `minimum` split the gradient evenly between equal branches and
 `clamp` passes it at its bounds, so ratio == 1 + eps_high still learns.
@@ -26,12 +28,13 @@ Ties follow torch: `maximum` and `minimum` split the gradient evenly between equ
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_fast_kernels import dispatch, native, reference
+from rlhf_fast_kernels import dispatch, native, reference, triton_support
 from rlhf_fast_kernels.ppo_arguments import (
     OP,
     Inputs,
@@ -40,52 +43,14 @@ from rlhf_fast_kernels.ppo_arguments import (
     validate_normalizer,
     validate_settings,
 )
+from rlhf_fast_kernels.ppo_launchers import Needs, launch, scale, token_gradients
 from rlhf_fast_kernels.ppo_metrics import PPOLossOutput, as_output
 from rlhf_fast_kernels.reference import PPO_SUM_NAMES
 
+__all__ = ["ppo_loss", "token_gradients"]
+
 FAST_DTYPES = tuple(native.DTYPE_CODES)
-
-# ---- C++ launcher -------------------------------------------------------------------------------
-
-# loss [], sums, extrema, and the gradients of logprobs, entropy and values
-_Raw = tuple[
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-]
-
-
-def _forward_cpu(
-    inputs: Inputs,
-    mask: Tensor,
-    normalizer: float,
-    settings: Settings,
-    needs_grad: tuple[bool, bool, bool],
-) -> _Raw:
-    """Loss, metrics and the requested gradients (fp32, flat order of the mask, shape of mask)."""
-    loss = torch.zeros((), dtype=torch.float32)
-    sums = torch.zeros(len(PPO_SUM_NAMES), dtype=torch.float32)
-    extrema = torch.full((2,), -torch.inf, dtype=torch.float32)
-    grads = [torch.empty(mask.shape, dtype=torch.float32) if need else None for need in needs_grad]
-    if mask.numel() > 0:
-        mask = mask.contiguous()
-        dense = [None if x is None else x.detach().contiguous() for x in vars(inputs).values()]
-        native.core().ppo_loss(
-            tuple(
-                None if x is None else (x.data_ptr(), native.DTYPE_CODES[x.dtype]) for x in dense
-            ),
-            mask.data_ptr(),
-            mask.numel(),
-            normalizer,
-            settings.native(),
-            tuple(0 if x is None else x.data_ptr() for x in (loss, sums, extrema, *grads)),
-            native.thread_count(),
-        )
-    return loss, sums, extrema, grads[0], grads[1], grads[2]
-
+_NO_GRADIENTS: Needs = (False, False, False, False)
 
 # ---- eager autograd -----------------------------------------------------------------------------
 
@@ -97,17 +62,22 @@ class _PPOLoss(torch.autograd.Function):
         logprobs: Tensor | None,
         entropy: Tensor | None,
         values: Tensor | None,
+        kl: Tensor | None,
+        impl: str,
         inputs: Inputs,
         mask: Tensor,
-        normalizer: float,
+        normalizer: float | Tensor,
         settings: Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, sums, extrema, *ctx.gradients = _forward_cpu(
-            inputs, mask, normalizer, settings, ctx.needs_input_grad[:3]
-        )
-        ctx.save_for_backward(mask, *vars(inputs).values())
-        ctx.normalizer, ctx.settings = normalizer, settings
-        ctx.dtypes = [None if x is None else x.dtype for x in (logprobs, entropy, values)]
+        ctx.call = impl, normalizer, settings
+        needs = ctx.needs_input_grad[:4]
+        loss, sums, extrema, *gradients = launch(impl, inputs, mask, normalizer, settings, needs)
+        if impl == "cpu":
+            ctx.gradients = gradients
+            ctx.save_for_backward(mask, *vars(inputs).values())
+        else:
+            ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if x is None else x.dtype for x in (logprobs, entropy, values, kl)]
         ctx.mark_non_differentiable(sums, extrema)
         ctx.set_materialize_grads(False)
         return loss, sums, extrema
@@ -115,31 +85,42 @@ class _PPOLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 4
         if upstream is None:
-            return None, None, None, *nothing
-        # The forward's gradients are given away, not copied: autograd may accumulate into them.
-        # Only a second backward of a retained graph computes them again.
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            mask, *tensors = ctx.saved_tensors
-            needs = ctx.needs_input_grad[:3]
-            call = (Inputs(*tensors), mask, ctx.normalizer, ctx.settings, needs)
-            gradients = _forward_cpu(*call)[3:]
-        if float(upstream) != 1.0:
-            gradients = [None if x is None else x.mul_(upstream) for x in gradients]
-        typed = zip(gradients, ctx.dtypes, strict=True)
-        return *(None if x is None else x.to(dtype) for x, dtype in typed), *nothing
+            return (None,) * 9
+        scaled = _scale_on_cpu if ctx.call[0] == "cpu" else _scale_on_device
+        return *scaled(ctx, upstream), *(None,) * 5
+
+
+def _scale_on_device(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
+    """A copy, which costs a GPU next to nothing; the host does not look at `upstream`."""
+    return scale(ctx.call[0], ctx.saved_tensors, upstream, ctx.dtypes)
+
+
+def _scale_on_cpu(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
+    """The forward's gradients are given away, not copied: autograd may accumulate into them.
+
+    Only a second backward of a retained graph computes them again.
+    """
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is None:
+        mask, *tensors = ctx.saved_tensors
+        impl, normalizer, settings = ctx.call
+        call = (impl, Inputs(*tensors), mask, normalizer, settings)
+        gradients = launch(*call, ctx.needs_input_grad[:4])[3:]
+    if float(upstream) != 1.0:
+        gradients = [None if x is None else x.mul_(upstream) for x in gradients]
+    pairs = zip(gradients, ctx.dtypes, strict=True)
+    return [x if x is None or x.dtype == dtype else x.to(dtype) for x, dtype in pairs]
 
 
 # ---- torch.library, for torch.compile -----------------------------------------------------------
 
 
 def _pack(arguments: tuple[Any, ...]) -> tuple[Inputs, Tensor, Tensor, Settings]:
-    return Inputs(*arguments[:9]), arguments[9], arguments[10], Settings(*arguments[11:])
+    return Inputs(*arguments[:10]), arguments[10], arguments[11], Settings(*arguments[12:-1])
 
 
-@torch.library.custom_op("rlhf_fast::ppo_loss", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("rlhf_fast::ppo_loss", mutates_args=())
 def _op(
     logprobs: Tensor | None,
     old_logprobs: Tensor | None,
@@ -150,6 +131,7 @@ def _op(
     values: Tensor | None,
     old_values: Tensor | None,
     returns: Tensor | None,
+    kl: Tensor | None,
     mask: Tensor,
     normalizer: Tensor,
     clip_eps_low: float,
@@ -162,41 +144,26 @@ def _op(
     value_clip_eps: float | None,
     value_coef: float,
     log_ratio_clamp: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = Inputs(
-        logprobs,
-        old_logprobs,
-        advantages,
-        entropy,
-        ref_logprobs,
-        weights,
-        values,
-        old_values,
-        returns,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    arguments = (
+        *(logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights),
+        *(values, old_values, returns, kl),
+        *(mask, normalizer),
+        *(clip_eps_low, clip_eps_high, dual_clip, entropy_coef, kl_coef, kl_estimator, kl_gradient),
+        *(value_clip_eps, value_coef, log_ratio_clamp, impl),
     )
-    settings = Settings(
-        clip_eps_low,
-        clip_eps_high,
-        dual_clip,
-        entropy_coef,
-        kl_coef,
-        kl_estimator,
-        kl_gradient,
-        value_clip_eps,
-        value_coef,
-        log_ratio_clamp,
-    )
-    wanted = (logprobs is not None, entropy is not None, values is not None)
-    loss, sums, extrema, *grads = _forward_cpu(inputs, mask, float(normalizer), settings, wanted)
-    d_logprobs, d_entropy, d_values = (loss.new_empty(0) if g is None else g for g in grads)
-    return loss, sums, extrema, d_logprobs, d_entropy, d_values
+    needs = (logprobs is not None, entropy is not None, values is not None, kl is not None)
+    loss, sums, extrema, *grads = launch(impl, *_pack(arguments), needs)
+    d_logprobs, d_entropy, d_values, d_kl = (loss.new_empty(0) if g is None else g for g in grads)
+    return loss, sums, extrema, d_logprobs, d_entropy, d_values, d_kl
 
 
 @_op.register_fake
 def _op_fake(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, mask, _, _ = _pack(arguments)
     loss = torch.empty((), dtype=torch.float32, device=mask.device)
-    differentiable = (inputs.logprobs, inputs.entropy, inputs.values)
+    differentiable = (inputs.logprobs, inputs.entropy, inputs.values, inputs.kl)
     grads = (loss.new_empty(0 if x is None else mask.shape) for x in differentiable)
     return loss, loss.new_empty(len(PPO_SUM_NAMES)), loss.new_empty(2), *grads
 
@@ -204,9 +171,8 @@ def _op_fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors = _pack(inputs)[0]
     ctx.save_for_backward(*output[3:])
-    ctx.dtypes = [
-        None if x is None else x.dtype for x in (tensors.logprobs, tensors.entropy, tensors.values)
-    ]
+    leaves = (tensors.logprobs, tensors.entropy, tensors.values, tensors.kl)
+    ctx.dtypes = [None if x is None else x.dtype for x in leaves]
 
 
 def _op_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -214,8 +180,8 @@ def _op_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None,
         None if dtype is None else (grad * upstream).to(dtype)
         for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     ]
-    grads: list[Tensor | None] = [None] * 21
-    grads[0], grads[3], grads[6] = scaled
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    grads[0], grads[3], grads[6], grads[9] = scaled
     return tuple(grads)
 
 
@@ -241,6 +207,7 @@ def ppo_loss(
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
     kl_gradient: str = "k2",
+    kl: Tensor | None = None,
     values: Tensor | None = None,
     old_values: Tensor | None = None,
     returns: Tensor | None = None,
@@ -253,8 +220,9 @@ def ppo_loss(
     """Clipped PPO policy loss, clipped value loss, KL and entropy terms, with their metrics.
 
     All tensors have one shape, padded `[S, R]` or packed `[N]`, fp32 or bf16 (fp16 and fp64 run in
-    the PyTorch reference). Gradients flow to `logprobs`, `entropy` and `values` only. The policy
-    part (logprobs, old_logprobs, advantages) or the value part (values, returns) may be absent.
+    the PyTorch reference). Gradients flow to `logprobs`, `entropy`, `values` and `kl` only. The
+    policy part (logprobs, old_logprobs, advantages) or the value part (values, returns) may be
+    absent.
 
     Args:
         mask: bool; tokens where it is false change nothing, whatever their slots hold.
@@ -264,6 +232,8 @@ def ppo_loss(
         dual_clip: bound c > 1 of the loss for negative advantages, -c A; None for none.
         entropy, entropy_coef: per-token entropy in nats and the weight of its bonus.
         ref_logprobs, kl_coef, kl_estimator, kl_gradient: the KL term, see the module docstring.
+        kl: the KL term itself, per token, where `kl_estimator` is "exact": the divergence over the
+            whole vocabulary, as `linear_kl` gives it; `ref_logprobs` is then absent.
         value_clip_eps: values are clipped to old_values +- this; None for the plain squared error.
         weights: per-token importance weights of the policy loss, constants.
         log_ratio_clamp: log ratios are clamped to +- this before any exponential.
@@ -276,17 +246,8 @@ def ppo_loss(
         ValueError, TypeError: parts that do not go together, differing shapes, settings out of
             range.
     """
-    inputs = Inputs(
-        logprobs,
-        _constant(old_logprobs),
-        _constant(advantages),
-        entropy,
-        _constant(ref_logprobs),
-        _constant(weights),
-        values,
-        _constant(old_values),
-        _constant(returns),
-    )
+    policy = (logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights)
+    inputs = Inputs(*policy, values, old_values, returns, kl)
     settings = Settings(
         clip_eps_low,
         clip_eps_high,
@@ -303,31 +264,22 @@ def ppo_loss(
     validate_settings(settings, inputs)
     validate_normalizer(normalizer)
     chosen = dispatch.choose(OP, impl, *inputs.present().values())
-    if torch.compiler.is_compiling() and chosen.impl == "cpu":
+    if torch.compiler.is_compiling() and chosen.impl != "reference":
         count = torch.as_tensor(normalizer, dtype=torch.float64)
-        raw = _op(*vars(inputs).values(), mask, count, *vars(settings).values())
+        raw = _op(*vars(inputs).values(), mask, count, *vars(settings).values(), chosen.impl)
     else:
         raw = chosen.function(inputs, mask, normalizer, settings)
     loss, sums, extrema, *_ = raw
     return as_output(loss, sums, extrema, inputs)
 
 
-def _constant(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
-
-
-def _run_cpu(
-    inputs: Inputs, mask: Tensor, normalizer: float | Tensor, settings: Settings
+def _run(
+    impl: str, inputs: Inputs, mask: Tensor, normalizer: float | Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _PPOLoss.apply(
-        inputs.logprobs,
-        inputs.entropy,
-        inputs.values,
-        inputs,
-        mask,
-        float(normalizer),
-        settings,
-    )
+    leaves = (inputs.logprobs, inputs.entropy, inputs.values, inputs.kl)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves):
+        return _PPOLoss.apply(*leaves, impl, inputs, mask, normalizer, settings)
+    return launch(impl, inputs, mask, normalizer, settings, _NO_GRADIENTS)[:3]
 
 
 def _run_reference(
@@ -345,7 +297,7 @@ def _selftest(
     def draw() -> Tensor:
         return (0.3 * torch.randn(4, 333, generator=generator)).to(device, dtype)
 
-    tensors: dict[str, Any] = {name: draw() for name in Inputs.__annotations__}
+    tensors: dict[str, Any] = {name: draw() for name in Inputs.__annotations__ if name != "kl"}
     mask = (torch.rand(4, 333, generator=generator) < 0.8).to(device)
 
     def run(impl: str) -> tuple[Tensor, ...]:
@@ -368,5 +320,13 @@ def _selftest(
 
 
 dispatch.register(OP, "reference", _run_reference)
-dispatch.register(OP, "cpu", _run_cpu, native.on_cpu(OP), dtypes=FAST_DTYPES)
+dispatch.register(OP, "cpu", partial(_run, "cpu"), native.on_cpu(OP), dtypes=FAST_DTYPES)
+dispatch.register(
+    OP,
+    "cuda",
+    partial(_run, "cuda"),
+    native.on_cuda(OP, "ppo_loss_scale"),
+    dtypes=FAST_DTYPES,
+)
+triton_support.register(OP, partial(_run, "triton"))
 dispatch.register_selftest(OP, _selftest)

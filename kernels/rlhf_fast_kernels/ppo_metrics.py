@@ -44,8 +44,9 @@ class PPOLossOutput(NamedTuple):
             microbatches and ranks and then given to `finalize_metrics`. Only the parts that were
             computed: `tokens`, `policy_loss`, `approx_kl_k1`, `approx_kl_k2`, `approx_kl_k3`,
             `ratio`, `ratio_squared`, `clip_low`, `clip_high`, `clip_dual`; `kl` with
-            `ref_logprobs`; `entropy` with `entropy`; `value_tokens`, `value_loss`, `value_clip`,
-            `returns`, `returns_squared`, `residual`, `residual_squared` with `values`.
+            `ref_logprobs` or `kl`; `entropy` with `entropy`; `value_tokens`, `value_loss`,
+            `value_clip`, `returns`, `returns_squared`, `residual`, `residual_squared` with
+            `values`.
         extrema: [] fp32 each, to be combined by maximum: `ratio_max` and `negative_ratio_min`;
             -inf where no token was counted. Empty without the policy part.
     """
@@ -56,22 +57,18 @@ class PPOLossOutput(NamedTuple):
 
 
 def as_output(loss: Tensor, sums: Tensor, extrema: Tensor, inputs: Inputs) -> PPOLossOutput:
-    names: tuple[str, ...] = ()
-    if inputs.logprobs is not None:
-        names += _POLICY_SUMS
-    if inputs.ref_logprobs is not None:
-        names += ("kl",)
-    if inputs.entropy is not None:
-        names += ("entropy",)
-    if inputs.values is not None:
-        names += _VALUE_SUMS
-    by_name = dict(zip(PPO_SUM_NAMES, sums.unbind(), strict=True))
-    peaks = zip(EXTREMA_NAMES, extrema.unbind(), strict=True)
-    return PPOLossOutput(
-        loss,
-        {name: by_name[name] for name in names},
-        {} if inputs.logprobs is None else dict(peaks),
+    policy = inputs.logprobs is not None
+    kl = inputs.ref_logprobs is not None or inputs.kl is not None
+    parts = (
+        (policy, _POLICY_SUMS),
+        (kl, ("kl",)),
+        (inputs.entropy is not None, ("entropy",)),
+        (inputs.values is not None, _VALUE_SUMS),
     )
+    by_name = dict(zip(PPO_SUM_NAMES, sums.unbind(), strict=True))
+    metrics = {name: by_name[name] for present, names in parts if present for name in names}
+    peaks = dict(zip(EXTREMA_NAMES, extrema.unbind(), strict=True)) if policy else {}
+    return PPOLossOutput(loss, metrics, peaks)
 
 
 def finalize_metrics(

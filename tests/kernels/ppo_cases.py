@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from rlhf_fast_kernels import PPOLossOutput, native, ppo_loss
+from rlhf_fast_kernels import PPOLossOutput, native, ppo_loss, triton_support
 
-IMPLS = ["reference", *(["cpu"] if native.missing("ppo_loss") is None else [])]
-FAST = IMPLS[-1]
+FAST = "reference" if native.missing("ppo_loss") else "cpu"
+TRITON = triton_support.on_triton(torch.device("cpu")) is None  # in the interpreter
+IMPLS = sorted({"reference", FAST}) + ["triton"] * TRITON
 DTYPES = (torch.float32, torch.bfloat16)
 NAMES = (
     "logprobs",
@@ -56,16 +57,17 @@ def run(
     impl: str | None = None,
     **options: Any,
 ) -> tuple[PPOLossOutput, dict[str, torch.Tensor]]:
-    """The output and the gradients of LEAVES."""
+    """The output and the gradients of LEAVES and of kl."""
+    leaves = (*LEAVES, "kl")
     given_ = {
-        name: x.detach().clone().requires_grad_() if name in LEAVES else x
+        name: x.detach().clone().requires_grad_() if name in leaves else x
         for name, x in tensors.items()
     }
     if normalizer is None:
         normalizer = max(int(tensors["mask"].sum()), 1)
     out = ppo_loss(**given_, normalizer=normalizer, impl=impl, **options)
     out.loss.backward()
-    grads = {name: given_[name].grad for name in LEAVES if name in given_}
+    grads = {name: given_[name].grad for name in leaves if name in given_}
     return out, {name: g for name, g in grads.items() if g is not None}
 
 
@@ -85,6 +87,17 @@ def assert_same(
         scale = float(grad.abs().max()) if grad.numel() else 0.0
         error = (got[1][name].double() - grad.double()).abs()
         assert float(error.max() if error.numel() else 0.0) <= tolerance * (1e-9 + scale), name
+
+
+def with_exact_kl(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same call with the KL given per token; for `kl_estimator="exact"`."""
+    changed = {name: x for name, x in tensors.items() if name != "ref_logprobs"}
+    return {**changed, "kl": tensors["ref_logprobs"].square()}
+
+
+def bf16_digit(impl: str) -> float:
+    """Half a digit of bf16; a whole one in Triton's interpreter, which cuts where a GPU rounds."""
+    return 2**-7 if impl == "triton" and TRITON else 2**-8
 
 
 def doubles(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -108,11 +108,12 @@ def test_rows_do_not_depend_on_threads_or_neighbours(
 def test_opcheck() -> None:
     op = torch.ops.rlhf_fast.logprobs_from_logits.default
     labels = torch.tensor([1, -100, 4])
-    for logits in (draw((3, 40)), draw((3, 40)).bfloat16(), draw((3, 2, 40))[:, 1]):
-        for temperature in (None, torch.full((3,), 0.7)):
+    rows = torch.tensor([2, 3, 0])
+    for logits in (draw((4, 40)), draw((4, 40)).bfloat16(), draw((4, 2, 40))[:, 1]):
+        for extra in ((None, 1.0, None), (torch.full((3,), 0.7), 1.0, 5.0)):
             for with_entropy in (True, False):
                 leaf = logits.detach().requires_grad_()
-                arguments = (leaf, labels, temperature, 1.0, with_entropy, -100)
+                arguments = (leaf, labels, rows, *extra, -100, 33, with_entropy, "cpu")
                 torch.library.opcheck(op, arguments)
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from rlhf_fast_kernels import ppo_loss, reference
+from rlhf_fast_kernels.ppo_arguments import Inputs, Settings
+from rlhf_fast_kernels.ppo_launchers import token_gradients
 from tests.kernels.ppo_cases import (
     FAST,
     FULL,
@@ -19,6 +21,7 @@ from tests.kernels.ppo_cases import (
     doubles,
     draw,
     run,
+    with_exact_kl,
 )
 
 
@@ -36,6 +39,26 @@ def test_reference_passes_gradcheck_in_fp64(kl_estimator: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("normalizer", [13, torch.tensor(13), 0])
+def test_token_gradients_are_those_of_the_public_function(impl: str, normalizer: Any) -> None:
+    tensors = draw((5, 70))
+    out, want = run(tensors, normalizer, impl=impl, **FULL)
+    settings_ = Settings(0.2, 0.28, 1.7, 0.01, 0.1, "k3", "k2", 0.2, 0.3, 20.0)
+    inputs = Inputs(*(tensors[name] for name in NAMES))
+    call = (impl, inputs, tensors["mask"], normalizer, settings_)
+    with torch.no_grad():
+        loss, sums, extrema, *grads = token_gradients(*call, (True, True, True))
+        assert token_gradients(*call, (False, True, False))[3::2] == (None, None)
+    assert torch.equal(loss, out.loss)
+    assert torch.equal(sums, torch.stack(list(out.metrics.values())))
+    assert torch.equal(extrema, torch.stack(list(out.extrema.values())))
+    for name, grad in zip(LEAVES, grads, strict=True):
+        assert grad is not None
+        assert grad.dtype == torch.float32
+        assert torch.equal(grad, want[name])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_backward_twice_scales_and_accumulates(impl: str) -> None:
     tensors = draw((50,))
     _, want = run(tensors, impl=impl)
@@ -47,6 +70,19 @@ def test_backward_twice_scales_and_accumulates(impl: str) -> None:
     (out.loss * 3.0).backward()
     assert leaf.grad is not None
     assert torch.allclose(leaf.grad, 5.0 * want["values"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_upstream_gradients(impl: str) -> None:
+    """Of a loss that is expanded and multiplied, so that its gradient is no plain number."""
+    tensors = draw((50,))
+    _, want = run(tensors, 40, impl=impl)
+    leaf = tensors["values"].clone().requires_grad_()
+    out = ppo_loss(**{**tensors, "values": leaf}, normalizer=40, impl=impl)
+    out.loss.expand(3, 4).backward(torch.arange(24.0).view(3, 8)[:, ::2])
+    factor = torch.arange(24.0).view(3, 8)[:, ::2].sum()
+    assert leaf.grad is not None
+    assert torch.allclose(leaf.grad, factor * want["values"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -71,39 +107,47 @@ def test_normalizer_as_number_and_as_tensor(impl: str) -> None:
 
 
 @pytest.mark.skipif(FAST != "cpu", reason="torch.library holds the compiled op")
-@pytest.mark.parametrize("part", ["both", "policy", "value"])
+@pytest.mark.parametrize("part", ["both", "policy", "value", "exact"])
 def test_opcheck(part: str) -> None:
     tensors: dict[str, torch.Tensor | None] = dict(draw((3, 20)))
-    absent = {"both": (), "policy": NAMES[6:], "value": NAMES[:6]}[part]
+    absent = {"both": (), "policy": NAMES[6:], "value": NAMES[:6], "exact": ()}[part]
     for name in absent:
         tensors[name] = None
     for name in LEAVES:
         x = tensors[name]
         if x is not None:
             tensors[name] = x.requires_grad_()
-    settings_ = (0.2, 0.28, 2.0, 0.01, 0.1, "k3", "k2", 0.2, 0.5, 20.0)
+    settings_: tuple[Any, ...] = (0.2, 0.28, 2.0, 0.01, 0.1, "k3", "k2", 0.2, 0.5, 20.0)
     count = torch.tensor(17.0, dtype=torch.float64)
-    arguments = (*(tensors[name] for name in NAMES), tensors["mask"], count, *settings_)
+    kl = None
+    if part == "exact":
+        kl, tensors["ref_logprobs"] = tensors["ref_logprobs"], None
+        settings_ = (*settings_[:5], "exact", *settings_[6:])
+    inputs = (*(tensors[name] for name in NAMES), kl)
+    arguments = (*inputs, tensors["mask"], count, *settings_, "cpu")
     torch.library.opcheck(torch.ops.rlhf_fast.ppo_loss.default, arguments)
 
 
-@pytest.mark.skipif(FAST != "cpu", reason="torch.compile meets the compiled op")
-def test_torch_compile_without_graph_break() -> None:
-    tensors = draw((200,))
+@pytest.mark.parametrize("impl", IMPLS)
+def test_torch_compile_without_graph_break(impl: str) -> None:
+    options = {**FULL, "kl_estimator": "exact", "impl": impl}
 
-    def loss(logprobs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        changed = {**tensors, "logprobs": logprobs * 1.0, "values": values}
-        out = ppo_loss(**changed, normalizer=150, **FULL)
-        return out.loss + 0.0 * out.metrics["kl"]
+    def loss(tensors: dict[str, torch.Tensor], *leaves: torch.Tensor) -> torch.Tensor:
+        changed = {**tensors, **dict(zip(LEAVES, leaves, strict=True))}
+        changed["logprobs"] = changed["logprobs"] * 1.0
+        out = ppo_loss(**changed, normalizer=150, **options)
+        return out.loss * 2.0 + 0.0 * out.metrics["kl"]
 
-    results = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        leaves = [tensors[name].clone().requires_grad_() for name in ("logprobs", "values")]
-        value = function(*leaves)
-        value.backward()
-        results.append((value.detach(), *(x.grad for x in leaves)))
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (200, 77):
+        tensors, results = with_exact_kl(draw((tokens,))), []
+        for function in (loss, compiled):
+            leaves = [tensors[name].clone().requires_grad_() for name in LEAVES]
+            value = function(tensors, *leaves)
+            value.backward()
+            results.append((value.detach(), *(x.grad for x in leaves)))
+        for a, b in zip(*results, strict=True):
+            assert torch.allclose(a, b, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +159,9 @@ def test_torch_compile_without_graph_break() -> None:
         ({"ref_logprobs": None}, "ref_logprobs is absent"),
         ({"entropy": None}, "entropy is absent"),
         ({"advantages": torch.zeros(3)}, r"advantages has shape \(3,\), mask has \(20,\)"),
+        ({"kl_estimator": "exact"}, "kl and kl_estimator='exact' go together"),
+        ({"kl": torch.zeros(20)}, "kl and kl_estimator='exact' go together"),
+        ({"kl": torch.zeros(20), "kl_estimator": "exact"}, "not both"),
         ({"kl_estimator": "k4"}, "kl_estimator must be one of"),
         ({"kl_gradient": "k3"}, "kl_gradient must be one of"),
         ({"clip_eps_low": -0.1}, "must not be negative"),

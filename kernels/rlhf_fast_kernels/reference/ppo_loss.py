@@ -146,6 +146,7 @@ def ppo_loss(
     value_coef: float,
     weights: Tensor | None,
     log_ratio_clamp: float,
+    kl: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [], sums [len(PPO_SUM_NAMES)], extrema [2]): the maths of the public `ppo_loss`."""
     compute = output_dtype(logprobs, values)
@@ -171,7 +172,9 @@ def ppo_loss(
             terms["policy_loss"] = terms["policy_loss"] * kept(weights).detach()
         objective = objective + terms["policy_loss"].sum()
         terms["tokens"] = mask
-        if ref_logprobs is not None:
+        if kl is not None:
+            terms["kl"] = kept(kl)
+        elif ref_logprobs is not None:
             terms["kl"] = ppo_kl_term(
                 current,
                 kept(ref_logprobs).detach(),
@@ -179,6 +182,7 @@ def ppo_loss(
                 kl_gradient=kl_gradient,
                 log_ratio_clamp=log_ratio_clamp,
             )
+        if "kl" in terms:
             objective = objective + kl_coef * terms["kl"].sum()
         if entropy is not None:
             terms["entropy"] = kept(entropy)
