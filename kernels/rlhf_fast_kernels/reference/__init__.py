@@ -10,7 +10,9 @@ from rlhf_fast_kernels.reference.rewards_and_gae import gae, last_true, rewards_
 from rlhf_fast_kernels.reference.whiten import (
     masked_moments,
     mean_and_scale,
+    merge_moments,
     moments_dtype,
+    row_moments,
     whiten,
 )
 
@@ -23,9 +25,11 @@ __all__ = [
     "logprobs_from_logits",
     "masked_moments",
     "mean_and_scale",
+    "merge_moments",
     "moments_dtype",
     "output_dtype",
     "ppo_loss",
     "rewards_and_gae",
+    "row_moments",
     "whiten",
 ]
