@@ -37,9 +37,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
-	$(BIN)/python -m bench.kernels.bench_gae
-	$(BIN)/python -m bench.kernels.bench_logprobs
-	$(BIN)/python -m bench.kernels.bench_ppo_loss
+	$(BIN)/python -m bench.kernels.suite
 	$(BIN)/python -m bench.bench_generate
 
 env: $(READY)

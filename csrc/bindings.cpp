@@ -11,15 +11,18 @@
 #include <string>
 #include <type_traits>
 
+#include "cpu/kl_from_logits.h"
 #include "cpu/logprobs_from_logits.h"
 #include "cpu/ppo_loss.h"
 #include "cpu/rewards_and_gae.h"
+#include "cpu/sample.h"
 #include "cpu/whiten.h"
 #include "host/cpu_features.h"
 #include "host/tensor_view.h"
 
 #ifdef RLHF_FAST_WITH_CUDA
 #include "cuda/device.h"
+#include "cuda/ppo_loss.h"
 #include "cuda/rewards_and_gae.h"
 #include "cuda/whiten.h"
 #endif
@@ -253,6 +256,57 @@ void bind_logprobs_from_logits(py::module_& m) {
         });
 }
 
+// ---- kl_from_logits ---------------------------------------------------------------------------
+
+// settings: (columns, temperature address or 0, scalar temperature, softcap, ref_softcap), 0: no cap.
+KlRows make_kl_rows(int64_t count, py::handle logits, py::handle ref_logits, py::handle mask,
+                    const py::tuple& settings, int threads) {
+  KlRows rows;
+  rows.rows = count;
+  rows.logits = to_view(logits);
+  rows.ref_logits = to_view(ref_logits);
+  rows.mask = to_mask(mask);
+  rows.columns = settings[0].cast<int64_t>();
+  rows.temperature = pointer<const float>(settings[1]);
+  rows.scalar_temperature = settings[2].cast<double>();
+  rows.softcap = settings[3].cast<double>();
+  rows.ref_softcap = settings[4].cast<double>();
+  rows.threads = threads;
+  return rows;
+}
+
+void bind_kl_from_logits(py::module_& m) {
+  m.def("kl_from_logits_forward",
+        [](int64_t count, py::handle logits, py::handle ref_logits, py::handle mask,
+           const py::tuple& settings, bool shard, const py::tuple& outputs, int threads) {
+          KlForwardArgs args;
+          args.rows = make_kl_rows(count, logits, ref_logits, mask, settings, threads);
+          args.shard = shard;
+          args.kl = pointer<double>(outputs[0]);
+          args.lse = pointer<double>(outputs[1]);
+          args.ref_lse = pointer<double>(outputs[2]);
+          const py::gil_scoped_release release;
+          kl_from_logits_forward(args);
+        });
+  // stats: addresses of kl, lse, ref_lse.
+  m.def("kl_from_logits_backward",
+        [](int64_t count, py::handle logits, py::handle ref_logits, py::handle mask,
+           const py::tuple& settings, const py::tuple& stats, uintptr_t grad_kl, py::handle out,
+           int64_t width, bool accumulate, int threads) {
+          KlBackwardArgs args;
+          args.rows = make_kl_rows(count, logits, ref_logits, mask, settings, threads);
+          args.kl = pointer<const float>(stats[0]);
+          args.lse = pointer<const double>(stats[1]);
+          args.ref_lse = pointer<const double>(stats[2]);
+          args.grad_kl = reinterpret_cast<const float*>(grad_kl);
+          args.out = to_view(out);
+          args.width = width;
+          args.accumulate = accumulate;
+          const py::gil_scoped_release release;
+          kl_from_logits_backward(args);
+        });
+}
+
 // ---- ppo_loss ---------------------------------------------------------------------------------
 
 TokenTensor to_tokens(const py::tuple& tensors, size_t index) {
@@ -295,13 +349,46 @@ void set_ppo_settings(PpoLossArgs& args, const py::tuple& settings) {
   if (settings[7].is_none()) args.old_values = TokenTensor();
 }
 
+// normalizer: a number, or (address on the device, its type); placement: number of CPU threads, or
+// (CUDA device, stream handle, address of the workspace).
+void run_ppo_loss(PpoLossArgs& args, py::handle normalizer, py::handle placement) {
+  if (py::isinstance<py::int_>(placement)) {
+    args.normalizer = normalizer.cast<double>();
+    args.threads = placement.cast<int>();
+    const py::gil_scoped_release release;
+    ppo_loss(args);
+    return;
+  }
+#ifdef RLHF_FAST_WITH_CUDA
+  DeviceNumber on_device;
+  if (py::isinstance<py::tuple>(normalizer)) {
+    const auto [address, type] = normalizer.cast<std::pair<uintptr_t, int32_t>>();
+    on_device.data = reinterpret_cast<const void*>(address);
+    on_device.type = static_cast<DeviceNumber::Type>(type);
+  } else {
+    args.normalizer = normalizer.cast<double>();
+  }
+  const auto [device, stream, workspace] =
+      placement.cast<std::tuple<int, uintptr_t, uintptr_t>>();
+  std::string error;
+  {
+    const py::gil_scoped_release release;
+    error = ppo_loss_cuda(args, on_device, reinterpret_cast<double*>(workspace), device,
+                          reinterpret_cast<void*>(stream));
+  }
+  if (!error.empty()) throw std::runtime_error("ppo_loss (cuda): " + error);
+#else
+  throw std::runtime_error("ppo_loss (cuda): this build has no CUDA code");
+#endif
+}
+
 void bind_ppo_loss(py::module_& m) {
-  m.def("ppo_loss", [](const py::tuple& tensors, uintptr_t mask, int64_t tokens, double normalizer,
-                       const py::tuple& settings, const py::tuple& outputs, int threads) {
+  m.def("ppo_loss", [](const py::tuple& tensors, uintptr_t mask, int64_t tokens,
+                       py::handle normalizer, const py::tuple& settings, const py::tuple& outputs,
+                       py::handle placement) {
     PpoLossArgs args;
     args.tokens = tokens;
     args.mask = reinterpret_cast<const uint8_t*>(mask);
-    args.normalizer = normalizer;
     set_ppo_tensors(args, tensors);
     set_ppo_settings(args, settings);
     args.loss = pointer<float>(outputs[0]);
@@ -311,9 +398,56 @@ void bind_ppo_loss(py::module_& m) {
     args.d_entropy = pointer<float>(outputs[4]);
     args.d_values = pointer<float>(outputs[5]);
     args.d_kl = pointer<float>(outputs[6]);
+    run_ppo_loss(args, normalizer, placement);
+  });
+#ifdef RLHF_FAST_WITH_CUDA
+  m.def("ppo_loss_workspace", &ppo_loss_workspace, "Doubles that a CUDA call works in.");
+  // from: four addresses or 0; to: as many (address, dtype) or None.
+  m.def("ppo_loss_scale", [](const py::tuple& from, const py::tuple& to, int64_t tokens,
+                             uintptr_t upstream, int device, uintptr_t stream) {
+    PpoScaleArgs args;
+    args.tokens = tokens;
+    args.upstream = reinterpret_cast<const float*>(upstream);
+    for (int k = 0; k < PpoScaleArgs::kGradients; ++k) {
+      args.from[k] = pointer<const float>(from[k]);
+      args.to[k] = to_tokens(to, k);
+    }
+    std::string error;
+    {
+      const py::gil_scoped_release release;
+      error = ppo_loss_scale_cuda(args, device, reinterpret_cast<void*>(stream));
+    }
+    if (!error.empty()) throw std::runtime_error("ppo_loss (cuda): " + error);
+  });
+#endif
+}
+
+// ---- sample -----------------------------------------------------------------------------------
+
+// shape: (rows, row stride, vocabulary); settings: addresses of seeds, steps, temperature, top_k, top_p,
+// min_p; outputs: of tokens, logprobs, raw_logprobs and entropy or 0.
+void bind_sample(py::module_& m) {
+  m.def("sample", [](uintptr_t logits, int dtype, const py::tuple& shape,
+                     const py::tuple& settings, const py::tuple& outputs, int threads) {
+    SampleArgs args;
+    args.logits = reinterpret_cast<const void*>(logits);
+    args.dtype = static_cast<DType>(dtype);
+    args.rows = shape[0].cast<int64_t>();
+    args.row_stride = shape[1].cast<int64_t>();
+    args.vocab = shape[2].cast<int64_t>();
+    args.seeds = pointer<const int64_t>(settings[0]);
+    args.steps = pointer<const int64_t>(settings[1]);
+    args.temperature = pointer<const float>(settings[2]);
+    args.top_k = pointer<const int64_t>(settings[3]);
+    args.top_p = pointer<const float>(settings[4]);
+    args.min_p = pointer<const float>(settings[5]);
+    args.tokens = pointer<int64_t>(outputs[0]);
+    args.logprobs = pointer<float>(outputs[1]);
+    args.raw_logprobs = pointer<float>(outputs[2]);
+    args.entropy = pointer<float>(outputs[3]);
     args.threads = threads;
     const py::gil_scoped_release release;
-    ppo_loss(args);
+    sample(args);
   });
 }
 
@@ -354,5 +488,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   rlhf_fast::bind_rewards_and_gae(m);
   rlhf_fast::bind_whiten(m);
   rlhf_fast::bind_logprobs_from_logits(m);
+  rlhf_fast::bind_kl_from_logits(m);
   rlhf_fast::bind_ppo_loss(m);
+  rlhf_fast::bind_sample(m);
 }

@@ -1,9 +1,11 @@
-"""GAE, the fused reward op and whitening in C++ against PyTorch on this machine's CPU.
+"""GAE, the fused reward op and whitening against PyTorch, on the CPU (C++) or a GPU.
 
     python -m bench.kernels.bench_gae [--case gae long fused whiten] [--rows 64] [--columns 2048]
-                                      [--threads 2] [--repeats 15] [--json FILE]
+                                      [--device cpu] [--threads 2] [--repeats 15] [--quick]
+                                      [--json FILE]
 
-Cases, all fp32 in and out, on the same rotated inputs:
+Ours is the implementation that the op chooses on the device. Cases, all fp32 in and out, on the
+same rotated inputs:
 
     gae      rlhf_fast_kernels.gae against an eager loop over time (the reference), the leanest loop
              in use, a product with the [R, R] triangle of powers, and slime's chunked scan
@@ -21,8 +23,8 @@ eager loop plus 1e-6 (products: plus 1e-5).
 
 from __future__ import annotations
 
-import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -63,7 +65,7 @@ SLACK = {"matmul": 9e-6, "chunked scan": 9e-6}
 Way = tuple[str, Callable[[Any], Sequence[Tensor]]]
 
 
-def draw_rollouts(rows: int, columns: int) -> list[Rollout]:
+def draw_rollouts(rows: int, columns: int, device: torch.device) -> list[Rollout]:
     """Normal numbers; lengths uniform in [columns / 2, columns]."""
     generator = torch.Generator().manual_seed(0)
     sets = []
@@ -71,25 +73,25 @@ def draw_rollouts(rows: int, columns: int) -> list[Rollout]:
         old, ref, values = torch.randn(3, rows, columns, generator=generator).unbind()
         lengths = torch.randint(columns // 2, columns + 1, (rows, 1), generator=generator)
         scores = torch.randn(rows, generator=generator)
-        sets.append((old, ref, values, scores, torch.arange(columns) < lengths))
+        mask = torch.arange(columns) < lengths
+        sets.append(tuple(x.to(device) for x in (old, ref, values, scores, mask)))
     return sets
 
 
 # ---- ours ---------------------------------------------------------------------------------------
 
 
-def cpp_gae(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    return gae(*inputs, gamma=GAMMA, gae_lambda=LAMBDA, impl="cpu")
+def our_gae(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return gae(*inputs, gamma=GAMMA, gae_lambda=LAMBDA)
 
 
-def cpp_fused(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    out = rewards_and_gae(*rollout, kl_coef=KL_COEF, gamma=GAMMA, gae_lambda=LAMBDA, impl="cpu")
-    whitened = whiten(out.advantages, rollout[-1], stats=out.moments, impl="cpu")
-    return whitened, out.returns
+def our_fused(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    out = rewards_and_gae(*rollout, kl_coef=KL_COEF, gamma=GAMMA, gae_lambda=LAMBDA)
+    return whiten(out.advantages, rollout[-1], stats=out.moments), out.returns
 
 
-def cpp_whiten(inputs: Inputs) -> tuple[Tensor]:
-    return (whiten(inputs[1], inputs[2], impl="cpu"),)
+def our_whiten(inputs: Inputs) -> tuple[Tensor]:
+    return (whiten(inputs[1], inputs[2]),)
 
 
 # ---- truth --------------------------------------------------------------------------------------
@@ -122,15 +124,15 @@ def largest_error(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
 
 def run_case(
+    session: harness.Session,
     label: str,
     ways: Sequence[Way],
     sets: Sequence[Any],
     truth: Sequence[Tensor],
     bytes_per_token: int,
-    repeats: int,
     limit: float | None = None,
 ) -> list[harness.Row]:
-    """Rows of one case; the second of `ways` is eager and sets the gate, if no limit is given."""
+    """Rows of one case. The first of `ways` is ours; the second sets the gate if none is given."""
     errors = [largest_error(run(sets[0]), truth) for _, run in ways]
     gate = (errors[1] if limit is None else limit) + 1e-6
 
@@ -141,117 +143,122 @@ def run_case(
         label,
         [
             harness.Contender(
-                name, partial(call, run), error, gate + SLACK.get(name, 0.0), ours=name == "cpu"
+                name,
+                partial(call, run),
+                error,
+                gate + SLACK.get(name, 0.0),
+                ours=name == ways[0][0],
+                graph_safe=name == ways[0][0],
             )
             for (name, run), error in zip(ways, errors, strict=True)
         ],
         sets=len(sets),
         calls=CALLS,
         bytes_moved=sets[0][-1].numel() * bytes_per_token,
-        probe=harness.ReadProbe(),
-        repeats=repeats,
+        **session.limits(),
     )
 
 
-def gae_case(rows: int, columns: int, repeats: int) -> list[harness.Row]:
-    sets = [(old, values, mask) for old, _, values, _, mask in draw_rollouts(rows, columns)]
-    ways = [
-        ("cpu", cpp_gae),
+def gae_case(session: harness.Session, rows: int, columns: int) -> list[harness.Row]:
+    rollouts = draw_rollouts(rows, columns, session.device)
+    sets = [(old, values, mask) for old, _, values, _, mask in rollouts]
+    ways: list[Way] = [
+        (harness.implementation("gae", *sets[0]), our_gae),
         ("eager loop", eager_loop),
         ("dense loop", dense_loop),
-        ("matmul", make_matmul(columns)),
-        ("chunked scan", make_chunked_scan()),
+        ("matmul", make_matmul(columns, session.device)),
+        ("chunked scan", make_chunked_scan(session.device)),
     ]
     label = f"gae [{rows}, {columns}] fp32, {len(sets)} rotated input sets"
     # Rewards, values and mask are read, advantages and returns written.
-    return run_case(label, ways, sets, true_gae(sets[0]), 4 + 4 + 1 + 4 + 4, repeats)
+    return run_case(session, label, ways, sets, true_gae(sets[0]), 4 + 4 + 1 + 4 + 4)
 
 
-def long_case(repeats: int) -> list[harness.Row]:
+def long_case(session: harness.Session) -> list[harness.Row]:
     """The eager loop takes a second, so it runs once."""
-    sets = [(old, values, mask) for old, _, values, _, mask in draw_rollouts(1, LONG)]
+    rollouts = draw_rollouts(1, LONG, session.device)
+    sets = [(old, values, mask) for old, _, values, _, mask in rollouts]
     truth = true_gae(sets[0])
-    wall, used = harness.seconds(lambda: eager_loop(sets[1]))
-    error = largest_error(eager_loop(sets[0]), truth)
+    error = largest_error(eager_loop(sets[0]), truth)  # waits for the device, if there is one
+    start = time.perf_counter()
+    eager_loop(sets[1])[0].sum().item()
+    wall = 1e3 * (time.perf_counter() - start)
     label = f"long: gae [1, {LONG}] fp32, {len(sets)} rotated input sets"
-    ways = [("cpu", cpp_gae), ("chunked scan", make_chunked_scan())]
-    rows = run_case(label, ways, sets, truth, 4 + 4 + 1 + 4 + 4, repeats, limit=error)
-    loop = harness.Row(label, "eager loop", False, error, error)
-    loop.median_ms = loop.p20_ms = loop.p80_ms = 1e3 * wall
-    loop.cpu_ms, loop.repeats = 1e3 * used, 1
+    own = harness.implementation("gae", *sets[0])
+    ways: list[Way] = [(own, our_gae), ("chunked scan", make_chunked_scan(session.device))]
+    rows = run_case(session, label, ways, sets, truth, 4 + 4 + 1 + 4 + 4, limit=error)
+    loop = harness.Row(label, "eager loop", False, error, error, median_ms=wall, repeats=1)
     return [*rows, loop]
 
 
-def fused_case(rows: int, columns: int, repeats: int) -> list[harness.Row]:
-    sets = draw_rollouts(rows, columns)
-    ways = [
-        ("cpu", cpp_fused),
+def fused_case(session: harness.Session, rows: int, columns: int) -> list[harness.Row]:
+    sets = draw_rollouts(rows, columns, session.device)
+    ways: list[Way] = [
+        (harness.implementation("rewards_and_gae", *sets[0]), our_fused),
         ("eager loop", make_eager_chain(eager_loop)),
         ("dense loop", make_eager_chain(dense_loop)),
-        ("chunked scan", make_eager_chain(make_chunked_scan())),
+        ("chunked scan", make_eager_chain(make_chunked_scan(session.device))),
     ]
     label = f"fused: rewards_and_gae + whiten [{rows}, {columns}] fp32, {len(sets)} input sets"
     # Three reads and the mask, four writes; one read and the mask, one write.
     bytes_per_token = 3 * 4 + 1 + 4 * 4 + 4 + 1 + 4
-    return run_case(label, ways, sets, true_fused(sets[0]), bytes_per_token, repeats)
+    return run_case(session, label, ways, sets, true_fused(sets[0]), bytes_per_token)
 
 
-def whiten_case(rows: int, columns: int, repeats: int) -> list[harness.Row]:
-    sets = [(old, values, mask) for old, _, values, _, mask in draw_rollouts(rows, columns)]
+def whiten_case(session: harness.Session, rows: int, columns: int) -> list[harness.Row]:
+    rollouts = draw_rollouts(rows, columns, session.device)
+    sets = [(old, values, mask) for old, _, values, _, mask in rollouts]
 
     def eager(inputs: Inputs) -> tuple[Tensor]:
         return (masked_whiten(inputs[1], inputs[2]),)
 
-    ways: list[Way] = [("cpu", cpp_whiten), ("eager", eager)]
+    ways: list[Way] = [
+        (harness.implementation("whiten", sets[0][1]), our_whiten),
+        ("eager", eager),
+    ]
     compiled = harness.compiled(masked_whiten, sets[0][1:])
     if compiled is not None:
         ways.append(("compile eager", lambda inputs: (compiled(inputs[1], inputs[2]),)))
     label = f"whiten [{rows}, {columns}] fp32, {len(sets)} rotated input sets"
     # Twice the numbers and the mask, one write.
-    return run_case(label, ways, sets, true_whiten(sets[0]), 2 * (4 + 1) + 4, repeats)
+    return run_case(session, label, ways, sets, true_whiten(sets[0]), 2 * (4 + 1) + 4)
 
 
 def print_goals(case: str, rows: Sequence[harness.Row]) -> None:
     medians = {row.contender: row.median_ms for row in rows}
-    ours = medians["cpu"]
+    own = next(row for row in rows if row.ours)
     for (of_case, peer), goal in GOALS.items():
         theirs = medians.get(peer)
-        if of_case == case and ours is not None and theirs is not None:
-            verdict = "met" if theirs / ours >= goal else "MISSED"
-            print(f"C++ against the {peer}: {theirs / ours:.0f}x (goal {goal:.0f}x: {verdict})\n")
+        if of_case == case and own.median_ms is not None and theirs is not None:
+            ratio = theirs / own.median_ms
+            verdict = "met" if ratio >= goal else "MISSED"
+            print(f"{own.contender} against the {peer}: {ratio:.0f}x (goal {goal:.0f}x: {verdict})")
+    print()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="GAE and whitening in C++ against PyTorch")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = harness.parser("GAE and whitening against PyTorch", repeats=15)
     parser.add_argument("--case", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--columns", type=int, default=2048)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json")
-    options = parser.parse_args()
-    reason = native.missing("gae")
-    if reason is not None:
+    options = parser.parse_args(arguments)
+    session = harness.start(options)
+    reason = native.missing("gae", "whiten")
+    if reason is not None and session.device.type == "cpu":
         print(f"no compiled module: {reason}")
         return 1
-    torch.set_num_threads(options.threads)
-    facts = harness.environment(options.threads)
-    harness.print_environment(facts)
-    shape = (options.rows, options.columns, options.repeats)
+    shape = (options.rows, options.columns)
     runs: dict[str, Callable[[], list[harness.Row]]] = {
-        "gae": lambda: gae_case(*shape),
-        "long": lambda: long_case(options.repeats),
-        "fused": lambda: fused_case(*shape),
-        "whiten": lambda: whiten_case(*shape),
+        "gae": lambda: gae_case(session, *shape),
+        "long": lambda: long_case(session),
+        "fused": lambda: fused_case(session, *shape),
+        "whiten": lambda: whiten_case(session, *shape),
     }
-    report = harness.Report(facts)
     for case in options.case:
         rows = runs[case]()
-        harness.print_rows(rows)
+        session.add(rows)
         print_goals(case, rows)
-        report.rows += rows
-    harness.write_json(report, options.json)
-    return harness.exit_code(report.rows)
+    return session.finish()
 
 
 if __name__ == "__main__":

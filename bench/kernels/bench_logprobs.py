@@ -1,23 +1,26 @@
-"""Log-prob and entropy from logits: the C++ op against eager PyTorch and torch.compile.
+"""Log-prob and entropy from logits against eager PyTorch, torch.compile, TRL, verl and others.
 
-    python -m bench.kernels.bench_logprobs [--threads 2] [--repeats 9] [--shape 512x151936 ...]
-                                           [--dtype fp32|bf16 ...] [--forward-only] [--json FILE]
+    python -m bench.kernels.bench_logprobs [--device cpu] [--threads 2] [--repeats 9] [--quick]
+                                           [--shape 512x151936 ...] [--dtype fp32|bf16 ...]
+                                           [--forward-only] [--json FILE]
 
-Peers give the same two fp32 tensors; bf16 logits are upcast as trainers do:
+Cases: log-prob + entropy, log-prob alone, and both again forward + backward. Peers give the same
+tensors; bf16 logits are upcast as trainers do:
 
     log_softmax       log_softmax, gather, -(p log p) summed
-    logsumexp         gather - logsumexp, logsumexp - (softmax * logits) summed (verl, TRL)
+    logsumexp         gather - logsumexp, logsumexp - (softmax * logits) summed
     logsumexp by rows the same for as many rows at a time as fit the second-level cache
     compile ...       torch.compile of the first two
+    TRL, verl, ...    their own functions where they are installed (bench.kernels.peers)
 
-Forward + backward takes random upstream gradients of both outputs. The gain is against the
-fastest peer of the row. The error is the largest one of log-prob and entropy against fp64 on 48
-rows (gradient: relative to its largest entry); the gate is the error of log_softmax plus 1e-6.
+Backward takes random upstream gradients of all outputs. The gain is against the fastest peer of
+the row. The error is the largest one of log-prob and entropy against fp64 on 48 rows (gradient:
+relative to its largest entry); the gate of ours is the error of log_softmax plus 1e-6, that of
+peers 0.2, because some compute in bf16 and are what trainers run.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,11 +29,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import harness
+from bench.kernels import harness, peers
 from rlhf_fast_kernels import logprobs_from_logits, native
 
-SHAPES = ("512x151936", "4096x32000")
+SHAPES = {"cpu": ("512x151936", "4096x32000"), "cuda": ("16384x151936", "256x151936")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CASES = (  # name, with entropy, with backward
+    ("log-prob + entropy", True, False),
+    ("log-prob", False, False),
+    ("log-prob + entropy, forward + backward", True, True),
+    ("log-prob, forward + backward", False, True),
+)
+PEER_LIMIT = 0.2
 SETS = 2  # of 156 MB or more: every one alone exceeds the caches
 ERROR_ROWS = 48
 CACHE_BYTES = 1 << 20
@@ -38,32 +48,80 @@ CACHE_BYTES = 1 << 20
 Op = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
-def log_softmax(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+# ---- contenders ---------------------------------------------------------------------------------
+
+
+def log_softmax(
+    logits: Tensor, labels: Tensor, with_entropy: bool = True
+) -> tuple[Tensor, Tensor | None]:
     log_p = torch.log_softmax(logits.float(), dim=-1)
     logprobs = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return logprobs, -(log_p.exp() * log_p).sum(-1)
+    return logprobs, -(log_p.exp() * log_p).sum(-1) if with_entropy else None
 
 
-def logsumexp(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def logsumexp(
+    logits: Tensor, labels: Tensor, with_entropy: bool = True
+) -> tuple[Tensor, Tensor | None]:
     logits = logits.float()
     lse = torch.logsumexp(logits, dim=-1)
     logprobs = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - lse
+    if not with_entropy:
+        return logprobs, None
     return logprobs, lse - (torch.softmax(logits, dim=-1) * logits).sum(-1)
 
 
-def logsumexp_by_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def logsumexp_by_rows(
+    logits: Tensor, labels: Tensor, with_entropy: bool = True
+) -> tuple[Tensor, Tensor | None]:
     rows = max(2, CACHE_BYTES // (4 * logits.shape[-1]))
-    pieces = [logsumexp(x, y) for x, y in zip(logits.split(rows), labels.split(rows), strict=True)]
-    logprobs, entropy = zip(*pieces, strict=True)
-    return torch.cat(logprobs), torch.cat(entropy)
+    pieces = [
+        logsumexp(x, y, with_entropy)
+        for x, y in zip(logits.split(rows), labels.split(rows), strict=True)
+    ]
+    entropy = [piece[1] for piece in pieces if piece[1] is not None]
+    return torch.cat([piece[0] for piece in pieces]), torch.cat(entropy) if entropy else None
 
 
-def ours(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-    return logprobs_from_logits(logits, labels, impl="cpu")
+def ours(
+    logits: Tensor, labels: Tensor, with_entropy: bool = True, in_place: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    return logprobs_from_logits(
+        logits, labels, with_entropy=with_entropy, inplace_backward=in_place
+    )
 
 
-def ours_in_place(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-    return logprobs_from_logits(logits, labels, impl="cpu", inplace_backward=True)
+def own_ops(with_entropy: bool, backward: bool, logits: Tensor) -> dict[str, Op]:
+    name = f"rlhf_fast {harness.implementation('logprobs_from_logits', logits)}"
+    found: dict[str, Op] = {name: partial(ours, with_entropy=with_entropy)}
+    if backward:
+        found[f"{name}, in place"] = partial(ours, with_entropy=with_entropy, in_place=True)
+    return found
+
+
+def peer_ops(
+    with_entropy: bool, backward: bool, sample: tuple[Tensor, ...], absent: dict[str, str]
+) -> dict[str, Op]:
+    """Peers that give what the case asks for; `absent` takes the others and why."""
+    found: dict[str, Op] = {
+        "log_softmax": partial(log_softmax, with_entropy=with_entropy),
+        "logsumexp": partial(logsumexp, with_entropy=with_entropy),
+    }
+    for name in tuple(found):
+        torch.compiler.reset()
+        fast = harness.compiled(found[name], sample[:2])
+        if fast is not None:
+            found[f"compile {name}"] = fast
+    found["logsumexp by rows"] = partial(logsumexp_by_rows, with_entropy=with_entropy)
+    others, missing = peers.find("logprobs", sample[0].device)
+    absent |= missing
+    for peer in others:
+        in_place = "in place" in peer.name  # a property of backward
+        if ("no entropy" in peer.name) != with_entropy and (backward or not in_place):
+            found[peer.name] = peer.function
+    return found
+
+
+# ---- what is run --------------------------------------------------------------------------------
 
 
 def forward(op: Op, sets: list[tuple[Tensor, ...]], k: int) -> Any:
@@ -73,11 +131,15 @@ def forward(op: Op, sets: list[tuple[Tensor, ...]], k: int) -> Any:
 
 
 def both(op: Op, sets: list[tuple[Tensor, ...]], k: int) -> Tensor:
-    """Forward and backward; an alias with a graph of its own stands for the model's output."""
-    logits, labels, g, h = sets[k]
+    """Forward and backward; an alias with a graph of its own stands for the model's output.
+
+    Those in place leave a gradient in the set: other logits, and the same work, for the next turn.
+    """
+    logits, labels, *upstream = sets[k]
     leaf = logits.detach().requires_grad_()
-    outputs = op(leaf.view_as(leaf), labels)
-    return torch.autograd.grad(outputs, leaf, (g, h))[0]  # type: ignore[arg-type]
+    outputs = [x for x in op(leaf.view_as(leaf), labels) if x is not None]
+    grads = [g.to(x.dtype) for x, g in zip(outputs, upstream, strict=False)]
+    return torch.autograd.grad(outputs, leaf, grads)[0]
 
 
 def forward_error(op: Op, sets: list[tuple[Tensor, ...]]) -> float:
@@ -85,101 +147,111 @@ def forward_error(op: Op, sets: list[tuple[Tensor, ...]]) -> float:
     want = log_softmax_fp64(logits, labels)
     with torch.no_grad():
         got = op(logits, labels)
+    pairs = zip(got, want, strict=True)
     return max(
-        float((x.double() - y).abs().max()) for x, y in zip(got, want, strict=True) if x is not None
+        float((x.double() - y).abs().max()) for x, y in pairs if x is not None and y is not None
     )
 
 
-def log_softmax_fp64(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def log_softmax_fp64(
+    logits: Tensor, labels: Tensor, with_entropy: bool = True
+) -> tuple[Tensor, Tensor | None]:
     log_p = torch.log_softmax(logits.double(), dim=-1)
     logprobs = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return logprobs, -(log_p.exp() * log_p).sum(-1)
+    return logprobs, -(log_p.exp() * log_p).sum(-1) if with_entropy else None
 
 
-def backward_error(op: Op, sets: list[tuple[Tensor, ...]]) -> float:
+def backward_error(op: Op, sets: list[tuple[Tensor, ...]], with_entropy: bool) -> float:
     rows = [tuple(x[:ERROR_ROWS].clone() for x in sets[0])]
-    exact = both(log_softmax_fp64, [(rows[0][0].double(), *rows[0][1:])], 0)
+    truth = partial(log_softmax_fp64, with_entropy=with_entropy)
+    exact = both(truth, [(rows[0][0].double(), *rows[0][1:])], 0)
     got = both(op, rows, 0).double()
     return float((got - exact).abs().max() / exact.abs().max())
 
 
-def draw(rows: int, vocab: int, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
-    generator = torch.Generator().manual_seed(0)
+def draw(
+    rows: int, vocab: int, dtype: torch.dtype, device: torch.device
+) -> list[tuple[Tensor, ...]]:
+    generator = torch.Generator(device).manual_seed(0)
+    options: dict[str, Any] = {"generator": generator, "device": device}
     sets = []
     for _ in range(SETS):
-        logits = (2.0 * torch.randn(rows, vocab, generator=generator)).to(dtype)
-        labels = torch.randint(0, vocab, (rows,), generator=generator)
-        sets.append((logits, labels, *torch.randn(2, rows, generator=generator).unbind()))
+        logits = torch.empty(rows, vocab, dtype=dtype, device=device)
+        logits.normal_(std=2.0, generator=generator)
+        labels = torch.randint(0, vocab, (rows,), **options)
+        sets.append((logits, labels, *torch.randn(2, rows, **options).unbind()))
     return sets
 
 
+def fits(name: str, run: Callable[[int], Any], absent: dict[str, str]) -> bool:
+    """Whether a device has the memory for a contender."""
+    try:
+        run(0)
+    except torch.OutOfMemoryError as problem:
+        absent[name] = str(problem).split(". ")[0]
+        torch.cuda.empty_cache()
+        return False
+    return True
+
+
 def run_case(
-    rows: int, vocab: int, dtype: str, backward: bool, probe: harness.ReadProbe, repeats: int
+    rows: int,
+    vocab: int,
+    dtype: str,
+    case: tuple[str, bool, bool],
+    session: harness.Session,
 ) -> list[harness.Row]:
-    sets = draw(rows, vocab, DTYPES[dtype])
-    error_of = backward_error if backward else forward_error
-    run = both if backward else forward
-    peers: dict[str, Op] = {
-        "log_softmax": log_softmax,
-        "logsumexp": logsumexp,
-        "logsumexp by rows": logsumexp_by_rows,
-    }
-    for name in ("log_softmax", "logsumexp"):
-        torch.compiler.reset()
-        fast = harness.compiled(peers[name], sets[0][:2])
-        if fast is not None:
-            peers[f"compile {name}"] = fast
-    own: dict[str, Op] = {"rlhf_fast cpu": ours}
+    what, with_entropy, backward = case
+    label = f"[{rows}, {vocab}] {dtype} {what}"
+    sets = draw(rows, vocab, DTYPES[dtype], session.device)
+    absent = session.report.absent
+    error_of: Callable[..., float] = forward_error
     if backward:
-        own["rlhf_fast cpu, in place"] = ours_in_place
-    limit = error_of(log_softmax, sets) + 1e-6
-    contenders = [
-        harness.Contender(name, partial(run, op, sets), error_of(op, sets), limit, ours=name in own)
-        for name, op in {**own, **peers}.items()
-    ]
-    # Another formulation may be less exact than log_softmax and still be what trainers run.
-    contenders = [
-        c if c.ours else harness.Contender(c.name, c.run, c.error, max(limit, 1e-3))
-        for c in contenders
-    ]
-    nbytes = sets[0][0].numel() * sets[0][0].element_size()
-    what = "forward + backward" if backward else "forward"
+        error_of = partial(backward_error, with_entropy=with_entropy)
+    own = own_ops(with_entropy, backward, sets[0][0])
+    ops = {**own, **peer_ops(with_entropy, backward, sets[0], absent)}
+    # All before the first run, because those in place overwrite their logits.
+    errors = {name: error_of(op, sets) for name, op in ops.items()}
+    limit = errors["log_softmax"] + 1e-6
+    nbytes = harness.bytes_of(sets[0][0])
+    contenders = []
+    for name, op in ops.items():
+        run = partial(both if backward else forward, op, sets)
+        if fits(f"{label}: {name}", run, absent):
+            returned = nbytes if backward and "in place" not in name else 0
+            allowed = limit if name in own else PEER_LIMIT
+            contenders.append(
+                harness.Contender(name, run, errors[name], allowed, name in own, returned)
+            )
     return harness.measure(
-        f"[{rows}, {vocab}] {dtype} {what}",
+        label,
         contenders,
         sets=SETS,
         bytes_moved=3 * nbytes if backward else nbytes,
-        probe=probe,
-        repeats=repeats,
+        **session.limits(),
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="log-prob and entropy from logits")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--shape", nargs="+", default=SHAPES, help="ROWSxVOCAB")
+    parser = harness.parser("log-prob and entropy from logits")
+    parser.add_argument("--shape", nargs="+", help="ROWSxVOCAB")
     parser.add_argument("--dtype", nargs="+", default=tuple(DTYPES), choices=tuple(DTYPES))
     parser.add_argument("--forward-only", action="store_true")
-    parser.add_argument("--json", help="write the report to this file")
     options = parser.parse_args(arguments)
+    session = harness.start(options)
     problem = native.missing("logprobs_from_logits_forward", "logprobs_from_logits_backward")
-    if problem:
+    if problem and session.device.type == "cpu":
         print(f"nothing to measure: {problem}", file=sys.stderr)
         return 1
-    torch.set_num_threads(options.threads)
-    probe = harness.ReadProbe()
-    report = harness.Report(harness.environment(options.threads))
-    harness.print_environment(report.environment)
-    for backward in (False,) if options.forward_only else (False, True):
-        for shape in options.shape:
+    shapes = options.shape or SHAPES[session.device.type]
+    for case in CASES:
+        if case[2] and options.forward_only:
+            continue
+        for shape in shapes[:1] if options.quick else shapes:
             rows, vocab = (int(part) for part in shape.split("x"))
             for dtype in options.dtype:
-                found = run_case(rows, vocab, dtype, backward, probe, options.repeats)
-                harness.print_rows(found)
-                report.rows += found
-    harness.write_json(report, options.json)
-    return harness.exit_code(report.rows)
+                session.add(run_case(rows, vocab, dtype, case, session))
+    return session.finish()
 
 
 if __name__ == "__main__":

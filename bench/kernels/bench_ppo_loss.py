@@ -1,15 +1,19 @@
 """The PPO loss, forward and backward: the C++ op against eager PyTorch and torch.compile.
 
-    python -m bench.kernels.bench_ppo_loss [--tokens 131072 ...] [--threads 2] [--repeats 15]
-                                           [--dtype fp32|bf16 ...] [--json FILE]
+    python -m bench.kernels.bench_ppo_loss [--tokens 131072 ...] [--device cpu] [--threads 2]
+                                           [--repeats 15] [--quick] [--dtype fp32|bf16 ...]
+                                           [--json FILE]
 
 Every contender computes the clipped policy loss, the clipped value loss, the k3 term, the entropy
 bonus and the gradients of log-probs, entropy and values, and these metrics: approximate KL, both
 clip fractions, mean ratio, mean KL, mean entropy.
 
     lean        as TRL's trainer writes it: masks by multiplication, few metrics
+    verl        verl's own functions, if installed, metrics as numbers on the host
     reference   the op's specification: masks by `where`, all nineteen sums
-    compile ... torch.compile of the two
+    compile ... torch.compile of lean and reference
+    read only   the floor: as many bytes as the inputs have, read once; computes nothing. Its gain
+                is what an op that only reads would have
 
 The gain is against the fastest peer, and against the fastest that is not compiled. The error is the
 largest one of loss and gradients against fp64, relative to the largest entry; the gate is the error
@@ -18,7 +22,6 @@ of the eager fp32 reference plus 1e-6. Gradients of bf16 inputs are bf16, for ev
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import harness
+from bench.kernels import harness, ppo_loss_peers
 from rlhf_fast_kernels import native, ppo_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -100,7 +103,7 @@ def error_of(op: Op, sets: list[Inputs]) -> float:
     )
 
 
-def draw(tokens: int, dtype: torch.dtype) -> list[Inputs]:
+def draw(tokens: int, dtype: torch.dtype, device: torch.device) -> list[Inputs]:
     """Enough sets to exceed the last-level cache; ratios inside and outside the clip band."""
     generator = torch.Generator().manual_seed(0)
     sets = []
@@ -109,12 +112,13 @@ def draw(tokens: int, dtype: torch.dtype) -> list[Inputs]:
         x = {name: value.to(dtype) for name, value in x.items()}
         x["mask"] = torch.rand(tokens, generator=generator) < 0.9
         x["count"] = x["mask"].sum().float()
-        sets.append(x)
+        sets.append({name: value.to(device) for name, value in x.items()})
     return sets
 
 
-def run_case(tokens: int, dtype: str, probe: harness.ReadProbe, repeats: int) -> list[harness.Row]:
-    sets = draw(tokens, DTYPES[dtype])
+def run_case(tokens: int, dtype: str, session: harness.Session) -> list[harness.Row]:
+    sets = draw(tokens, DTYPES[dtype], session.device)
+    impl = harness.implementation("ppo_loss", sets[0]["logprobs"])
     reference: Op = partial(by_impl, "reference")
     limit = error_of(reference, sets) + 1e-6
     peers: dict[str, Op] = {"lean": lean, "reference": reference}
@@ -123,10 +127,14 @@ def run_case(tokens: int, dtype: str, probe: harness.ReadProbe, repeats: int) ->
         fast = harness.compiled(op, (sets[0],))
         if fast is not None:
             peers[f"compile {name}"] = fast
+    verl = ppo_loss_peers.verl()
+    if verl is not None:
+        peers["verl"] = verl
+    size = DTYPES[dtype].itemsize
     own = harness.Contender(
-        "rlhf_fast cpu",
-        partial(both, partial(by_impl, "cpu"), sets),
-        error_of(partial(by_impl, "cpu"), sets),
+        f"rlhf_fast {impl}",
+        partial(both, partial(by_impl, impl), sets),
+        error_of(partial(by_impl, impl), sets),
         limit,
         ours=True,
     )
@@ -134,43 +142,39 @@ def run_case(tokens: int, dtype: str, probe: harness.ReadProbe, repeats: int) ->
         harness.Contender(name, partial(both, op, sets), error_of(op, sets), max(limit, 1e-2))
         for name, op in peers.items()
     ]
-    size = DTYPES[dtype].itemsize
+    floor = harness.Contender(
+        "read only",
+        ppo_loss_peers.read_only(tokens * (len(NAMES) * size + 1), len(sets)),
+        0.0,
+        0.0,
+        ours=True,
+    )
     # Read the inputs and the mask, write three gradients in fp32 and read them once in backward.
     moved = tokens * (len(NAMES) * size + 1 + 3 * (4 + 4 + size))
     return harness.measure(
         f"{tokens} tokens {dtype} forward + backward",
-        [own, *others],
+        [own, floor, *others],
         sets=len(sets),
         bytes_moved=moved,
-        probe=probe,
-        repeats=repeats,
         calls=CALLS,
+        **session.limits(),
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="PPO loss, forward and backward")
+    parser = harness.parser("PPO loss, forward and backward", repeats=15)
     parser.add_argument("--tokens", type=int, nargs="+", default=(131072, 8192))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtype", nargs="+", default=tuple(DTYPES), choices=tuple(DTYPES))
-    parser.add_argument("--json", help="write the report to this file")
     options = parser.parse_args(arguments)
+    session = harness.start(options)
     problem = native.missing("ppo_loss")
-    if problem:
+    if problem and session.device.type == "cpu":
         print(f"nothing to measure: {problem}", file=sys.stderr)
         return 1
-    torch.set_num_threads(options.threads)
-    probe = harness.ReadProbe()
-    report = harness.Report(harness.environment(options.threads))
-    harness.print_environment(report.environment)
-    for tokens in options.tokens:
+    for tokens in options.tokens[:1] if options.quick else options.tokens:
         for dtype in options.dtype:
-            found = run_case(tokens, dtype, probe, options.repeats)
-            harness.print_rows(found)
-            report.rows += found
-    harness.write_json(report, options.json)
-    return harness.exit_code(report.rows)
+            session.add(run_case(tokens, dtype, session))
+    return session.finish()
 
 
 if __name__ == "__main__":

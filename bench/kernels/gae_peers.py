@@ -46,16 +46,16 @@ def dense_loop(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return advantages, advantages + values
 
 
-def _powers(columns: int) -> Tensor:
+def _powers(columns: int, device: torch.device) -> Tensor:
     """[columns, columns]: (gamma lambda)^(source - target) where the source is not before."""
-    steps = torch.arange(columns)
+    steps = torch.arange(columns, device=device)
     distance = (steps[:, None] - steps).double()  # row: source step, column: target step
     return torch.where(distance >= 0, (GAMMA * LAMBDA) ** distance, 0.0).float()
 
 
-def make_matmul(columns: int) -> Op:
+def make_matmul(columns: int, device: torch.device) -> Op:
     """No loop, O(R^2) work; the triangle of powers is made outside the timing."""
-    powers = _powers(columns)
+    powers = _powers(columns, device)
 
     def matmul(inputs: Inputs) -> tuple[Tensor, Tensor]:
         delta, values = deltas(inputs)
@@ -65,10 +65,10 @@ def make_matmul(columns: int) -> Op:
     return matmul
 
 
-def make_chunked_scan() -> Op:
+def make_chunked_scan(device: torch.device) -> Op:
     """slime's scheme: chunks of 128 by a matrix product, a loop over chunks for what they carry."""
-    powers = _powers(CHUNK)
-    behind = (GAMMA * LAMBDA) ** torch.arange(CHUNK, 0, -1)
+    powers = _powers(CHUNK, device)
+    behind = (GAMMA * LAMBDA) ** torch.arange(CHUNK, 0, -1, device=device)
 
     def chunked_scan(inputs: Inputs) -> tuple[Tensor, Tensor]:
         delta, values = deltas(inputs)
@@ -100,7 +100,7 @@ def make_eager_chain(estimate: Op) -> Callable[[Rollout], tuple[Tensor, Tensor]]
         old_logprobs, ref_logprobs, values, scores, mask = rollout
         rewards = -KL_COEF * (old_logprobs - ref_logprobs)
         last = mask.sum(1) - 1
-        rewards[torch.arange(len(rewards)), last] += scores
+        rewards[torch.arange(len(rewards), device=mask.device), last] += scores
         advantages, returns = estimate((rewards, values, mask))
         return masked_whiten(advantages, mask), returns
 

@@ -1,53 +1,97 @@
-"""Fair timings of CPU ops in one process: interleaved, on rotated inputs, beside error and memory.
+"""Fair timings of ops in one process: interleaved, on rotated inputs, beside error and memory.
 
-Rules that every table made here follows:
+Rules that every table made here follows; docs/benchmarks.md says how to read one:
 
 - contenders take turns (A B C A B C ...), so that drift of the clock or a noisy neighbour hits all;
-- a pause before each turn lets the worker threads of the one before stop spinning (OpenMP's wait
-  for milliseconds), which would take a core from the next and count as its processor time;
-- each turn gets the next of several input sets that together exceed the last-level cache;
+- each turn starts cold: on a CPU it gets the next of several input sets that together exceed the
+  last-level cache, on a GPU the second-level cache is flushed before every call;
 - medians with the 20th and 80th percentile, never the best of many;
 - the error against fp64 stands in the row of the time; who fails its gate has no time;
-- bytes per second are set against the read bandwidth of the same threads, measured in turns as
-  well, with the fastest of several reductions;
-- beside the wall time stands the processor time of all threads, which a busy machine distorts less;
-- extra memory is the growth of the peak resident set, which sees every allocator.
+- bytes and FLOPs per second are set against bandwidth and matrix products of the same threads or
+  GPU, measured in turns as well;
+- on a CPU the processor time of all threads stands beside the wall time, since a busy machine
+  distorts it less; on a GPU the wall time of calls in a row, since it holds what launching costs;
+- extra memory is what a call needs beyond its inputs and beyond what it must return.
+
+A bench script:
+
+    options = harness.parser("what it measures").parse_args(arguments)
+    session = harness.start(options)
+    session.add(harness.measure("case", contenders, sets=..., bytes_moved=..., **session.limits()))
+    return session.finish()
 """
 
 from __future__ import annotations
 
-import gc
+import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlhf_fast_kernels import native
+from bench.kernels.device import Clock, Sample, clock_of, seconds
+from bench.kernels.environment import environment
+from bench.kernels.probes import (
+    BandwidthProbe,
+    CopyProbe,
+    MatmulProbe,
+    ReadProbe,
+    bandwidth_probe,
+    calibrate,
+)
+from bench.kernels.tables import print_absent, print_calibration, print_environment, print_rows
+from rlhf_fast_kernels import dispatch
 
-PROC = Path("/proc/self")
-PAUSE = 0.02
-RESET_PEAK = "5"  # man 5 proc: writing 5 to clear_refs resets VmHWM
+__all__ = [
+    "Contender",
+    "CopyProbe",
+    "MatmulProbe",
+    "ReadProbe",
+    "Report",
+    "Row",
+    "Session",
+    "bandwidth_probe",
+    "bytes_of",
+    "compiled",
+    "environment",
+    "exit_code",
+    "extra_memory",
+    "implementation",
+    "measure",
+    "parser",
+    "print_environment",
+    "print_rows",
+    "seconds",
+    "start",
+    "write_json",
+]
+
+QUICK_REPEATS = 3
+DRIFT = 1.25  # of a calibration, before against after, that is worth a warning
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A way of computing the op: `run(k)` computes it on input set k and returns all it made."""
+    """A way of computing the op: `run(k)` computes it on input set k and returns all it made.
+
+    Attributes:
+        returned_bytes: of what the op must hand out (gradients, results), which is not extra.
+        graph_safe: on a GPU, also time the call captured in a CUDA graph. Nothing in it may wait
+            for the device.
+    """
 
     name: str
     run: Callable[[int], Any]
     error: float
     error_limit: float
     ours: bool = False
+    returned_bytes: int = 0
+    graph_safe: bool = False
 
     @property
     def compiled(self) -> bool:
@@ -55,136 +99,129 @@ class Contender:
 
     @property
     def passes(self) -> bool:
-        return self.error <= self.error_limit
+        return self.error <= self.error_limit  # a NaN does not
 
 
 @dataclass
 class Row:
-    """One line of a table; times in ms, None where the error gate failed."""
+    """One line of a table; times in ms, None where the error gate failed or nothing measures it."""
 
     case: str
     contender: str
     ours: bool
     error: float
     error_limit: float
-    median_ms: float | None = None
+    median_ms: float | None = None  # wall time on a CPU, time between events on a GPU
     p20_ms: float | None = None
     p80_ms: float | None = None
     cpu_ms: float | None = None
-    repeats: int = 0
-    gb_per_s: float | None = None
+    repeats: int = 0  # samples
+    gb_per_s: float | None = None  # of ours: bytes that the op must move over the median
     of_bandwidth: float | None = None
     extra_mib: float | None = None
     gain: float | None = None  # of ours: the fastest other contender's median over this one
     gain_over_eager: float | None = None  # the same among contenders that are not compiled
+    tflops: float | None = None  # FLOPs that the op needs, whatever the contender spends
+    of_matmul: float | None = None  # time of the same FLOPs in the matmul probe over the median
+    wall_ms: float | None = None  # GPU: a call of many in a row, launches included
+    graph_ms: float | None = None  # GPU: a replay of the captured call
 
 
 @dataclass
 class Report:
-    """All rows of a run and where they were measured."""
+    """All rows of a run, where they were measured, and which peers were not there and why."""
 
     environment: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
 
 
-# ---- where --------------------------------------------------------------------------------------
+# ---- a script -----------------------------------------------------------------------------------
 
 
-def environment(threads: int) -> dict[str, Any]:
-    """Commit, versions, processor and load; call after `torch.set_num_threads`."""
-    return {
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu": _processor(),
-        "cores": os.cpu_count(),
-        "core_module": native.describe()["cpu"],
-        "threads": threads,
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+def parser(description: str, *, repeats: int = 9) -> argparse.ArgumentParser:
+    """The options that all bench scripts share; `bench.kernels.suite` passes them."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    result.add_argument("--threads", type=int, default=2, help="of torch on the CPU")
+    result.add_argument("--repeats", type=int, default=repeats, help="turns of each contender")
+    result.add_argument("--quick", action="store_true", help=f"{QUICK_REPEATS} turns, fewer cases")
+    result.add_argument("--json", help="write the report to this file")
+    return result
 
 
-def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
+@dataclass
+class Session:
+    """A run of a bench script: its device, its probes, its report."""
+
+    device: torch.device
+    repeats: int
+    quick: bool
+    probe: BandwidthProbe
+    report: Report
+    json: str | None = None
+    products: dict[Any, MatmulProbe] = field(default_factory=dict)
+
+    def matmul(self, dtype: torch.dtype, shape: tuple[int, int, int] | None = None) -> MatmulProbe:
+        """The probe of this dtype and shape (m, n, k) on the session's device."""
+        key = (dtype, shape)
+        if key not in self.products:
+            self.products = {key: MatmulProbe(dtype, self.device, shape)}  # one at a time: big
+        return self.products[key]
+
+    def limits(self) -> dict[str, Any]:
+        """The keyword arguments of `measure` that are the same in every case."""
+        return {"probe": self.probe, "repeats": self.repeats}
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Print a case and keep it; on disk as well, should a later one end the process."""
+        print_rows(rows)
+        self.report.rows += rows
+        write_json(self.report, self.json)
+
+    def finish(self) -> int:
+        """Calibrate again, write the report and give the exit code."""
+        after = calibrate(self.probe)
+        self.report.environment["calibration_after"] = after
+        print_calibration("after ", after)
+        _warn_of_drift(self.report.environment["calibration_before"], after)
+        print_absent(self.report.absent)
+        write_json(self.report, self.json)
+        return exit_code(self.report.rows)
 
 
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
-    return names[0] if names else platform.processor()
+def start(options: argparse.Namespace) -> Session:
+    """Set threads and device, calibrate and print where this runs; exits if there is no device."""
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit("nothing to measure: --device cuda, but torch sees no CUDA device")
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    torch.set_num_threads(options.threads)
+    probe = bandwidth_probe(device)
+    report = Report(environment(options.threads, device))
+    print_environment(report.environment)
+    before = calibrate(probe)
+    report.environment["calibration_before"] = before
+    print_calibration("before", before)
+    repeats = min(options.repeats, QUICK_REPEATS) if options.quick else options.repeats
+    return Session(device, repeats, options.quick, probe, report, options.json)
 
 
-class ReadProbe:
-    """Reads 384 MiB once, with torch's threads and the fastest of its reductions."""
-
-    def __init__(self) -> None:
-        x = torch.ones(96 << 20)
-        reductions: tuple[Callable[[], Any], ...] = (x.sum, x.amax, lambda: torch.dot(x, x))
-        for reduction in reductions:
-            reduction()
-        self.bytes = x.numel() * x.element_size()
-        self.reduction = min(reductions, key=lambda r: min(seconds(r)[0] for _ in range(5)))
-
-    def seconds(self) -> float:
-        return seconds(self.reduction)[0]
-
-    def gb_per_s(self, repeats: int = 9) -> float:
-        return self.bytes / statistics.median(self.seconds() for _ in range(repeats)) / 1e9
+def _warn_of_drift(before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    for name in before.keys() & after.keys():
+        was, now = before[name], after[name]
+        if name.endswith("_per_s") and not 1 / DRIFT < now / was < DRIFT:
+            print(f"the machine changed under the run: {name} was {was:.4g}, is {now:.4g}")
 
 
-def seconds(function: Callable[[], Any]) -> tuple[float, float]:
-    """Wall and processor seconds of a call; what it returns is freed outside the measurement."""
-    cpu, start = time.process_time(), time.perf_counter()
-    result = function()
-    wall, used = time.perf_counter() - start, time.process_time() - cpu
-    del result
-    return wall, used
+def implementation(op: str, *tensors: torch.Tensor) -> str:
+    """The implementation of an op that these tensors get by default: `cpu`, `cuda`, `triton`."""
+    return dispatch.choose(op, None, *tensors).impl
 
 
-# ---- memory -------------------------------------------------------------------------------------
-
-
-def _status(key: str) -> int:
-    for line in (PROC / "status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) << 10
-    raise KeyError(key)
-
-
-def extra_memory(run: Callable[[int], Any]) -> float | None:
-    """MiB by which the peak resident set of a call, its results included, exceeds the set before.
-
-    None where the system cannot tell. Pages that are already resident in the allocator's free lists
-    are not seen; allocations above the allocator's threshold (32 MiB in glibc) always are.
-    """
-    gc.collect()
-    try:
-        (PROC / "clear_refs").write_text(RESET_PEAK, encoding="utf-8")
-        before = _status("VmRSS")
-        result = run(0)
-        peak = _status("VmHWM")
-    except (OSError, KeyError):
-        return None
-    del result
-    return max(peak - before, 0) / 2**20
-
-
-# ---- time ---------------------------------------------------------------------------------------
+# ---- measuring ----------------------------------------------------------------------------------
 
 
 def measure(
@@ -193,9 +230,11 @@ def measure(
     *,
     sets: int,
     bytes_moved: int,
-    probe: ReadProbe,
+    probe: BandwidthProbe,
     repeats: int = 9,
     calls: int = 1,
+    flops: int | None = None,
+    matmul: MatmulProbe | None = None,
 ) -> list[Row]:
     """Rows of one case, gains filled in for ours.
 
@@ -204,79 +243,75 @@ def measure(
         contenders: those that fail their error gate are listed without a time.
         sets: number of input sets to rotate over.
         bytes_moved: what one call must read and write at least, for the GB/s of `ours`.
-        probe: takes its turn beside the contenders.
+        probe: takes its turn beside the contenders; its device is the one that is timed.
         repeats: turns of each contender.
-        calls: calls in a turn, each on the next input set; more than 1 for ops so short that the
-            caches, emptied by the others' turns, would be most of what is measured.
+        calls: calls in a turn on a CPU, each on the next input set; more than 1 for ops so short
+            that the caches, emptied by the others' turns, would be most of what is measured. On a
+            GPU the clock chooses.
+        flops: what one call must compute at least, for the TFLOP/s of every row.
+        matmul: takes its turn as well, for the fraction of its rate.
     """
+    clock = clock_of(probe.device)
     rows = {c.name: Row(case, c.name, c.ours, c.error, c.error_limit) for c in contenders}
     timed = [c for c in contenders if c.passes]
-    samples: dict[str, list[tuple[float, float]]] = {c.name: [] for c in timed}
+    lengths = {}
     for contender in timed:
         contender.run(0)
-        rows[contender.name].extra_mib = extra_memory(contender.run)
-    reads = []
+        rows[contender.name].extra_mib = _extra_mib(clock, contender)
+        lengths[contender.name] = clock.calls_per_turn(contender.run, calls, repeats)
+    samples: dict[str, list[Sample]] = {c.name: [] for c in timed}
+    moves: list[Sample] = []
+    products: list[Sample] = []
     for turn in range(repeats):
-        _let_others_settle()
-        reads.append(probe.seconds())
+        moves += clock.turn(probe.run, (0,))
+        if matmul is not None:
+            products += clock.turn(matmul.run, (0,))
         for contender in timed:
-            _let_others_settle()
-            ring = [(turn * calls + call) % sets for call in range(calls)]
-            wall, used = seconds(partial(_run_all, contender.run, ring))
-            samples[contender.name].append((wall / calls, used / calls))
-    bandwidth = probe.bytes / statistics.median(reads) / 1e9
+            count = lengths[contender.name]
+            ring = [(turn * count + call) % sets for call in range(count)]
+            samples[contender.name] += clock.turn(contender.run, ring)
+    bandwidth = probe.bytes / _median(moves) / 1e9
+    rate = matmul.flops / _median(products) / 1e12 if matmul is not None else None
     for contender in timed:
         row = rows[contender.name]
         _fill(row, samples[contender.name])
-        if contender.ours and row.median_ms is not None:
-            row.gb_per_s = bytes_moved / row.median_ms / 1e6
-            row.of_bandwidth = row.gb_per_s / bandwidth
-    peers = {c.name: c.compiled for c in timed if not c.ours}
-    for row in rows.values():
-        if row.ours and row.median_ms is not None:
-            row.gain = _gain(row, [rows[name] for name in peers])
-            row.gain_over_eager = _gain(
-                row, [rows[n] for n, compiled in peers.items() if not compiled]
-            )
+        _fill_rates(row, bytes_moved, bandwidth, flops, rate)
+        row.wall_ms = _ms(clock.back_to_back(contender.run, sets, repeats))
+        row.graph_ms = _ms(clock.graph(contender.run) if contender.graph_safe else None)
+    _fill_gains(rows, timed)
     return list(rows.values())
 
 
-def _let_others_settle() -> None:
-    """Outlast the OpenMP threads of the last turn, which spin, without letting this core sleep.
+def extra_memory(
+    run: Callable[[int], Any], device: torch.device | str = "cpu", returned_bytes: int = 0
+) -> float | None:
+    """MiB that a call needs at its peak beyond its inputs and what it must return.
 
-    A core that slept wakes to cold caches and a low clock: that costs 0.2 ms, several times what
-    the short ops take, and no training loop leaves such a gap between ops.
+    On a CPU the growth of the peak resident set, on a GPU that of torch's allocator: `run` is
+    called once more, with its inputs and gradients' targets already there. None where the system
+    cannot tell.
     """
-    end = time.perf_counter() + PAUSE
-    while time.perf_counter() < end:
-        pass
+    return _extra_mib(
+        clock_of(torch.device(device)),
+        Contender("", run, 0.0, 0.0, returned_bytes=returned_bytes),
+    )
 
 
-def _run_all(run: Callable[[int], Any], ring: Sequence[int]) -> Any:
-    result = None
-    for k in ring:
-        result = run(k)
-    return result
+def bytes_of(*tensors: torch.Tensor) -> int:
+    """Bytes of dense tensors like these, for `Contender.returned_bytes`."""
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _gain(row: Row, peers: Sequence[Row]) -> float | None:
-    times = [peer.median_ms for peer in peers if peer.median_ms is not None]
-    return min(times) / row.median_ms if times and row.median_ms is not None else None
-
-
-def _fill(row: Row, samples: list[tuple[float, float]]) -> None:
-    wall = sorted(1e3 * sample[0] for sample in samples)
-    row.median_ms = statistics.median(wall)
-    row.p20_ms = wall[int(0.2 * (len(wall) - 1))]
-    row.p80_ms = wall[round(0.8 * (len(wall) - 1))]
-    row.cpu_ms = 1e3 * statistics.median(sample[1] for sample in samples)
-    row.repeats = len(wall)
-
-
-def compiled(function: Callable[..., Any], example: Sequence[Any]) -> Callable[..., Any] | None:
+def compiled(
+    function: Callable[..., Any],
+    example: Sequence[Any],
+    *,
+    dynamic: bool = False,
+    mode: str | None = None,
+) -> Callable[..., Any] | None:
     """torch.compile of a peer, run once; None (and a line on stderr) where it cannot compile."""
     try:
-        result = torch.compile(function, dynamic=False)
+        result = torch.compile(function, dynamic=dynamic, mode=mode)
         result(*example)
     except Exception as problem:  # any failure of the compiler removes one contender
         print(f"torch.compile left out: {problem}", file=sys.stderr)
@@ -284,53 +319,57 @@ def compiled(function: Callable[..., Any], example: Sequence[Any]) -> Callable[.
     return result
 
 
+def _extra_mib(clock: Clock, contender: Contender) -> float | None:
+    found = clock.extra_bytes(contender.run)
+    return None if found is None else max(found - contender.returned_bytes, 0) / 2**20
+
+
+def _median(samples: Sequence[Sample]) -> float:
+    return statistics.median(sample.seconds for sample in samples)
+
+
+def _ms(value: float | None) -> float | None:
+    return None if value is None else 1e3 * value
+
+
+def _fill(row: Row, samples: Sequence[Sample]) -> None:
+    times = sorted(1e3 * sample.seconds for sample in samples)
+    row.median_ms = statistics.median(times)
+    row.p20_ms = times[int(0.2 * (len(times) - 1))]
+    row.p80_ms = times[round(0.8 * (len(times) - 1))]
+    row.repeats = len(times)
+    used = [sample.cpu_seconds for sample in samples if sample.cpu_seconds is not None]
+    row.cpu_ms = 1e3 * statistics.median(used) if used else None
+
+
+def _fill_rates(
+    row: Row, bytes_moved: int, bandwidth: float, flops: int | None, rate: float | None
+) -> None:
+    assert row.median_ms is not None
+    if row.ours:
+        row.gb_per_s = bytes_moved / row.median_ms / 1e6
+        row.of_bandwidth = row.gb_per_s / bandwidth
+    if flops is not None:
+        row.tflops = flops / row.median_ms / 1e9
+        row.of_matmul = row.tflops / rate if rate is not None else None
+
+
+def _fill_gains(rows: dict[str, Row], timed: Sequence[Contender]) -> None:
+    peers = {c.name: c.compiled for c in timed if not c.ours}
+    for row in rows.values():
+        if row.ours and row.median_ms is not None:
+            row.gain = _gain(row, [rows[name] for name in peers])
+            row.gain_over_eager = _gain(
+                row, [rows[name] for name, compiled in peers.items() if not compiled]
+            )
+
+
+def _gain(row: Row, peers: Sequence[Row]) -> float | None:
+    times = [peer.median_ms for peer in peers if peer.median_ms is not None]
+    return min(times) / row.median_ms if times and row.median_ms is not None else None
+
+
 # ---- out ----------------------------------------------------------------------------------------
-
-
-def print_environment(facts: dict[str, Any]) -> None:
-    """The lines that must stand above every table."""
-    dirty = " (modified)" if facts["modified"] else ""
-    print(f"commit {facts['commit'] or 'unknown'}{dirty}, torch {facts['torch']}, {facts['time']}")
-    print(f"{facts['cpu']}, {facts['core_module']}, load average {facts['load_average']}")
-    print(f"{facts['threads']} threads\n")
-
-
-def print_rows(rows: Sequence[Row]) -> None:
-    """One case as a table."""
-    print(rows[0].case)
-    head = (
-        "",
-        "median ms",
-        "p20",
-        "p80",
-        "cpu ms",
-        "GB/s",
-        "of read",
-        "extra MiB",
-        "max error",
-        "gain",
-        "on eager",
-    )
-    print(f"  {head[0]:<30}" + "".join(f"{h:>11}" for h in head[1:]))
-    for row in rows:
-        cells = (
-            _cell(row.median_ms, ".2f") if row.median_ms is not None else "error gate",
-            _cell(row.p20_ms, ".2f"),
-            _cell(row.p80_ms, ".2f"),
-            _cell(row.cpu_ms, ".2f"),
-            _cell(row.gb_per_s, ".1f"),
-            _cell(row.of_bandwidth, ".0%"),
-            _cell(row.extra_mib, ".1f"),
-            f"{row.error:.1e}",
-            "" if row.gain is None else f"{row.gain:.1f}x",
-            "" if row.gain_over_eager is None else f"{row.gain_over_eager:.1f}x",
-        )
-        print(f"  {row.contender:<30}" + "".join(f"{cell:>11}" for cell in cells))
-    print(flush=True)
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 def write_json(report: Report, path: str | None) -> None:

@@ -16,7 +16,8 @@
 //
 // The order of every sum depends on the block size, which depends on the row length alone (packed rows,
 // whose lengths the host does not know, all get the same): results are deterministic and do not change
-// with the rows around them. tests/kernels/test_gae_cuda_algorithm.py follows these steps in NumPy.
+// with the rows around them. tests/kernels/test_gae_cuda_algorithm.py follows these steps in NumPy, and
+// tests/kernels/cuda_emulator runs this file on a CPU; hence cudaLaunchKernel and not <<< >>>.
 #include "cuda/rewards_and_gae.h"
 
 #include <cuda_runtime.h>
@@ -257,10 +258,10 @@ std::string rewards_and_gae_cuda(const RewardsAndGaeArgs& args, int device, void
   cudaError_t error = guard.error();
   if (error == cudaSuccess) {
     const unsigned blocks = static_cast<unsigned>(args.rows);
-    const auto kernel =
-        vectorizable(args) ? rewards_and_gae_kernel<true> : rewards_and_gae_kernel<false>;
-    kernel<<<blocks, block_size(args), 0, static_cast<cudaStream_t>(stream)>>>(args);
-    error = cudaGetLastError();
+    void* parameters[] = {const_cast<RewardsAndGaeArgs*>(&args)};
+    error = cudaLaunchKernel(
+        vectorizable(args) ? rewards_and_gae_kernel<true> : rewards_and_gae_kernel<false>,
+        dim3(blocks), dim3(block_size(args)), parameters, 0, static_cast<cudaStream_t>(stream));
   }
   if (error == cudaSuccess) return "";
   return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);

@@ -2,10 +2,14 @@
 // squared deviations); then every block of the second launch merges the moments it was given, those of
 // the chunks or of other sets, and normalises its own chunk. Above kMergeInline sets one block merges
 // them in a launch between the two. All sums are fp64 in an order that depends on the sizes alone.
-// tests/kernels/test_whiten_cuda_algorithm.py follows the order in NumPy.
+// tests/kernels/test_whiten_cuda_algorithm.py follows the order in NumPy, and tests/kernels/cuda_emulator
+// runs this file on a CPU; hence cudaLaunchKernel and not <<< >>>.
 #include "cuda/whiten.h"
 
 #include <cuda_runtime.h>
+
+#include <cmath>
+#include <type_traits>
 
 #include "cuda/device_guard.h"
 
@@ -175,6 +179,14 @@ unsigned chunks_of(int64_t elements) {
   return static_cast<unsigned>((elements + kMomentsChunk - 1) / kMomentsChunk);
 }
 
+template <class... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), unsigned blocks, void* stream,
+                   std::remove_const_t<Parameters>... arguments) {
+  void* addresses[] = {&arguments...};
+  return cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), addresses, 0,
+                          static_cast<cudaStream_t>(stream));
+}
+
 std::string describe(cudaError_t error) {
   if (error == cudaSuccess) return "";
   return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
@@ -187,10 +199,12 @@ std::string masked_moments_cuda(const MaskedMomentsArgs& args, int device, void*
   if (guard.error() != cudaSuccess) return describe(guard.error());
   const Layout layout = make_layout(args);
   const unsigned chunks = chunks_of(layout.elements);
-  const auto on = static_cast<cudaStream_t>(stream);
-  if (chunks != 0) moments_kernel<<<chunks, kThreads, 0, on>>>(layout, args.partials);
-  if (args.out != nullptr) merge_kernel<<<1, kThreads, 0, on>>>(args.partials, chunks, args.out);
-  return describe(cudaGetLastError());
+  cudaError_t error = cudaSuccess;
+  if (chunks != 0) error = launch(moments_kernel, chunks, stream, layout, args.partials);
+  if (error == cudaSuccess && args.out != nullptr) {
+    error = launch(merge_kernel, 1, stream, args.partials, chunks, args.out);
+  }
+  return describe(error);
 }
 
 std::string whiten_cuda(const WhitenArgs& args, int device, void* stream) {
@@ -198,17 +212,19 @@ std::string whiten_cuda(const WhitenArgs& args, int device, void* stream) {
   if (layout.elements == 0) return "";
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return describe(guard.error());
-  const auto on = static_cast<cudaStream_t>(stream);
+  cudaError_t error = cudaSuccess;
   const double* stats = args.stats;
   int64_t sets = args.sets;
   if (sets > kMergeInline) {
-    merge_kernel<<<1, kThreads, 0, on>>>(stats, sets, args.merged);
+    error = launch(merge_kernel, 1, stream, stats, sets, args.merged);
     stats = args.merged;
     sets = 1;
   }
-  whiten_kernel<<<chunks_of(layout.elements), kThreads, 0, on>>>(
-      layout, stats, sets, args.shift_mean, args.unbiased, args.eps, args.out);
-  return describe(cudaGetLastError());
+  if (error == cudaSuccess) {
+    error = launch(whiten_kernel, chunks_of(layout.elements), stream, layout, stats, sets,
+                   args.shift_mean, args.unbiased, args.eps, args.out);
+  }
+  return describe(error);
 }
 
 }  // namespace rlhf_fast

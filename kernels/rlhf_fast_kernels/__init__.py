@@ -1,20 +1,33 @@
 """Fused ops for PPO on language models: PyTorch reference, C++ for CPUs, CUDA; needs only torch."""
 
+from rlhf_fast_kernels.kl_from_logits import kl_from_logits
+from rlhf_fast_kernels.linear_kl import linear_kl
+from rlhf_fast_kernels.linear_logprobs import linear_logprobs
+from rlhf_fast_kernels.linear_ppo_loss import LinearPPOLossOutput, linear_ppo_loss
 from rlhf_fast_kernels.logprobs_from_logits import logprobs_from_logits
 from rlhf_fast_kernels.ppo_loss import ppo_loss
 from rlhf_fast_kernels.ppo_metrics import PPOLossOutput, finalize_metrics
 from rlhf_fast_kernels.rewards_and_gae import RewardsAndGAE, gae, rewards_and_gae
+from rlhf_fast_kernels.sample import sample
+from rlhf_fast_kernels.sample_arguments import SampleOutput
 from rlhf_fast_kernels.whiten import masked_moments, merge_moments, whiten
 
 __all__ = [
+    "LinearPPOLossOutput",
     "PPOLossOutput",
     "RewardsAndGAE",
+    "SampleOutput",
     "finalize_metrics",
     "gae",
+    "kl_from_logits",
+    "linear_kl",
+    "linear_logprobs",
+    "linear_ppo_loss",
     "logprobs_from_logits",
     "masked_moments",
     "merge_moments",
     "ppo_loss",
     "rewards_and_gae",
+    "sample",
     "whiten",
 ]

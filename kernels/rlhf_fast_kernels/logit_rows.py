@@ -20,14 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_fast_kernels import native, triton_support
-from rlhf_fast_kernels.logit_settings import RowSettings, RowStats, lse_dtype
+from rlhf_fast_kernels.logit_settings import RowSettings, RowStats
 from rlhf_fast_kernels.reference.logprobs_from_logits import logit_gradient, logit_stats
 
 __all__ = [
     "RowSettings",
     "RowStats",
     "gather_shards",
-    "lse_dtype",
     "merge_shards",
     "row_gradient",
     "row_layout",
@@ -150,7 +149,7 @@ def _contiguous(settings: RowSettings) -> RowSettings:
 
 def _new_stats(labels: Tensor, with_entropy: bool) -> RowStats:
     logprobs = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
-    lse = torch.empty(labels.shape, dtype=lse_dtype(labels.device), device=labels.device)
+    lse = torch.empty(labels.shape, dtype=torch.float64, device=labels.device)
     return RowStats(logprobs, torch.empty_like(logprobs) if with_entropy else None, lse)
 
 
@@ -181,7 +180,7 @@ def merge_shards(parts: Sequence[RowStats], labels: Tensor, settings: RowSetting
     """
     first = parts[0]
     ignored = labels == settings.ignore_index
-    shard_lse = [part.lse.double() for part in parts]
+    shard_lse = [part.lse for part in parts]
     lse = torch.logsumexp(torch.stack(shard_lse), dim=0)
     label = first.logprobs.double()
     for part in parts[1:]:
@@ -196,14 +195,14 @@ def merge_shards(parts: Sequence[RowStats], labels: Tensor, settings: RowSetting
             total = total + torch.where(own == -torch.inf, 0, term)
         entropy = torch.where(ignored, 0, total).to(first.entropy.dtype)
     logprobs = torch.where(ignored, 0, label - lse).to(first.logprobs.dtype)
-    return RowStats(logprobs, entropy, torch.where(ignored, 0, lse).to(first.lse.dtype))
+    return RowStats(logprobs, entropy, torch.where(ignored, 0, lse))
 
 
 def gather_shards(stats: RowStats, labels: Tensor, settings: RowSettings, group: Any) -> RowStats:
     """`merge_shards` over the ranks of a process group, in rank order: the same bits on each."""
-    kind, wide = stats.logprobs.dtype, stats.lse.dtype
+    kind = stats.logprobs.dtype
     fields = [stats.logprobs, stats.lse, *([] if stats.entropy is None else [stats.entropy])]
-    own = torch.stack([field.to(wide) for field in fields])
+    own = torch.stack([field.double() for field in fields])
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
     parts = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -44,14 +43,9 @@ class RowStats(NamedTuple):
         logprobs: fp32, log-probability of the label. Of a shard: the label's z (its logit after
             softcap and temperature), 0 where another shard holds the label.
         entropy: fp32, or None.
-        lse: log sum exp z, of `lse_dtype`.
+        lse: fp64, log sum exp z. fp32 would cost backward the digits that its own size takes.
     """
 
     logprobs: Tensor
     entropy: Tensor | None
     lse: Tensor
-
-
-def lse_dtype(device: torch.device) -> torch.dtype:
-    """fp64 on the CPU, where sums across blocks are fp64 anyway; fp32 on accelerators."""
-    return torch.float64 if device.type == "cpu" else torch.float32

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast_kernels import dispatch, native, reference
+from rlhf_fast_kernels import dispatch, native, reference, triton_support
 from rlhf_fast_kernels.ppo_arguments import (
     OP,
     Inputs,
@@ -43,7 +43,7 @@ from rlhf_fast_kernels.ppo_arguments import (
     validate_normalizer,
     validate_settings,
 )
-from rlhf_fast_kernels.ppo_launchers import Needs, launch, token_gradients
+from rlhf_fast_kernels.ppo_launchers import Needs, launch, scale, token_gradients
 from rlhf_fast_kernels.ppo_metrics import PPOLossOutput, as_output
 from rlhf_fast_kernels.reference import PPO_SUM_NAMES
 
@@ -70,11 +70,13 @@ class _PPOLoss(torch.autograd.Function):
         settings: Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.call = impl, normalizer, settings
-        ctx.needs = ctx.needs_input_grad[:4]
-        loss, sums, extrema, *ctx.gradients = launch(
-            impl, inputs, mask, normalizer, settings, ctx.needs
-        )
-        ctx.save_for_backward(mask, *vars(inputs).values())
+        needs = ctx.needs_input_grad[:4]
+        loss, sums, extrema, *gradients = launch(impl, inputs, mask, normalizer, settings, needs)
+        if impl == "cpu":
+            ctx.gradients = gradients
+            ctx.save_for_backward(mask, *vars(inputs).values())
+        else:
+            ctx.save_for_backward(*gradients)
         ctx.dtypes = [None if x is None else x.dtype for x in (logprobs, entropy, values, kl)]
         ctx.mark_non_differentiable(sums, extrema)
         ctx.set_materialize_grads(False)
@@ -83,20 +85,32 @@ class _PPOLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 5
         if upstream is None:
             return (None,) * 9
-        # The forward's gradients are given away, not copied: autograd may accumulate into them.
-        # Only a second backward of a retained graph computes them again.
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            mask, *tensors = ctx.saved_tensors
-            impl, normalizer, settings = ctx.call
-            gradients = launch(impl, Inputs(*tensors), mask, normalizer, settings, ctx.needs)[3:]
-        if float(upstream) != 1.0:
-            gradients = [None if x is None else x.mul_(upstream) for x in gradients]
-        typed = zip(gradients, ctx.dtypes, strict=True)
-        return *(None if x is None else x.to(dtype) for x, dtype in typed), *nothing
+        scaled = _scale_on_cpu if ctx.call[0] == "cpu" else _scale_on_device
+        return *scaled(ctx, upstream), *(None,) * 5
+
+
+def _scale_on_device(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
+    """A copy, which costs a GPU next to nothing; the host does not look at `upstream`."""
+    return scale(ctx.call[0], ctx.saved_tensors, upstream, ctx.dtypes)
+
+
+def _scale_on_cpu(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
+    """The forward's gradients are given away, not copied: autograd may accumulate into them.
+
+    Only a second backward of a retained graph computes them again.
+    """
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is None:
+        mask, *tensors = ctx.saved_tensors
+        impl, normalizer, settings = ctx.call
+        call = (impl, Inputs(*tensors), mask, normalizer, settings)
+        gradients = launch(*call, ctx.needs_input_grad[:4])[3:]
+    if float(upstream) != 1.0:
+        gradients = [None if x is None else x.mul_(upstream) for x in gradients]
+    pairs = zip(gradients, ctx.dtypes, strict=True)
+    return [x if x is None or x.dtype == dtype else x.to(dtype) for x, dtype in pairs]
 
 
 # ---- torch.library, for torch.compile -----------------------------------------------------------
@@ -232,18 +246,8 @@ def ppo_loss(
         ValueError, TypeError: parts that do not go together, differing shapes, settings out of
             range.
     """
-    inputs = Inputs(
-        logprobs,
-        _constant(old_logprobs),
-        _constant(advantages),
-        entropy,
-        _constant(ref_logprobs),
-        _constant(weights),
-        values,
-        _constant(old_values),
-        _constant(returns),
-        kl,
-    )
+    policy = (logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights)
+    inputs = Inputs(*policy, values, old_values, returns, kl)
     settings = Settings(
         clip_eps_low,
         clip_eps_high,
@@ -267,10 +271,6 @@ def ppo_loss(
         raw = chosen.function(inputs, mask, normalizer, settings)
     loss, sums, extrema, *_ = raw
     return as_output(loss, sums, extrema, inputs)
-
-
-def _constant(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
 
 
 def _run(
@@ -321,4 +321,12 @@ def _selftest(
 
 dispatch.register(OP, "reference", _run_reference)
 dispatch.register(OP, "cpu", partial(_run, "cpu"), native.on_cpu(OP), dtypes=FAST_DTYPES)
+dispatch.register(
+    OP,
+    "cuda",
+    partial(_run, "cuda"),
+    native.on_cuda(OP, "ppo_loss_scale"),
+    dtypes=FAST_DTYPES,
+)
+triton_support.register(OP, partial(_run, "triton"))
 dispatch.register_selftest(OP, _selftest)

@@ -57,22 +57,18 @@ class PPOLossOutput(NamedTuple):
 
 
 def as_output(loss: Tensor, sums: Tensor, extrema: Tensor, inputs: Inputs) -> PPOLossOutput:
-    names: tuple[str, ...] = ()
-    if inputs.logprobs is not None:
-        names += _POLICY_SUMS
-    if inputs.ref_logprobs is not None or inputs.kl is not None:
-        names += ("kl",)
-    if inputs.entropy is not None:
-        names += ("entropy",)
-    if inputs.values is not None:
-        names += _VALUE_SUMS
-    by_name = dict(zip(PPO_SUM_NAMES, sums.unbind(), strict=True))
-    peaks = zip(EXTREMA_NAMES, extrema.unbind(), strict=True)
-    return PPOLossOutput(
-        loss,
-        {name: by_name[name] for name in names},
-        {} if inputs.logprobs is None else dict(peaks),
+    policy = inputs.logprobs is not None
+    kl = inputs.ref_logprobs is not None or inputs.kl is not None
+    parts = (
+        (policy, _POLICY_SUMS),
+        (kl, ("kl",)),
+        (inputs.entropy is not None, ("entropy",)),
+        (inputs.values is not None, _VALUE_SUMS),
     )
+    by_name = dict(zip(PPO_SUM_NAMES, sums.unbind(), strict=True))
+    metrics = {name: by_name[name] for present, names in parts if present for name in names}
+    peaks = dict(zip(EXTREMA_NAMES, extrema.unbind(), strict=True)) if policy else {}
+    return PPOLossOutput(loss, metrics, peaks)
 
 
 def finalize_metrics(

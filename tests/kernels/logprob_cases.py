@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 import torch
 
-from rlhf_fast_kernels import logprobs_from_logits, native
+from rlhf_fast_kernels import logprobs_from_logits, native, triton_support
 
 OP = "logprobs_from_logits"
 IMPLS = ["reference"]
 if native.missing(f"{OP}_forward", f"{OP}_backward") is None:
     IMPLS.append("cpu")
 FAST = IMPLS[-1]
+if triton_support.on_triton(torch.device("cpu")) is None:
+    IMPLS.append("triton")
 VOCABS = (1, 7, 300, 1025, 32003)
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from rlhf_fast_kernels import PPOLossOutput, native, ppo_loss
+from rlhf_fast_kernels import PPOLossOutput, native, ppo_loss, triton_support
 
-IMPLS = ["reference", *(["cpu"] if native.missing("ppo_loss") is None else [])]
-FAST = IMPLS[-1]
+FAST = "reference" if native.missing("ppo_loss") else "cpu"
+TRITON = triton_support.on_triton(torch.device("cpu")) is None  # in the interpreter
+IMPLS = sorted({"reference", FAST}) + ["triton"] * TRITON
 DTYPES = (torch.float32, torch.bfloat16)
 NAMES = (
     "logprobs",
@@ -92,6 +93,11 @@ def with_exact_kl(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same call with the KL given per token; for `kl_estimator="exact"`."""
     changed = {name: x for name, x in tensors.items() if name != "ref_logprobs"}
     return {**changed, "kl": tensors["ref_logprobs"].square()}
+
+
+def bf16_digit(impl: str) -> float:
+    """Half a digit of bf16; a whole one in Triton's interpreter, which cuts where a GPU rounds."""
+    return 2**-7 if impl == "triton" and TRITON else 2**-8
 
 
 def doubles(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

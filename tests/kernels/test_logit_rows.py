@@ -191,3 +191,14 @@ def test_no_upstream_gradient_is_no_gradient(impl: str) -> None:
     stats = row_stats(impl, logits, labels, settings, with_entropy=True)
     row_gradient(impl, logits, labels, settings, stats, None, None, out)
     assert bool((out == 0).all())
+
+
+@pytest.mark.skipif("triton" not in IMPLS, reason="the others refuse such rows beforehand")
+def test_a_row_that_does_not_exist_gives_nan_and_is_not_read() -> None:
+    logits, rows = draw((3, 300)), torch.tensor([0, 3, -1])
+    stats = row_stats(
+        "triton", logits, torch.tensor([1, 2, 3]), PLAIN, with_entropy=True, rows=rows
+    )
+    assert stats.entropy is not None
+    for result in (stats.logprobs, stats.entropy):
+        assert result.isnan().tolist() == [False, True, True]

@@ -19,6 +19,7 @@ from tests.kernels.ppo_cases import (
     LEAVES,
     NAMES,
     assert_same,
+    bf16_digit,
     doubles,
     draw,
     one_token,
@@ -48,12 +49,13 @@ def test_exact_kl_is_a_term_with_a_gradient(dtype: torch.dtype, impl: str) -> No
     options = {**FULL, "kl_estimator": "exact"}
     got, grads = run(tensors, 500, impl=impl, **options)
     want = run(doubles(tensors), 500, impl="reference", **options)
-    assert_same((got, grads), want, 2e-6 if dtype == torch.float32 else 4e-3)
+    last_digit = 2e-6 if dtype == torch.float32 else bf16_digit(impl)
+    assert_same((got, grads), want, last_digit)
     mask = tensors["mask"]
     assert float(got.metrics["kl"]) == pytest.approx(float(tensors["kl"][mask].double().sum()))
     assert grads["kl"].dtype == dtype
     slope = torch.where(mask, FULL["kl_coef"] / 500, 0.0)
-    assert torch.allclose(grads["kl"].float(), slope, rtol=1e-6 if dtype == torch.float32 else 4e-3)
+    assert torch.allclose(grads["kl"].float(), slope, rtol=last_digit)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -66,9 +68,8 @@ def test_bf16_inputs_lose_nothing_but_the_last_rounding(impl: str) -> None:
     for name in LEAVES:
         assert got[1][name].dtype == torch.bfloat16
         exact = want[1][name]
-        assert float((got[1][name].double() - exact).abs().max()) <= 2**-8 * float(
-            exact.abs().max()
-        )
+        error = float((got[1][name].double() - exact).abs().max())
+        assert error <= bf16_digit(impl) * float(exact.abs().max())
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -86,7 +87,8 @@ def test_error_is_at_most_that_of_eager_fp32(impl: str) -> None:
         error, theirs = (
             float((x[1][name].double() - exact[1][name]).abs().max()) for x in (ours, eager)
         )
-        assert error <= theirs + 1e-11
+        scale = float(exact[1][name].abs().max())
+        assert error <= theirs + torch.finfo(torch.float32).eps * scale
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -21,6 +21,7 @@ from tests.kernels.ppo_cases import (
     doubles,
     draw,
     run,
+    with_exact_kl,
 )
 
 
@@ -72,6 +73,19 @@ def test_backward_twice_scales_and_accumulates(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_strided_upstream_gradients(impl: str) -> None:
+    """Of a loss that is expanded and multiplied, so that its gradient is no plain number."""
+    tensors = draw((50,))
+    _, want = run(tensors, 40, impl=impl)
+    leaf = tensors["values"].clone().requires_grad_()
+    out = ppo_loss(**{**tensors, "values": leaf}, normalizer=40, impl=impl)
+    out.loss.expand(3, 4).backward(torch.arange(24.0).view(3, 8)[:, ::2])
+    factor = torch.arange(24.0).view(3, 8)[:, ::2].sum()
+    assert leaf.grad is not None
+    assert torch.allclose(leaf.grad, factor * want["values"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_constants_receive_no_gradient_and_no_grad_is_respected(impl: str) -> None:
     tensors = draw((50,))
     for name in NAMES:
@@ -114,23 +128,26 @@ def test_opcheck(part: str) -> None:
     torch.library.opcheck(torch.ops.rlhf_fast.ppo_loss.default, arguments)
 
 
-@pytest.mark.skipif(FAST != "cpu", reason="torch.compile meets the compiled op")
-def test_torch_compile_without_graph_break() -> None:
-    tensors = draw((200,))
+@pytest.mark.parametrize("impl", IMPLS)
+def test_torch_compile_without_graph_break(impl: str) -> None:
+    options = {**FULL, "kl_estimator": "exact", "impl": impl}
 
-    def loss(logprobs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        changed = {**tensors, "logprobs": logprobs * 1.0, "values": values}
-        out = ppo_loss(**changed, normalizer=150, **FULL)
-        return out.loss + 0.0 * out.metrics["kl"]
+    def loss(tensors: dict[str, torch.Tensor], *leaves: torch.Tensor) -> torch.Tensor:
+        changed = {**tensors, **dict(zip(LEAVES, leaves, strict=True))}
+        changed["logprobs"] = changed["logprobs"] * 1.0
+        out = ppo_loss(**changed, normalizer=150, **options)
+        return out.loss * 2.0 + 0.0 * out.metrics["kl"]
 
-    results = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        leaves = [tensors[name].clone().requires_grad_() for name in ("logprobs", "values")]
-        value = function(*leaves)
-        value.backward()
-        results.append((value.detach(), *(x.grad for x in leaves)))
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (200, 77):
+        tensors, results = with_exact_kl(draw((tokens,))), []
+        for function in (loss, compiled):
+            leaves = [tensors[name].clone().requires_grad_() for name in LEAVES]
+            value = function(tensors, *leaves)
+            value.backward()
+            results.append((value.detach(), *(x.grad for x in leaves)))
+        for a, b in zip(*results, strict=True):
+            assert torch.allclose(a, b, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

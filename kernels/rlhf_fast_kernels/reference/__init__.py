@@ -4,9 +4,12 @@ Computed in fp32, or in fp64 when an input is fp64. Written to be read; runs on 
 """
 
 from rlhf_fast_kernels.reference.common import KL_ESTIMATORS, kl_estimate, output_dtype
+from rlhf_fast_kernels.reference.kl_from_logits import kl_from_logits
+from rlhf_fast_kernels.reference.linear import linear_kl, linear_logprobs, linear_ppo_loss
 from rlhf_fast_kernels.reference.logprobs_from_logits import logprobs_from_logits
 from rlhf_fast_kernels.reference.ppo_loss import PPO_SUM_NAMES, ppo_loss
 from rlhf_fast_kernels.reference.rewards_and_gae import gae, last_true, rewards_and_gae
+from rlhf_fast_kernels.reference.sample import sample
 from rlhf_fast_kernels.reference.whiten import (
     masked_moments,
     mean_and_scale,
@@ -21,7 +24,11 @@ __all__ = [
     "PPO_SUM_NAMES",
     "gae",
     "kl_estimate",
+    "kl_from_logits",
     "last_true",
+    "linear_kl",
+    "linear_logprobs",
+    "linear_ppo_loss",
     "logprobs_from_logits",
     "masked_moments",
     "mean_and_scale",
@@ -31,5 +38,6 @@ __all__ = [
     "ppo_loss",
     "rewards_and_gae",
     "row_moments",
+    "sample",
     "whiten",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast_kernels.logit_settings import RowSettings, RowStats, lse_dtype
+from rlhf_fast_kernels.logit_settings import RowSettings, RowStats
 from rlhf_fast_kernels.reference.common import output_dtype
 
 
@@ -85,8 +85,7 @@ def logit_stats(
         entropy = _entropy(z - lse.unsqueeze(-1))
         entropy = torch.where(lse == -torch.inf, torch.nan, entropy)
         entropy = torch.where(kept, entropy, 0)
-    wide = torch.promote_types(lse.dtype, lse_dtype(lse.device))
-    return RowStats(torch.where(kept, logprobs, 0), entropy, torch.where(kept, lse, 0).to(wide))
+    return RowStats(torch.where(kept, logprobs, 0), entropy, torch.where(kept, lse, 0).double())
 
 
 def _label_columns(labels: Tensor, settings: RowSettings, width: int) -> tuple[Tensor, Tensor]:
