@@ -156,7 +156,7 @@ def choose(op: str, impl: str | None, *tensors: torch.Tensor) -> Choice:
         RuntimeError: the implementation asked for cannot run here; names op, implementation and
             reason.
     """
-    dtypes = frozenset(x.dtype for x in tensors if x.dtype.is_floating_point)
+    dtypes = frozenset([x.dtype for x in tensors if x.dtype.is_floating_point])
     return _choose(op, impl, os.environ.get(ENVIRONMENT, ""), tensors[0].device, dtypes)
 
 
