@@ -258,48 +258,59 @@ void bind_logprobs_from_logits(py::module_& m) {
 
 // ---- kl_from_logits ---------------------------------------------------------------------------
 
-// settings: (columns, temperature address or 0, scalar temperature, softcap, ref_softcap), 0: no cap.
-KlRows make_kl_rows(int64_t count, py::handle logits, py::handle ref_logits, py::handle mask,
-                    const py::tuple& settings, int threads) {
+// side: (address, dtype, outer, inner, outer stride, inner stride).
+KlSide to_kl_side(const py::tuple& side) {
+  KlSide view;
+  view.data = pointer<void>(side[0]);
+  view.dtype = static_cast<DType>(side[1].cast<int32_t>());
+  view.outer = side[2].cast<int64_t>();
+  view.inner = side[3].cast<int64_t>();
+  view.outer_stride = side[4].cast<int64_t>();
+  view.inner_stride = side[5].cast<int64_t>();
+  return view;
+}
+
+// settings: (columns, address of the temperatures or 0, scalar temperature, softcaps or 0).
+KlRows to_kl_rows(const py::tuple& actor, const py::tuple& reference, const py::tuple& settings,
+                  int threads) {
   KlRows rows;
-  rows.rows = count;
-  rows.logits = to_view(logits);
-  rows.ref_logits = to_view(ref_logits);
-  rows.mask = to_mask(mask);
+  rows.actor = to_kl_side(actor);
+  rows.reference = to_kl_side(reference);
   rows.columns = settings[0].cast<int64_t>();
   rows.temperature = pointer<const float>(settings[1]);
   rows.scalar_temperature = settings[2].cast<double>();
-  rows.softcap = settings[3].cast<double>();
-  rows.ref_softcap = settings[4].cast<double>();
+  rows.actor.softcap = settings[3].cast<double>();
+  rows.reference.softcap = settings[4].cast<double>();
   rows.threads = threads;
   return rows;
 }
 
+// outputs: addresses of kl, lse and ref_lse; stats: those and grad_kl.
 void bind_kl_from_logits(py::module_& m) {
   m.def("kl_from_logits_forward",
-        [](int64_t count, py::handle logits, py::handle ref_logits, py::handle mask,
-           const py::tuple& settings, bool shard, const py::tuple& outputs, int threads) {
+        [](const py::tuple& actor, const py::tuple& reference, const py::tuple& settings,
+           uintptr_t mask, bool shard, const py::tuple& outputs, int threads) {
           KlForwardArgs args;
-          args.rows = make_kl_rows(count, logits, ref_logits, mask, settings, threads);
+          args.rows = to_kl_rows(actor, reference, settings, threads);
+          args.mask = reinterpret_cast<const uint8_t*>(mask);
           args.shard = shard;
-          args.kl = pointer<double>(outputs[0]);
+          args.kl = pointer<float>(outputs[0]);
           args.lse = pointer<double>(outputs[1]);
           args.ref_lse = pointer<double>(outputs[2]);
           const py::gil_scoped_release release;
           kl_from_logits_forward(args);
         });
-  // stats: addresses of kl, lse, ref_lse.
   m.def("kl_from_logits_backward",
-        [](int64_t count, py::handle logits, py::handle ref_logits, py::handle mask,
-           const py::tuple& settings, const py::tuple& stats, uintptr_t grad_kl, py::handle out,
-           int64_t width, bool accumulate, int threads) {
+        [](const py::tuple& actor, const py::tuple& reference, const py::tuple& settings,
+           const py::tuple& stats, const py::tuple& grad, int64_t width, bool accumulate,
+           int threads) {
           KlBackwardArgs args;
-          args.rows = make_kl_rows(count, logits, ref_logits, mask, settings, threads);
+          args.rows = to_kl_rows(actor, reference, settings, threads);
           args.kl = pointer<const float>(stats[0]);
           args.lse = pointer<const double>(stats[1]);
           args.ref_lse = pointer<const double>(stats[2]);
-          args.grad_kl = reinterpret_cast<const float*>(grad_kl);
-          args.out = to_view(out);
+          args.grad_kl = pointer<const float>(stats[3]);
+          args.grad = to_kl_side(grad);
           args.width = width;
           args.accumulate = accumulate;
           const py::gil_scoped_release release;
