@@ -33,15 +33,16 @@ def estimate(
         algorithm, kl, reward: the rules.
     """
     mask = scored.loss_mask
-    old, ref, estimator = _kl_operands(scored, kl)
+    exact = scored.exact_kl is not None
     out = rewards_and_gae(
-        old,
-        ref,
+        scored.old_logprobs,
+        None if exact else scored.ref_logprobs,
         scored.values,
         shaped_scores,
         mask,
         kl_coef=kl_coef,
-        kl_estimator=estimator,
+        kl=scored.exact_kl,
+        kl_estimator="exact" if exact else _estimator(kl),
         kl_in_reward=kl.placement == "reward",
         gamma=algorithm.gamma,
         gae_lambda=algorithm.gae_lambda,
@@ -75,13 +76,9 @@ def estimate(
     return Experience(scored, rewards, out.kl, advantages, returns)
 
 
-def _kl_operands(scored: ScoredRollout, kl: KLConfig) -> tuple[Tensor, Tensor, str]:
-    """(old log-probs, reference's, estimator) from which `rewards_and_gae` makes the KL."""
-    if scored.exact_kl is not None:
-        return scored.exact_kl, torch.zeros_like(scored.exact_kl), "k1"
-    # The exact KL in the loss is made by the loss; what is kept of the rollout is the estimate.
-    estimator = "k1" if kl.estimator == "exact" else kl.estimator
-    return scored.old_logprobs, scored.ref_logprobs, estimator
+def _estimator(kl: KLConfig) -> str:
+    """The exact KL in the loss is made by the loss; the rollout keeps an estimate."""
+    return "k1" if kl.estimator == "exact" else kl.estimator
 
 
 def own_share(scored: ScoredRollout, exact_kl: Tensor) -> Tensor:
