@@ -1,7 +1,7 @@
 """Log-prob and entropy from hidden states: the chunked op against all logits at once.
 
     python -m bench.kernels.bench_linear_logprobs [--threads 2] [--repeats 5] [--device cpu|cuda]
-        [--shape 1024x1024x32000 ...] [--dtype fp32|bf16 ...] [--json FILE]
+        [--quick] [--shape 1024x1024x32000 ...] [--dtype fp32|bf16 ...] [--json FILE]
 
 Shapes are TOKENSxHIDDENxVOCAB. Contenders:
 
@@ -9,6 +9,7 @@ Shapes are TOKENSxHIDDENxVOCAB. Contenders:
     all logits       product, log_softmax, gather, -(p log p) summed (what trainers run)
     chunked autograd the same for 512 tokens at a time under checkpointing (verl's torch scheme)
     compile ...      torch.compile of all logits
+    Liger, verl ...  their functions that give an entropy, where installed (`bench.kernels.peers`)
 
 Forward + backward takes random upstream gradients of both outputs. "half masked" leaves every
 second token out: it must halve the time. The error is the largest of log-prob and entropy against
@@ -17,7 +18,6 @@ fp64 on 32 tokens; the gate is 2e-5 for ours and 5e-2 for peers, whose bf16 logi
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from bench.kernels import harness, linear_peers
+from bench.kernels import peers as foreign
 from rlhf_fast_kernels import linear_logprobs, reference
 from rlhf_fast_kernels.linear_head import Head, chunk_bounds
 
@@ -43,7 +44,9 @@ Op = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 Inputs = tuple[Tensor, ...]
 
 
-def draw(tokens: int, width: int, vocab: int, dtype: torch.dtype, device: str) -> list[Inputs]:
+def draw(
+    tokens: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device
+) -> list[Inputs]:
     generator = torch.Generator().manual_seed(0)
     sets = []
     for _ in range(SETS):
@@ -87,8 +90,13 @@ def both(op: Op, sets: list[Inputs], k: int) -> Any:
     return torch.autograd.grad([logprobs, entropy], leaves, [g, h])
 
 
+def _few(inputs: Inputs) -> Inputs:
+    """The first tokens and the whole weight."""
+    return tuple(x if i == 1 else x[:ERROR_TOKENS] for i, x in enumerate(inputs))
+
+
 def error(op: Op, sets: list[Inputs]) -> float:
-    hidden, weight, labels = (x[:ERROR_TOKENS] if i != 1 else x for i, x in enumerate(sets[0][:3]))
+    hidden, weight, labels = _few(sets[0])[:3]
     with torch.no_grad():
         got = op(hidden, weight, labels)
         exact = reference.linear_logprobs(hidden.double(), weight.double(), labels)
@@ -97,7 +105,7 @@ def error(op: Op, sets: list[Inputs]) -> float:
 
 
 def contenders(
-    sets: list[Inputs], run: Callable[..., Any], backward: bool
+    sets: list[Inputs], run: Callable[..., Any], backward: bool, session: harness.Session
 ) -> list[harness.Contender]:
     own: dict[str, Op] = {"rlhf_fast": linear_logprobs, "rlhf_fast, half masked": half_masked}
     peers: dict[str, Op] = {"all logits": linear_peers.all_logits}
@@ -107,6 +115,11 @@ def contenders(
     fast = harness.compiled(linear_peers.all_logits, sets[0][:3])
     if fast is not None:
         peers["compile all logits"] = fast
+    given, absent = foreign.usable(
+        "linear_logprobs", session.device, lambda op: run(op, [_few(sets[0])], 0)
+    )
+    session.report.absent |= absent
+    peers |= {name: op for name, op in given.items() if "no entropy" not in name}
     found = [
         harness.Contender(
             name,
@@ -114,6 +127,7 @@ def contenders(
             error(op, sets),
             2e-5 if name in own else 5e-2,
             name in own,
+            returned_bytes=weight_bytes(sets[0]) if backward else 0,  # the gradients
         )
         for name, op in {**own, **peers}.items()
     ]
@@ -124,37 +138,30 @@ def contenders(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="log-prob and entropy from hidden states")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu", choices=tuple(SHAPES))
+    parser = harness.parser("log-prob and entropy from hidden states", repeats=5)
     parser.add_argument("--shape", nargs="+", help="TOKENSxHIDDENxVOCAB")
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES))
-    parser.add_argument("--json", help="write the report to this file")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    probe = harness.ReadProbe()
-    report = harness.Report(harness.environment(options.threads))
-    harness.print_environment(report.environment)
-    dtypes = options.dtype or (("fp32", "bf16") if options.device == "cpu" else ("bf16",))
-    for shape in options.shape or SHAPES[options.device]:
+    session = harness.start(options)
+    kind = session.device.type
+    shapes = options.shape or (SHAPES[kind][:1] if session.quick else SHAPES[kind])
+    for shape in shapes:
         tokens, width, vocab = (int(part) for part in shape.split("x"))
-        for dtype in dtypes:
-            sets = draw(tokens, width, vocab, DTYPES[dtype], options.device)
+        for dtype in options.dtype or (("fp32", "bf16") if kind == "cpu" else ("bf16",)):
+            sets = draw(tokens, width, vocab, DTYPES[dtype], session.device)
             for backward in (False, True):
                 what = "forward + backward" if backward else "forward"
                 rows = harness.measure(
                     f"[{tokens}, {width}] x [{vocab}, {width}] {dtype} {what}",
-                    contenders(sets, both if backward else forward, backward),
+                    contenders(sets, both if backward else forward, backward, session),
                     sets=SETS,
                     bytes_moved=weight_bytes(sets[0]),
-                    probe=probe,
-                    repeats=options.repeats,
+                    flops=(6 if backward else 2) * tokens * width * vocab,
+                    matmul=session.matmul(DTYPES[dtype], (tokens, vocab, width)),
+                    **session.limits(),
                 )
-                harness.print_rows(rows)
-                report.rows += rows
-    harness.write_json(report, options.json)
-    return harness.exit_code(report.rows)
+                session.add(rows)
+    return session.finish()
 
 
 def weight_bytes(inputs: Inputs) -> int:

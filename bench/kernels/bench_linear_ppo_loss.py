@@ -1,7 +1,7 @@
 """The PPO loss from hidden states, forward and backward: one pass against recomputing and eager.
 
     python -m bench.kernels.bench_linear_ppo_loss [--threads 2] [--repeats 5] [--device cpu|cuda]
-        [--shape 1024x1024x32000 ...] [--dtype fp32|bf16 ...] [--json FILE]
+        [--quick] [--shape 1024x1024x32000 ...] [--dtype fp32|bf16 ...] [--json FILE]
 
 Shapes are TOKENSxHIDDENxVOCAB; every contender yields the gradients of hidden states and head.
 
@@ -9,6 +9,7 @@ Shapes are TOKENSxHIDDENxVOCAB; every contender yields the gradients of hidden s
     recomputing      linear_logprobs, then ppo_loss: logits twice, 8 T H V flops
     chunked autograd 512 tokens at a time under checkpointing (verl's torch scheme)
     compile ...      torch.compile of all logits with the loss
+    Liger, verl ...  their log-prob and entropy with the loss, where installed
 
 "half masked" leaves every second token out and must take half the time. Extra memory leaves out the
 returned gradients. The error is the relative Frobenius error of the weight's gradient against fp64
@@ -17,7 +18,6 @@ on 64 tokens; the gate is that of all logits times 1.2, plus 1e-5.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from bench.kernels import harness, linear_peers
+from bench.kernels import peers as foreign
 from rlhf_fast_kernels import linear_ppo_loss
 
 SHAPES = {
@@ -40,7 +41,7 @@ SETTINGS = {"entropy_coef": 0.01, "kl_coef": 0.1}
 
 
 def draw(
-    tokens: int, width: int, vocab: int, dtype: torch.dtype, device: str
+    tokens: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device
 ) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
 
@@ -121,7 +122,7 @@ def error(loss: Loss, sets: list[dict[str, Any]]) -> float:
     return float((got.double() - exact).norm() / exact.norm())
 
 
-def contenders(sets: list[dict[str, Any]]) -> list[harness.Contender]:
+def contenders(sets: list[dict[str, Any]], session: harness.Session) -> list[harness.Contender]:
     own: dict[str, Loss] = {"rlhf_fast": one_pass, "rlhf_fast, half masked": half_masked}
     own["rlhf_fast, exact KL"] = exact_kl
     peers: dict[str, Loss] = {
@@ -135,47 +136,51 @@ def contenders(sets: list[dict[str, Any]]) -> list[harness.Contender]:
     )
     if fast is not None:
         peers["compile all logits"] = partial(two_steps, fast)
+    given, absent = foreign.usable(
+        "linear_logprobs", session.device, lambda op: error(partial(two_steps, op), sets)
+    )
+    session.report.absent |= absent  # among them those that give no entropy
+    peers |= {name: partial(two_steps, op) for name, op in given.items()}
     limit = 1.2 * error(peers["all logits"], sets) + 1e-5
     # Half the tokens and another KL are other objectives: their numbers are held by the tests.
     errors = {name: error(loss, sets) for name, loss in peers.items()}
     errors |= dict.fromkeys(own, error(one_pass, sets))
     return [
         harness.Contender(
-            name, partial(gradients, loss, sets), errors[name], max(limit, 1e-5), name in own
+            name,
+            partial(gradients, loss, sets),
+            errors[name],
+            max(limit, 1e-5),
+            name in own,
+            returned_bytes=harness.bytes_of(sets[0]["hidden"], sets[0]["weight"]),
         )
         for name, loss in {**own, **peers}.items()
     ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="PPO loss from hidden states, with gradients")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu", choices=tuple(SHAPES))
+    parser = harness.parser("PPO loss from hidden states, with gradients", repeats=5)
     parser.add_argument("--shape", nargs="+", help="TOKENSxHIDDENxVOCAB")
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES))
-    parser.add_argument("--json", help="write the report to this file")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    probe = harness.ReadProbe()
-    report = harness.Report(harness.environment(options.threads))
-    harness.print_environment(report.environment)
-    for shape in options.shape or SHAPES[options.device]:
+    session = harness.start(options)
+    kind = session.device.type
+    shapes = options.shape or (SHAPES[kind][:1] if session.quick else SHAPES[kind])
+    for shape in shapes:
         tokens, width, vocab = (int(part) for part in shape.split("x"))
-        for dtype in options.dtype or (("fp32",) if options.device == "cpu" else ("bf16",)):
-            sets = draw(tokens, width, vocab, DTYPES[dtype], options.device)
+        for dtype in options.dtype or (("fp32",) if kind == "cpu" else ("bf16",)):
+            sets = draw(tokens, width, vocab, DTYPES[dtype], session.device)
             rows = harness.measure(
                 f"[{tokens}, {width}] x [{vocab}, {width}] {dtype} forward + backward",
-                contenders(sets),
+                contenders(sets, session),
                 sets=SETS,
                 bytes_moved=2 * sets[0]["weight"].numel() * sets[0]["weight"].element_size(),
-                probe=probe,
-                repeats=options.repeats,
+                flops=6 * tokens * width * vocab,
+                matmul=session.matmul(DTYPES[dtype], (tokens, vocab, width)),
+                **session.limits(),
             )
-            harness.print_rows(rows)
-            report.rows += rows
-    harness.write_json(report, options.json)
-    return harness.exit_code(report.rows)
+            session.add(rows)
+    return session.finish()
 
 
 if __name__ == "__main__":
