@@ -1,7 +1,7 @@
 """Log-prob and entropy from hidden states: the chunked op against all logits at once.
 
     python -m bench.kernels.bench_linear_logprobs [--threads 2] [--repeats 5] [--device cpu|cuda]
-        [--quick] [--shape 1024x1024x32000 ...] [--dtype fp32|bf16 ...] [--json FILE]
+        [--shape 1024x1024x32000 ...] [--dtype fp32|bf16 ...] [--json FILE]
 
 Shapes are TOKENSxHIDDENxVOCAB. Contenders:
 
@@ -9,7 +9,6 @@ Shapes are TOKENSxHIDDENxVOCAB. Contenders:
     all logits       product, log_softmax, gather, -(p log p) summed (what trainers run)
     chunked autograd the same for 512 tokens at a time under checkpointing (verl's torch scheme)
     compile ...      torch.compile of all logits
-    Liger, verl ...  their functions that give an entropy, where installed (`bench.kernels.peers`)
 
 Forward + backward takes random upstream gradients of both outputs. "half masked" leaves every
 second token out: it must halve the time. The error is the largest of log-prob and entropy against
@@ -27,8 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import harness, linear_peers
-from bench.kernels import peers as foreign
+from bench.kernels import harness, linear_peers, peers
 from rlhf_fast_kernels import linear_logprobs, reference
 from rlhf_fast_kernels.linear_head import Head, chunk_bounds
 
@@ -36,6 +34,7 @@ SHAPES = {
     "cpu": ("1024x256x32000", "1024x1024x32000", "512x1024x151936"),
     "cuda": ("16384x4096x151936", "16384x4096x128256", "4096x896x151936"),
 }
+OP = "linear_logprobs"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SETS = 2
 ERROR_TOKENS = 32
@@ -90,13 +89,13 @@ def both(op: Op, sets: list[Inputs], k: int) -> Any:
     return torch.autograd.grad([logprobs, entropy], leaves, [g, h])
 
 
-def _few(inputs: Inputs) -> Inputs:
-    """The first tokens and the whole weight."""
+def first_tokens(inputs: Inputs) -> Inputs:
+    """Few tokens and the whole weight."""
     return tuple(x if i == 1 else x[:ERROR_TOKENS] for i, x in enumerate(inputs))
 
 
 def error(op: Op, sets: list[Inputs]) -> float:
-    hidden, weight, labels = _few(sets[0])[:3]
+    hidden, weight, labels = first_tokens(sets[0])[:3]
     with torch.no_grad():
         got = op(hidden, weight, labels)
         exact = reference.linear_logprobs(hidden.double(), weight.double(), labels)
@@ -105,36 +104,43 @@ def error(op: Op, sets: list[Inputs]) -> float:
 
 
 def contenders(
-    sets: list[Inputs], run: Callable[..., Any], backward: bool, session: harness.Session
+    sets: list[Inputs], backward: bool, session: harness.Session
 ) -> list[harness.Contender]:
+    run = both if backward else forward
     own: dict[str, Op] = {"rlhf_fast": linear_logprobs, "rlhf_fast, half masked": half_masked}
-    peers: dict[str, Op] = {"all logits": linear_peers.all_logits}
+    other: dict[str, Op] = {"all logits": linear_peers.all_logits}
     if backward:
-        peers["chunked autograd"] = linear_peers.chunked_autograd
+        other["chunked autograd"] = linear_peers.chunked_autograd
     torch.compiler.reset()
     fast = harness.compiled(linear_peers.all_logits, sets[0][:3])
     if fast is not None:
-        peers["compile all logits"] = fast
-    given, absent = foreign.usable(
-        "linear_logprobs", session.device, lambda op: run(op, [_few(sets[0])], 0)
-    )
+        other["compile all logits"] = fast
+
+    def trial(op: Op) -> None:
+        few = first_tokens(sets[0])
+        if op(*few[:3])[1] is None:
+            raise ValueError("gives no entropy")
+        run(op, [few], 0)
+
+    found, absent = peers.usable(OP, session.device, trial)
     session.report.absent |= absent
-    peers |= {name: op for name, op in given.items() if "no entropy" not in name}
-    found = [
+    other |= found
+    returned = harness.bytes_of(*sets[0][:2]) if backward else 0
+    result = [
         harness.Contender(
             name,
             partial(run, op, sets),
             error(op, sets),
             2e-5 if name in own else 5e-2,
-            name in own,
-            returned_bytes=weight_bytes(sets[0]) if backward else 0,  # the gradients
+            ours=name in own,
+            returned_bytes=returned,
         )
-        for name, op in {**own, **peers}.items()
+        for name, op in {**own, **other}.items()
     ]
     if not backward:
-        bare = harness.Contender("matmul", lambda k: matmul(*sets[k][:2]), 0.0, 0.0)
-        found.append(bare)
-    return found
+        bare = partial(lambda k: matmul(*sets[k][:2]))
+        result.append(harness.Contender("matmul", bare, 0.0, 0.0))
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,28 +150,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     session = harness.start(options)
     kind = session.device.type
-    shapes = options.shape or (SHAPES[kind][:1] if session.quick else SHAPES[kind])
-    for shape in shapes:
+    dtypes = options.dtype or (("fp32", "bf16") if kind == "cpu" else ("bf16",))
+    for shape in options.shape or (SHAPES[kind][:1] if session.quick else SHAPES[kind]):
         tokens, width, vocab = (int(part) for part in shape.split("x"))
-        for dtype in options.dtype or (("fp32", "bf16") if kind == "cpu" else ("bf16",)):
+        for dtype in dtypes:
             sets = draw(tokens, width, vocab, DTYPES[dtype], session.device)
             for backward in (False, True):
                 what = "forward + backward" if backward else "forward"
                 rows = harness.measure(
                     f"[{tokens}, {width}] x [{vocab}, {width}] {dtype} {what}",
-                    contenders(sets, both if backward else forward, backward, session),
+                    contenders(sets, backward, session),
                     sets=SETS,
-                    bytes_moved=weight_bytes(sets[0]),
-                    flops=(6 if backward else 2) * tokens * width * vocab,
+                    bytes_moved=harness.bytes_of(*sets[0][:2]),
+                    flops=(8 if backward else 2) * tokens * width * vocab,
                     matmul=session.matmul(DTYPES[dtype], (tokens, vocab, width)),
                     **session.limits(),
                 )
                 session.add(rows)
     return session.finish()
-
-
-def weight_bytes(inputs: Inputs) -> int:
-    return sum(x.numel() * x.element_size() for x in inputs[:2])
 
 
 if __name__ == "__main__":

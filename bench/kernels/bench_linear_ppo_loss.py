@@ -1,7 +1,7 @@
 """The PPO loss from hidden states, forward and backward: one pass against recomputing and eager.
 
     python -m bench.kernels.bench_linear_ppo_loss [--threads 2] [--repeats 5] [--device cpu|cuda]
-        [--quick] [--shape 1024x1024x32000 ...] [--dtype fp32|bf16 ...] [--json FILE]
+        [--shape 1024x1024x32000 ...] [--dtype fp32|bf16 ...] [--json FILE]
 
 Shapes are TOKENSxHIDDENxVOCAB; every contender yields the gradients of hidden states and head.
 
@@ -9,7 +9,6 @@ Shapes are TOKENSxHIDDENxVOCAB; every contender yields the gradients of hidden s
     recomputing      linear_logprobs, then ppo_loss: logits twice, 8 T H V flops
     chunked autograd 512 tokens at a time under checkpointing (verl's torch scheme)
     compile ...      torch.compile of all logits with the loss
-    Liger, verl ...  their log-prob and entropy with the loss, where installed
 
 "half masked" leaves every second token out and must take half the time. Extra memory leaves out the
 returned gradients. The error is the relative Frobenius error of the weight's gradient against fp64
@@ -26,8 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import harness, linear_peers
-from bench.kernels import peers as foreign
+from bench.kernels import harness, linear_peers, peers
 from rlhf_fast_kernels import linear_ppo_loss
 
 SHAPES = {
@@ -103,6 +101,8 @@ def two_steps(
     op: Callable[..., Any], hidden: Tensor, weight: Tensor, case: dict[str, Any]
 ) -> Tensor:
     logprobs, entropy = op(hidden, weight, case["labels"])
+    if entropy is None:
+        raise ValueError("gives no entropy")
     mask = torch.ones_like(case["labels"], dtype=torch.bool)
     tensors = {k: case[k] for k in ("old_logprobs", "advantages", "ref_logprobs")}
     return linear_peers.loss_of(logprobs, entropy, mask, tensors, **SETTINGS)
@@ -125,7 +125,7 @@ def error(loss: Loss, sets: list[dict[str, Any]]) -> float:
 def contenders(sets: list[dict[str, Any]], session: harness.Session) -> list[harness.Contender]:
     own: dict[str, Loss] = {"rlhf_fast": one_pass, "rlhf_fast, half masked": half_masked}
     own["rlhf_fast, exact KL"] = exact_kl
-    peers: dict[str, Loss] = {
+    other: dict[str, Loss] = {
         "all logits": partial(two_steps, linear_peers.all_logits),
         "recomputing": partial(two_steps, linear_peers.recomputing),
         "chunked autograd": partial(two_steps, linear_peers.chunked_autograd),
@@ -135,26 +135,27 @@ def contenders(sets: list[dict[str, Any]], session: harness.Session) -> list[har
         linear_peers.all_logits, [sets[0][n] for n in ("hidden", "weight", "labels")]
     )
     if fast is not None:
-        peers["compile all logits"] = partial(two_steps, fast)
-    given, absent = foreign.usable(
+        other["compile all logits"] = partial(two_steps, fast)
+    found, absent = peers.usable(
         "linear_logprobs", session.device, lambda op: error(partial(two_steps, op), sets)
     )
-    session.report.absent |= absent  # among them those that give no entropy
-    peers |= {name: partial(two_steps, op) for name, op in given.items()}
-    limit = 1.2 * error(peers["all logits"], sets) + 1e-5
+    session.report.absent |= absent
+    other |= {name: partial(two_steps, op) for name, op in found.items()}
+    limit = 1.2 * error(other["all logits"], sets) + 1e-5
     # Half the tokens and another KL are other objectives: their numbers are held by the tests.
-    errors = {name: error(loss, sets) for name, loss in peers.items()}
+    errors = {name: error(loss, sets) for name, loss in other.items()}
     errors |= dict.fromkeys(own, error(one_pass, sets))
+    returned = harness.bytes_of(sets[0]["hidden"], sets[0]["weight"])
     return [
         harness.Contender(
             name,
             partial(gradients, loss, sets),
             errors[name],
-            max(limit, 1e-5),
-            name in own,
-            returned_bytes=harness.bytes_of(sets[0]["hidden"], sets[0]["weight"]),
+            limit,
+            ours=name in own,
+            returned_bytes=returned,
         )
-        for name, loss in {**own, **peers}.items()
+        for name, loss in {**own, **other}.items()
     ]
 
 
@@ -165,8 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     session = harness.start(options)
     kind = session.device.type
-    shapes = options.shape or (SHAPES[kind][:1] if session.quick else SHAPES[kind])
-    for shape in shapes:
+    for shape in options.shape or (SHAPES[kind][:1] if session.quick else SHAPES[kind]):
         tokens, width, vocab = (int(part) for part in shape.split("x"))
         for dtype in options.dtype or (("fp32",) if kind == "cpu" else ("bf16",)):
             sets = draw(tokens, width, vocab, DTYPES[dtype], session.device)
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"[{tokens}, {width}] x [{vocab}, {width}] {dtype} forward + backward",
                 contenders(sets, session),
                 sets=SETS,
-                bytes_moved=2 * sets[0]["weight"].numel() * sets[0]["weight"].element_size(),
+                bytes_moved=2 * harness.bytes_of(sets[0]["weight"]),
                 flops=6 * tokens * width * vocab,
                 matmul=session.matmul(DTYPES[dtype], (tokens, vocab, width)),
                 **session.limits(),
