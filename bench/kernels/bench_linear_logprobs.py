@@ -89,8 +89,13 @@ def both(op: Op, sets: list[Inputs], k: int) -> Any:
     return torch.autograd.grad([logprobs, entropy], leaves, [g, h])
 
 
+def first_tokens(inputs: Inputs) -> Inputs:
+    """Few tokens and the whole weight."""
+    return tuple(x if i == 1 else x[:ERROR_TOKENS] for i, x in enumerate(inputs))
+
+
 def error(op: Op, sets: list[Inputs]) -> float:
-    hidden, weight, labels = (x[:ERROR_TOKENS] if i != 1 else x for i, x in enumerate(sets[0][:3]))
+    hidden, weight, labels = first_tokens(sets[0])[:3]
     with torch.no_grad():
         got = op(hidden, weight, labels)
         exact = reference.linear_logprobs(hidden.double(), weight.double(), labels)
@@ -110,9 +115,16 @@ def contenders(
     fast = harness.compiled(linear_peers.all_logits, sets[0][:3])
     if fast is not None:
         other["compile all logits"] = fast
-    found, absent = peers.find(OP, session.device)
+
+    def trial(op: Op) -> None:
+        few = first_tokens(sets[0])
+        if op(*few[:3])[1] is None:
+            raise ValueError("gives no entropy")
+        run(op, [few], 0)
+
+    found, absent = peers.usable(OP, session.device, trial)
     session.report.absent |= absent
-    other |= {peer.name: peer.function for peer in found}
+    other |= found
     returned = harness.bytes_of(*sets[0][:2]) if backward else 0
     result = [
         harness.Contender(
@@ -151,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     sets=SETS,
                     bytes_moved=harness.bytes_of(*sets[0][:2]),
                     flops=(8 if backward else 2) * tokens * width * vocab,
+                    matmul=session.matmul(DTYPES[dtype], (tokens, vocab, width)),
                     **session.limits(),
                 )
                 session.add(rows)

@@ -256,7 +256,7 @@ def measure(
     timed = [c for c in contenders if c.passes]
     lengths = {}
     for contender in timed:
-        contender.run(0)
+        _check_device(contender, contender.run(0), probe.device)
         rows[contender.name].extra_mib = _extra_mib(clock, contender)
         lengths[contender.name] = clock.calls_per_turn(contender.run, calls, repeats)
     samples: dict[str, list[Sample]] = {c.name: [] for c in timed}
@@ -322,6 +322,17 @@ def compiled(
 def _extra_mib(clock: Clock, contender: Contender) -> float | None:
     found = clock.extra_bytes(contender.run)
     return None if found is None else max(found - contender.returned_bytes, 0) / 2**20
+
+
+def _check_device(contender: Contender, result: Any, device: torch.device) -> None:
+    """A CPU's clock on a GPU's calls would time their launches and call it speed."""
+    values = result if isinstance(result, tuple | list) else (result,)
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.device.type != device.type:
+            raise ValueError(
+                f"measure: {contender.name} computes on {value.device}, the probe is on {device}: "
+                "pass the probe of the session"
+            )
 
 
 def _median(samples: Sequence[Sample]) -> float:

@@ -78,6 +78,22 @@ def find(op: str, device: torch.device | str) -> tuple[list[Peer], dict[str, str
     return found, absent
 
 
+def usable(
+    op: str, device: torch.device | str, trial: Callable[[Callable[..., Any]], Any]
+) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
+    """`find`, by name, without those whose trial run raises: a shape or dtype they do not take."""
+    found, absent = find(op, device)
+    functions = {}
+    for peer in found:
+        try:
+            trial(peer.function)
+        except Exception as problem:  # as varied as the peers
+            absent[peer.name] = f"{type(problem).__name__}: {problem}".split("\n")[0]
+        else:
+            functions[peer.name] = peer.function
+    return functions, absent
+
+
 def names(op: str | None = None) -> list[str]:
     """The names of all peers, or of an op's."""
     return [entry.name for entry in _entries if op in (None, entry.op)]

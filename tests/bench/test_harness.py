@@ -153,6 +153,12 @@ def test_only_what_is_declared_safe_is_captured_in_a_graph(clock: ScriptedClock)
     assert rows["safe"].graph_ms == pytest.approx(5.0)
 
 
+def test_results_of_another_device_than_the_probes_are_refused(clock: ScriptedClock) -> None:
+    elsewhere = harness.Contender("x", lambda k: (torch.empty(1, device="meta"), 1.0), 0.0, 1.0)
+    with pytest.raises(ValueError, match="x computes on meta, the probe is on cpu"):
+        measure(elsewhere)
+
+
 def test_percentiles_stand_beside_the_median() -> None:
     row = harness.Row("case", "name", False, 0.0, 1.0)
     harness._fill(row, [device.Sample(1e-3 * x) for x in (9, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11)])

@@ -238,6 +238,18 @@ def test_a_stand_in_for_a_package_is_called_with_its_own_signature(
     assert seen == [False, True]
 
 
+def test_a_peer_that_does_not_take_the_inputs_is_absent_with_its_error() -> None:
+    def trial(function: Callable[..., object]) -> None:
+        raise AssertionError("hidden must be a multiple of 128\nand more")
+
+    functions, absent = peers.usable("linear_ce", DEVICE, trial)
+    assert functions == {}
+    assert sorted(absent) == sorted(peers.names("linear_ce"))
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+        want = "AssertionError: hidden must be a multiple of 128"
+        assert absent["PyTorch linear_cross_entropy"] == want
+
+
 def test_what_needs_a_gpu_is_not_imported_without_one() -> None:
     absent = peers.find("linear_logprobs", "cpu")[1]
     assert absent["verl Triton"] == "runs on CUDA devices only"
