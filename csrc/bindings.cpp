@@ -9,6 +9,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cpu/kl_from_logits.h"
 #include "cpu/logprobs_from_logits.h"
@@ -23,6 +24,7 @@
 #include "cuda/device.h"
 #include "cuda/ppo_loss.h"
 #include "cuda/rewards_and_gae.h"
+#include "cuda/whiten.h"
 #endif
 
 namespace py = pybind11;
@@ -56,10 +58,42 @@ MaskView to_mask(py::handle tensor) {
   return view;
 }
 
+// ---- where an op runs -------------------------------------------------------------------------
+
+template <class Args>  // common_type keeps a nullptr from being asked what Args is
+using CudaOp = std::string (*)(const std::common_type_t<Args>&, int, void*);
+
+// placement: number of CPU threads, or (CUDA device, stream handle).
+template <class Args>
+void run_placed(const char* op, Args& args, py::handle placement, void (*on_cpu)(const Args&),
+                [[maybe_unused]] CudaOp<Args> on_cuda) {
+  if (py::isinstance<py::int_>(placement)) {
+    args.threads = placement.cast<int>();
+    const py::gil_scoped_release release;
+    on_cpu(args);
+    return;
+  }
+  std::string error = "this build has no CUDA code";
+#ifdef RLHF_FAST_WITH_CUDA
+  const auto [device, stream] = placement.cast<std::pair<int, uintptr_t>>();
+  {
+    const py::gil_scoped_release release;
+    error = on_cuda(args, device, reinterpret_cast<void*>(stream));
+  }
+#endif
+  if (!error.empty()) throw std::runtime_error(std::string(op) + " (cuda): " + error);
+}
+
+#ifdef RLHF_FAST_WITH_CUDA
+#define RLHF_FAST_CUDA_OP(op) &op##_cuda
+#else
+#define RLHF_FAST_CUDA_OP(op) nullptr
+#endif
+
 // ---- rewards_and_gae --------------------------------------------------------------------------
 
-// shape: (rows, columns, tokens, cu_seqlens address or 0); outputs: addresses of advantages, returns
-// and, unless rewards are given, rewards and kl.
+// shape: (rows, columns, tokens, cu_seqlens address or 0, whether the offsets are int64); outputs:
+// addresses of advantages, returns and, unless rewards are given, rewards, kl and moments.
 RewardsAndGaeArgs make_gae_args(const py::tuple& shape, py::handle values, py::handle mask,
                                 py::handle bootstrap, float gamma, float gae_lambda,
                                 const py::tuple& outputs) {
@@ -67,7 +101,8 @@ RewardsAndGaeArgs make_gae_args(const py::tuple& shape, py::handle values, py::h
   args.rows = shape[0].cast<int64_t>();
   args.columns = shape[1].cast<int64_t>();
   args.tokens = shape[2].cast<int64_t>();
-  args.cu_seqlens = pointer<const int64_t>(shape[3]);
+  args.cu_seqlens = pointer<const void>(shape[3]);
+  args.wide_offsets = shape[4].cast<bool>();
   args.values = to_view(values);
   args.mask = to_mask(mask);
   args.bootstrap = to_view(bootstrap);
@@ -75,45 +110,31 @@ RewardsAndGaeArgs make_gae_args(const py::tuple& shape, py::handle values, py::h
   args.gae_lambda = gae_lambda;
   args.out_advantages = pointer<float>(outputs[0]);
   args.out_returns = pointer<float>(outputs[1]);
-  if (outputs.size() == 4) {
+  if (outputs.size() == 5) {
     args.out_rewards = pointer<float>(outputs[2]);
     args.out_kl = pointer<float>(outputs[3]);
+    args.out_moments = pointer<double>(outputs[4]);
   }
   return args;
 }
 
-// kl: (old_logprobs, ref_logprobs, scores, scores_per_token, estimator, kl_coef, kl_in_reward, clamp)
-void set_kl(RewardsAndGaeArgs& args, const py::tuple& kl) {
-  args.old_logprobs = to_view(kl[0]);
-  args.ref_logprobs = to_view(kl[1]);
-  args.scores = to_view(kl[2]);
-  args.scores_per_token = kl[3].cast<bool>();
-  args.kl_estimator = static_cast<KlEstimator>(kl[4].cast<int32_t>());
-  args.kl_coef = kl[5].cast<float>();
-  args.kl_in_reward = kl[6].cast<bool>();
-  args.log_ratio_clamp =
-      kl[7].is_none() ? std::numeric_limits<float>::infinity() : kl[7].cast<float>();
+float or_infinity(py::handle bound) {
+  return bound.is_none() ? std::numeric_limits<float>::infinity() : bound.cast<float>();
 }
 
-// placement: number of CPU threads, or (CUDA device, stream handle).
-void run_gae(RewardsAndGaeArgs& args, py::handle placement) {
-  if (py::isinstance<py::int_>(placement)) {
-    args.threads = placement.cast<int>();
-    const py::gil_scoped_release release;
-    rewards_and_gae(args);
-    return;
-  }
-#ifdef RLHF_FAST_WITH_CUDA
-  const auto [device, stream] = placement.cast<std::pair<int, uintptr_t>>();
-  std::string error;
-  {
-    const py::gil_scoped_release release;
-    error = rewards_and_gae_cuda(args, device, reinterpret_cast<void*>(stream));
-  }
-  if (!error.empty()) throw std::runtime_error("rewards_and_gae (cuda): " + error);
-#else
-  throw std::runtime_error("rewards_and_gae (cuda): this build has no CUDA code");
-#endif
+// source: (old_logprobs, ref_logprobs, kl, scores, scores_per_token); settings: (estimator, kl_coef,
+// kl_in_reward, log_ratio_clamp, reward_clip)
+void set_rewards(RewardsAndGaeArgs& args, const py::tuple& source, const py::tuple& settings) {
+  args.old_logprobs = to_view(source[0]);
+  args.ref_logprobs = to_view(source[1]);
+  args.kl = to_view(source[2]);
+  args.scores = to_view(source[3]);
+  args.scores_per_token = source[4].cast<bool>();
+  args.kl_estimator = static_cast<KlEstimator>(settings[0].cast<int32_t>());
+  args.kl_coef = settings[1].cast<float>();
+  args.kl_in_reward = settings[2].cast<bool>();
+  args.log_ratio_clamp = or_infinity(settings[3]);
+  args.reward_clip = or_infinity(settings[4]);
 }
 
 void bind_rewards_and_gae(py::module_& m) {
@@ -122,46 +143,53 @@ void bind_rewards_and_gae(py::module_& m) {
                   py::handle placement) {
     auto args = make_gae_args(shape, values, mask, bootstrap, gamma, gae_lambda, outputs);
     args.rewards = to_view(rewards);
-    run_gae(args, placement);
+    run_placed("gae", args, placement, &rewards_and_gae, RLHF_FAST_CUDA_OP(rewards_and_gae));
   });
-  m.def("rewards_and_gae", [](const py::tuple& shape, const py::tuple& kl, py::handle values,
-                              py::handle mask, py::handle bootstrap, float gamma,
-                              float gae_lambda, const py::tuple& outputs, py::handle placement) {
+  m.def("rewards_and_gae", [](const py::tuple& shape, const py::tuple& source,
+                              const py::tuple& settings, py::handle values, py::handle mask,
+                              py::handle bootstrap, float gamma, float gae_lambda,
+                              const py::tuple& outputs, py::handle placement) {
     auto args = make_gae_args(shape, values, mask, bootstrap, gamma, gae_lambda, outputs);
-    set_kl(args, kl);
-    run_gae(args, placement);
+    set_rewards(args, source, settings);
+    run_placed("rewards_and_gae", args, placement, &rewards_and_gae,
+               RLHF_FAST_CUDA_OP(rewards_and_gae));
   });
 }
 
 // ---- whiten -----------------------------------------------------------------------------------
 
 void bind_whiten(py::module_& m) {
+  m.attr("MOMENTS_CHUNK") = kMomentsChunk;
+  // partials: room for the moments of every MOMENTS_CHUNK elements; CUDA only.
   m.def("masked_moments", [](int64_t rows, int64_t columns, py::handle x, py::handle mask,
-                             uintptr_t out, int threads) {
+                             uintptr_t partials, uintptr_t out, py::handle placement) {
     MaskedMomentsArgs args;
     args.rows = rows;
     args.columns = columns;
     args.x = to_view(x);
     args.mask = to_mask(mask);
+    args.partials = reinterpret_cast<double*>(partials);
     args.out = reinterpret_cast<double*>(out);
-    args.threads = threads;
-    const py::gil_scoped_release release;
-    masked_moments(args);
+    run_placed("masked_moments", args, placement, &masked_moments,
+               RLHF_FAST_CUDA_OP(masked_moments));
   });
-  m.def("whiten", [](int64_t rows, int64_t columns, py::handle x, py::handle mask, double mean,
-                     double scale, double offset, uintptr_t out, int threads) {
+  // stats: (address, number of sets, address of room for one set; CUDA only)
+  m.def("whiten", [](int64_t rows, int64_t columns, py::handle x, py::handle mask,
+                     const py::tuple& stats, bool shift_mean, bool unbiased, double eps,
+                     uintptr_t out, py::handle placement) {
     WhitenArgs args;
     args.rows = rows;
     args.columns = columns;
     args.x = to_view(x);
     args.mask = to_mask(mask);
-    args.mean = mean;
-    args.scale = scale;
-    args.offset = offset;
+    args.stats = pointer<const double>(stats[0]);
+    args.sets = stats[1].cast<int64_t>();
+    args.merged = pointer<double>(stats[2]);
+    args.shift_mean = shift_mean;
+    args.unbiased = unbiased;
+    args.eps = eps;
     args.out = reinterpret_cast<float*>(out);
-    args.threads = threads;
-    const py::gil_scoped_release release;
-    whiten(args);
+    run_placed("whiten", args, placement, &whiten, RLHF_FAST_CUDA_OP(whiten));
   });
 }
 
@@ -230,48 +258,59 @@ void bind_logprobs_from_logits(py::module_& m) {
 
 // ---- kl_from_logits ---------------------------------------------------------------------------
 
-// settings: (columns, temperature address or 0, scalar temperature, softcap, ref_softcap), 0: no cap.
-KlRows make_kl_rows(int64_t count, py::handle logits, py::handle ref_logits, py::handle mask,
-                    const py::tuple& settings, int threads) {
+// side: (address, dtype, outer, inner, outer stride, inner stride).
+KlSide to_kl_side(const py::tuple& side) {
+  KlSide view;
+  view.data = pointer<void>(side[0]);
+  view.dtype = static_cast<DType>(side[1].cast<int32_t>());
+  view.outer = side[2].cast<int64_t>();
+  view.inner = side[3].cast<int64_t>();
+  view.outer_stride = side[4].cast<int64_t>();
+  view.inner_stride = side[5].cast<int64_t>();
+  return view;
+}
+
+// settings: (columns, address of the temperatures or 0, scalar temperature, softcaps or 0).
+KlRows to_kl_rows(const py::tuple& actor, const py::tuple& reference, const py::tuple& settings,
+                  int threads) {
   KlRows rows;
-  rows.rows = count;
-  rows.logits = to_view(logits);
-  rows.ref_logits = to_view(ref_logits);
-  rows.mask = to_mask(mask);
+  rows.actor = to_kl_side(actor);
+  rows.reference = to_kl_side(reference);
   rows.columns = settings[0].cast<int64_t>();
   rows.temperature = pointer<const float>(settings[1]);
   rows.scalar_temperature = settings[2].cast<double>();
-  rows.softcap = settings[3].cast<double>();
-  rows.ref_softcap = settings[4].cast<double>();
+  rows.actor.softcap = settings[3].cast<double>();
+  rows.reference.softcap = settings[4].cast<double>();
   rows.threads = threads;
   return rows;
 }
 
+// outputs: addresses of kl, lse and ref_lse; stats: those and grad_kl.
 void bind_kl_from_logits(py::module_& m) {
   m.def("kl_from_logits_forward",
-        [](int64_t count, py::handle logits, py::handle ref_logits, py::handle mask,
-           const py::tuple& settings, bool shard, const py::tuple& outputs, int threads) {
+        [](const py::tuple& actor, const py::tuple& reference, const py::tuple& settings,
+           uintptr_t mask, bool shard, const py::tuple& outputs, int threads) {
           KlForwardArgs args;
-          args.rows = make_kl_rows(count, logits, ref_logits, mask, settings, threads);
+          args.rows = to_kl_rows(actor, reference, settings, threads);
+          args.mask = reinterpret_cast<const uint8_t*>(mask);
           args.shard = shard;
-          args.kl = pointer<double>(outputs[0]);
+          args.kl = pointer<float>(outputs[0]);
           args.lse = pointer<double>(outputs[1]);
           args.ref_lse = pointer<double>(outputs[2]);
           const py::gil_scoped_release release;
           kl_from_logits_forward(args);
         });
-  // stats: addresses of kl, lse, ref_lse.
   m.def("kl_from_logits_backward",
-        [](int64_t count, py::handle logits, py::handle ref_logits, py::handle mask,
-           const py::tuple& settings, const py::tuple& stats, uintptr_t grad_kl, py::handle out,
-           int64_t width, bool accumulate, int threads) {
+        [](const py::tuple& actor, const py::tuple& reference, const py::tuple& settings,
+           const py::tuple& stats, const py::tuple& grad, int64_t width, bool accumulate,
+           int threads) {
           KlBackwardArgs args;
-          args.rows = make_kl_rows(count, logits, ref_logits, mask, settings, threads);
+          args.rows = to_kl_rows(actor, reference, settings, threads);
           args.kl = pointer<const float>(stats[0]);
           args.lse = pointer<const double>(stats[1]);
           args.ref_lse = pointer<const double>(stats[2]);
-          args.grad_kl = reinterpret_cast<const float*>(grad_kl);
-          args.out = to_view(out);
+          args.grad_kl = pointer<const float>(stats[3]);
+          args.grad = to_kl_side(grad);
           args.width = width;
           args.accumulate = accumulate;
           const py::gil_scoped_release release;

@@ -211,7 +211,9 @@ class KLConfig:
 
     coef: float = setting(0.05, "0.01 to 0.2 usual (TLDR 0.05, IGPT 0.02)", low=0)
     estimator: str = setting(
-        "k1", "per-token estimator (Schulman 2020)", choices=("k1", "k2", "k3")
+        "k1",
+        "per-token estimator (Schulman 2020), or the exact KL over the whole vocabulary",
+        choices=("k1", "k2", "k3", "exact"),
     )
     placement: str = setting(
         "reward", "in the reward (OAI) or in the loss (GRPO)", choices=("reward", "loss")
@@ -420,6 +422,14 @@ def _ppo_violations(config: PPOConfig, given: Collection[str]) -> list[str]:
         faults.append("ptx.coef is set but ptx.data is empty: name the pretraining rows")
     if config.kl.adaptive and config.kl.coef == 0:
         faults.append("kl.adaptive with kl.coef=0: a multiplicative controller never leaves 0")
+    if config.kl.estimator == "exact" and config.kl.placement == "reward":
+        estimator = algorithm.estimator
+        others = [] if estimator == "gae" else [f"algorithm.estimator={estimator}"]
+        others += ["reward.whiten"] if config.reward.whiten else []
+        faults += [
+            f"kl.estimator=exact in the reward is not defined with {other}: take kl.placement=loss"
+            for other in others
+        ]
     longest = config.data.max_prompt_length + config.sampling.max_new_tokens
     if longest > config.data.max_length:
         faults.append(

@@ -7,7 +7,14 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from rlhf_fast.types import PackedSequences, PromptBatch, Rollout, SamplingParams
+from rlhf_fast.types import (
+    HeadRows,
+    PackedSequences,
+    PromptBatch,
+    Rollout,
+    SamplingParams,
+    VocabularyHead,
+)
 
 
 @runtime_checkable
@@ -28,6 +35,17 @@ class PolicyModel(Protocol):
 
         Positions whose target is IGNORE_INDEX give exact 0 and cost no vocabulary work. Gradients
         flow if grad mode is on.
+        """
+        ...
+
+    def vocabulary_head(self) -> VocabularyHead | None:
+        """The head as numbers; None if it is more than one linear map."""
+        ...
+
+    def head_rows(self, sequences: PackedSequences) -> HeadRows | None:
+        """Hidden states [N, H] and the head that reads them; None if there is no such head.
+
+        For ops that go from hidden states to losses. Gradients flow if grad mode is on.
         """
         ...
 

@@ -6,7 +6,7 @@ K packed segments. Sample s answers prompt s // G.
 Column t of every [S, R] tensor is about response token t: its log-prob, and the value of the state
 before it; both are read at position P-1+t of the sequence, P being that prompt's own length. The
 score lands on the last true column of the mask. Each stage contains the one before it, so a Rollout
-cannot pretend to have advantages, and no field is optional.
+cannot pretend to have advantages. One field is optional: the exact KL, which few runs ask for.
 """
 
 from __future__ import annotations
@@ -214,6 +214,8 @@ class ScoredRollout:
         old_logprobs: [S, R] float32, recomputed by the actor: the anchor of the PPO ratio.
         ref_logprobs: [S, R] float32 under the reference.
         values: [S, R] float32 by the critic; all 0 in critic-free estimators.
+        exact_kl: [S, R] float32 KL(actor || reference) over the whole vocabulary, in the state
+            before each token; None unless it belongs in the reward.
     """
 
     rollout: Rollout
@@ -222,6 +224,7 @@ class ScoredRollout:
     old_logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor
+    exact_kl: Tensor | None = None
 
     def __post_init__(self) -> None:
         s, r = self.rollout.responses.shape
@@ -232,6 +235,8 @@ class ScoredRollout:
             _require(self.scores, "scores", (s, r), torch.float32)
         for name in ("old_logprobs", "ref_logprobs", "values"):
             _require(getattr(self, name), name, (s, r), torch.float32)
+        if self.exact_kl is not None:
+            _require(self.exact_kl, "exact_kl", (s, r), torch.float32)
 
     @property
     def loss_mask(self) -> Tensor:
@@ -291,6 +296,52 @@ class Microbatch:
             "weights",
         ):
             _require(getattr(self, name), name, (n,), torch.float32)
+
+
+@dataclass(frozen=True)
+class VocabularyHead:
+    """A head that is one linear map: logits = cap(hidden @ weight.T + bias) / scale.
+
+    Ops that know these numbers make the logits of a few rows at a time; others have to ask the
+    model.
+
+    Args:
+        weight: [V, H], the model's own parameter: gradients flow to it.
+        bias: [V] or None.
+        softcap: c of cap(x) = c * tanh(x / c); None: cap(x) = x.
+        scale: divides the logits, beside the temperature.
+        vocab_size: rows of the weight from there on belong to no token; None: all are real.
+        compute_dtype: type the operands of products are rounded to; None: that of the hidden
+            states.
+        chunk_rows: rows whose logits exist at once; None: what suits the device.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    vocab_size: int | None = None
+    compute_dtype: torch.dtype | None = None
+    chunk_rows: int | None = None
+
+    def settings(self, temperature: float) -> dict[str, Any]:
+        """What `linear_logprobs`, `linear_ppo_loss` and `linear_kl` call these numbers."""
+        return {
+            "bias": self.bias,
+            "temperature": temperature * self.scale,
+            "softcap": self.softcap,
+            "vocab_size": self.vocab_size,
+            "compute_dtype": self.compute_dtype,
+            "chunk_rows": self.chunk_rows,
+        }
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Hidden states [N, H] of packed tokens, with graph if one is kept, and what reads them."""
+
+    hidden: Tensor
+    head: VocabularyHead
 
 
 @dataclass(frozen=True)

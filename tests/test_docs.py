@@ -241,7 +241,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_reward_model(example("rm.yaml", "batch_size=8", "run.save_every=1"), quiet=True)
         steps = ["total_steps=2", "rollout.prompts=4", "algorithm.ppo_epochs=1", "run.save_every=1"]
         ptx = ["ptx.coef=1", "ptx.data=data/demonstrations.jsonl", "ptx.batch_size=4"]
-        run_ppo(example("ppo.yaml", *SAMPLING, *steps, *ptx))
+        run_ppo(example("ppo.yaml", *SAMPLING, *steps, *ptx, "kl.estimator=exact"))
         judges = ["reward.function=judge.py:judge", "samples_per_prompt=2", "best_of=[1,2]"]
         run_evaluate(example("eval.yaml", *SAMPLING, *judges), quiet=True)
     return home

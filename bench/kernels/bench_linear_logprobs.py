@@ -17,7 +17,6 @@ fp64 on 32 tokens; the gate is 2e-5 for ours and 5e-2 for peers, whose bf16 logi
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import harness, linear_peers
+from bench.kernels import harness, linear_peers, peers
 from rlhf_fast_kernels import linear_logprobs, reference
 from rlhf_fast_kernels.linear_head import Head, chunk_bounds
 
@@ -35,6 +34,7 @@ SHAPES = {
     "cpu": ("1024x256x32000", "1024x1024x32000", "512x1024x151936"),
     "cuda": ("16384x4096x151936", "16384x4096x128256", "4096x896x151936"),
 }
+OP = "linear_logprobs"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SETS = 2
 ERROR_TOKENS = 32
@@ -43,7 +43,9 @@ Op = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 Inputs = tuple[Tensor, ...]
 
 
-def draw(tokens: int, width: int, vocab: int, dtype: torch.dtype, device: str) -> list[Inputs]:
+def draw(
+    tokens: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device
+) -> list[Inputs]:
     generator = torch.Generator().manual_seed(0)
     sets = []
     for _ in range(SETS):
@@ -97,68 +99,62 @@ def error(op: Op, sets: list[Inputs]) -> float:
 
 
 def contenders(
-    sets: list[Inputs], run: Callable[..., Any], backward: bool
+    sets: list[Inputs], backward: bool, session: harness.Session
 ) -> list[harness.Contender]:
+    run = both if backward else forward
     own: dict[str, Op] = {"rlhf_fast": linear_logprobs, "rlhf_fast, half masked": half_masked}
-    peers: dict[str, Op] = {"all logits": linear_peers.all_logits}
+    other: dict[str, Op] = {"all logits": linear_peers.all_logits}
     if backward:
-        peers["chunked autograd"] = linear_peers.chunked_autograd
+        other["chunked autograd"] = linear_peers.chunked_autograd
     torch.compiler.reset()
     fast = harness.compiled(linear_peers.all_logits, sets[0][:3])
     if fast is not None:
-        peers["compile all logits"] = fast
-    found = [
+        other["compile all logits"] = fast
+    found, absent = peers.find(OP, session.device)
+    session.report.absent |= absent
+    other |= {peer.name: peer.function for peer in found}
+    returned = harness.bytes_of(*sets[0][:2]) if backward else 0
+    result = [
         harness.Contender(
             name,
             partial(run, op, sets),
             error(op, sets),
             2e-5 if name in own else 5e-2,
-            name in own,
+            ours=name in own,
+            returned_bytes=returned,
         )
-        for name, op in {**own, **peers}.items()
+        for name, op in {**own, **other}.items()
     ]
     if not backward:
-        bare = harness.Contender("matmul", lambda k: matmul(*sets[k][:2]), 0.0, 0.0)
-        found.append(bare)
-    return found
+        bare = partial(lambda k: matmul(*sets[k][:2]))
+        result.append(harness.Contender("matmul", bare, 0.0, 0.0))
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="log-prob and entropy from hidden states")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu", choices=tuple(SHAPES))
+    parser = harness.parser("log-prob and entropy from hidden states", repeats=5)
     parser.add_argument("--shape", nargs="+", help="TOKENSxHIDDENxVOCAB")
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES))
-    parser.add_argument("--json", help="write the report to this file")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    probe = harness.ReadProbe()
-    report = harness.Report(harness.environment(options.threads))
-    harness.print_environment(report.environment)
-    dtypes = options.dtype or (("fp32", "bf16") if options.device == "cpu" else ("bf16",))
-    for shape in options.shape or SHAPES[options.device]:
+    session = harness.start(options)
+    kind = session.device.type
+    dtypes = options.dtype or (("fp32", "bf16") if kind == "cpu" else ("bf16",))
+    for shape in options.shape or (SHAPES[kind][:1] if session.quick else SHAPES[kind]):
         tokens, width, vocab = (int(part) for part in shape.split("x"))
         for dtype in dtypes:
-            sets = draw(tokens, width, vocab, DTYPES[dtype], options.device)
+            sets = draw(tokens, width, vocab, DTYPES[dtype], session.device)
             for backward in (False, True):
                 what = "forward + backward" if backward else "forward"
                 rows = harness.measure(
                     f"[{tokens}, {width}] x [{vocab}, {width}] {dtype} {what}",
-                    contenders(sets, both if backward else forward, backward),
+                    contenders(sets, backward, session),
                     sets=SETS,
-                    bytes_moved=weight_bytes(sets[0]),
-                    probe=probe,
-                    repeats=options.repeats,
+                    bytes_moved=harness.bytes_of(*sets[0][:2]),
+                    flops=(8 if backward else 2) * tokens * width * vocab,
+                    **session.limits(),
                 )
-                harness.print_rows(rows)
-                report.rows += rows
-    harness.write_json(report, options.json)
-    return harness.exit_code(report.rows)
-
-
-def weight_bytes(inputs: Inputs) -> int:
-    return sum(x.numel() * x.element_size() for x in inputs[:2])
+                session.add(rows)
+    return session.finish()
 
 
 if __name__ == "__main__":

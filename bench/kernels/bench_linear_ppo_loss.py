@@ -17,7 +17,6 @@ on 64 tokens; the gate is that of all logits times 1.2, plus 1e-5.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,7 +39,7 @@ SETTINGS = {"entropy_coef": 0.01, "kl_coef": 0.1}
 
 
 def draw(
-    tokens: int, width: int, vocab: int, dtype: torch.dtype, device: str
+    tokens: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device
 ) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
 
@@ -124,7 +123,7 @@ def error(loss: Loss, sets: list[dict[str, Any]]) -> float:
 def contenders(sets: list[dict[str, Any]]) -> list[harness.Contender]:
     own: dict[str, Loss] = {"rlhf_fast": one_pass, "rlhf_fast, half masked": half_masked}
     own["rlhf_fast, exact KL"] = exact_kl
-    peers: dict[str, Loss] = {
+    other: dict[str, Loss] = {
         "all logits": partial(two_steps, linear_peers.all_logits),
         "recomputing": partial(two_steps, linear_peers.recomputing),
         "chunked autograd": partial(two_steps, linear_peers.chunked_autograd),
@@ -134,48 +133,46 @@ def contenders(sets: list[dict[str, Any]]) -> list[harness.Contender]:
         linear_peers.all_logits, [sets[0][n] for n in ("hidden", "weight", "labels")]
     )
     if fast is not None:
-        peers["compile all logits"] = partial(two_steps, fast)
-    limit = 1.2 * error(peers["all logits"], sets) + 1e-5
+        other["compile all logits"] = partial(two_steps, fast)
+    limit = 1.2 * error(other["all logits"], sets) + 1e-5
     # Half the tokens and another KL are other objectives: their numbers are held by the tests.
-    errors = {name: error(loss, sets) for name, loss in peers.items()}
+    errors = {name: error(loss, sets) for name, loss in other.items()}
     errors |= dict.fromkeys(own, error(one_pass, sets))
+    returned = harness.bytes_of(sets[0]["hidden"], sets[0]["weight"])
     return [
         harness.Contender(
-            name, partial(gradients, loss, sets), errors[name], max(limit, 1e-5), name in own
+            name,
+            partial(gradients, loss, sets),
+            errors[name],
+            limit,
+            ours=name in own,
+            returned_bytes=returned,
         )
-        for name, loss in {**own, **peers}.items()
+        for name, loss in {**own, **other}.items()
     ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="PPO loss from hidden states, with gradients")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu", choices=tuple(SHAPES))
+    parser = harness.parser("PPO loss from hidden states, with gradients", repeats=5)
     parser.add_argument("--shape", nargs="+", help="TOKENSxHIDDENxVOCAB")
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES))
-    parser.add_argument("--json", help="write the report to this file")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    probe = harness.ReadProbe()
-    report = harness.Report(harness.environment(options.threads))
-    harness.print_environment(report.environment)
-    for shape in options.shape or SHAPES[options.device]:
+    session = harness.start(options)
+    kind = session.device.type
+    for shape in options.shape or (SHAPES[kind][:1] if session.quick else SHAPES[kind]):
         tokens, width, vocab = (int(part) for part in shape.split("x"))
-        for dtype in options.dtype or (("fp32",) if options.device == "cpu" else ("bf16",)):
-            sets = draw(tokens, width, vocab, DTYPES[dtype], options.device)
+        for dtype in options.dtype or (("fp32",) if kind == "cpu" else ("bf16",)):
+            sets = draw(tokens, width, vocab, DTYPES[dtype], session.device)
             rows = harness.measure(
                 f"[{tokens}, {width}] x [{vocab}, {width}] {dtype} forward + backward",
                 contenders(sets),
                 sets=SETS,
-                bytes_moved=2 * sets[0]["weight"].numel() * sets[0]["weight"].element_size(),
-                probe=probe,
-                repeats=options.repeats,
+                bytes_moved=2 * harness.bytes_of(sets[0]["weight"]),
+                flops=6 * tokens * width * vocab,
+                **session.limits(),
             )
-            harness.print_rows(rows)
-            report.rows += rows
-    harness.write_json(report, options.json)
-    return harness.exit_code(report.rows)
+            session.add(rows)
+    return session.finish()
 
 
 if __name__ == "__main__":

@@ -49,12 +49,12 @@ TESTS = ("--continue-on-collection-errors", "--durations=10", "-rs")
 
 @dataclass(frozen=True)
 class Step:
-    """A command; `reserve` seconds of the total are kept for the steps after it."""
+    """A command; the steps before it leave `least` seconds of the total for it."""
 
     name: str
     command: tuple[str, ...]
     limit: float
-    reserve: float = 0.0
+    least: float = 0.0
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -80,11 +80,11 @@ def steps(out: Path, archs: str) -> list[Step]:
     }
     suite = ("-m", "bench.kernels.suite", "--device", "cuda", "--quick", "--out", str(out))
     return [
-        Step("facts", ("sh", "-c", FACTS.format(python=python)), 40, 400),
-        Step("build", (python, "setup.py", "build_ext", "--inplace"), 240, 250, build),
-        Step("check", (python, "-c", CHECK), 90, 180),
-        Step("tests", (python, "-m", "pytest", "-m", "gpu", *TESTS), 180, 150),
-        Step("bench", (python, *suite, "--limit", "120"), TOTAL),
+        Step("facts", ("sh", "-c", FACTS.format(python=python)), 40, 20),
+        Step("build", (python, "setup.py", "build_ext", "--inplace"), 240, 100, build),
+        Step("check", (python, "-c", CHECK), 90, 40),
+        Step("tests", (python, "-m", "pytest", "-m", "gpu", *TESTS), 180, 60),
+        Step("bench", (python, *suite, "--limit", "120"), TOTAL, 150),
     ]
 
 
@@ -92,8 +92,9 @@ def run_steps(todo: Sequence[Step], out: Path, total: float) -> list[Ended]:
     """Run them all, write their logs and, after each, the summary."""
     end = time.monotonic() + total
     ended: list[Ended] = []
-    for step in todo:
-        limit = max(0.0, min(step.limit, end - time.monotonic() - step.reserve))
+    for position, step in enumerate(todo):
+        later = sum(other.least for other in todo[position + 1 :])
+        limit = max(0.0, min(step.limit, end - time.monotonic() - later))
         command = step.command
         if step.name == "bench":  # it must still print its summary
             command = (*command, "--total", str(max(limit - 15.0, 0.0)))

@@ -1,306 +1,276 @@
-// Exact KL of rows of logits in one sweep over both sides.
-//
-// With d_j = z_j - q_j - c for any constant c, p = softmax(z) and m = sum_j p_j d_j:
-//
-//     KL = m + log sum_j p_j exp(-d_j) = m + log1p(K - m),     K = sum_j p_j (exp(-d_j) - 1 + d_j)
-//
-// K is a sum of terms that are not negative, so a policy that has barely moved, whose KL of 1e-6 would
-// drown in the rounding of sum p (z - q) - lse + ref_lse, keeps its digits; c, the mean of z - q over the
-// first entries, keeps m small. Where the two distributions peak more than e^60 apart the terms of K leave
-// the range of fp32, and that plain form, which is then exact enough, is used.
-//
-// Both sides of a block are brought to y = z log2(e) in fp32 in the first-level cache, so that dtype and
-// softcap are dealt with once. Sums are fp32 per lane within a block and fp64 across blocks.
+// The exact KL of rows of logits and its gradient; the sums are in cpu/kl_sums.h.
 #include "cpu/kl_from_logits.h"
 
 #include <cmath>
+#include <cstdlib>
 
-#include "cpu/logit_sums.h"
+#include "cpu/kl_sums.h"
 #include "cpu/softcap.h"
+#include "host/memory.h"
 #include "host/parallel.h"
 
 namespace rlhf_fast {
 namespace RLHF_FAST_ISA {
 namespace {
 
-constexpr int64_t kKlBlock = 2048;  // two of 8 KiB
-constexpr int64_t kElementsPerTask = 32768;
-constexpr double kLn2 = 0.6931471805599453;
-constexpr double kFarApart = 86.0;  // in powers of two: about e^60
+constexpr int64_t kElementsPerTask = 65536;    // about 10 us: well above the cost of a task
+constexpr int64_t kGradientBlock = 2048;       // three of 8 KiB stay in the first-level cache
+constexpr int64_t kStreamFromBytes = 8 << 20;  // a gradient that will not stay in the caches anyway
 
-// ---- one side of a block ----------------------------------------------------------------------
+int64_t count_of(const KlRows& rows) { return rows.actor.outer * rows.actor.inner; }
 
-// y of `count` entries, padded with -inf to whole vectors.
-struct alignas(64) Side {
-  float y[kKlBlock];
-
-  template <class Type>
-  void read(const typename Type::Element* x, int64_t count, float scale, double softcap) {
-    for (int64_t i = 0; i < count; ++i) y[i] = Type::get(x + i);
-    int64_t padded = count;
-    for (; padded % kLanes != 0; ++padded) y[padded] = -HUGE_VALF;
-    const vfloat factor = splat(scale);
-    if (softcap == 0.0) {
-      for (int64_t i = 0; i < count; i += kLanes) store(y + i, load(y + i) * factor);
-    } else {
-      const Softcap cap(softcap);
-      for (int64_t i = 0; i < count; i += kLanes) {
-        store(y + i, cap.cap * cap.tanh_at(load(y + i)) * factor);
-      }
-      for (int64_t i = count; i < padded; ++i) y[i] = -HUGE_VALF;
-    }
-  }
-
-  void read(const View& view, int64_t offset, int64_t count, float scale, double softcap) {
-    if (view.dtype == DType::f32) {
-      read<Float32>(static_cast<const float*>(view.data) + offset, count, scale, softcap);
-    } else {
-      read<BFloat16>(static_cast<const uint16_t*>(view.data) + offset, count, scale, softcap);
-    }
-  }
-
-  // NaN entries are passed over.
-  float max(int64_t count) const {
-    vfloat best = splat(-HUGE_VALF);
-    for (int64_t i = 0; i < count; i += kLanes) best = vmax(load(y + i), best);
-    return max_lanes(best);
-  }
-};
-
-inline float row_scale(const KlRows& rows, int64_t row) {
-  const double temperature = rows.temperature == nullptr
-                                 ? rows.scalar_temperature
-                                 : static_cast<double>(rows.temperature[row]);
-  return static_cast<float>(kLog2E / temperature);
+double temperature_of(const KlRows& rows, int64_t index) {
+  return rows.temperature == nullptr ? rows.scalar_temperature
+                                     : static_cast<double>(rows.temperature[index]);
 }
 
-inline bool skipped(const KlRows& rows, int64_t row) {
-  return rows.mask.data != nullptr && rows.mask.data[row * rows.mask.row_stride] == 0;
+template <class Element>
+Element* row_of(const KlSide& side, int64_t index) {
+  return static_cast<Element*>(side.data) + index / side.inner * side.outer_stride +
+         index % side.inner * side.inner_stride;
 }
 
-// 2^t, exactly 0 below the normal numbers and at -inf; NaN gives NaN.
-inline vfloat power(vfloat t) {
-  const vfloat lowest = splat(kLowestExponent);
-  return select(t < lowest, splat(0.0f), exp2_normal(vmax(lowest, t)));
+// Entries [begin, begin + count) of a row as fp32 with the softcap applied: the tensor's own memory
+// when it is that already, otherwise a copy in `scratch`.
+const float* capped_entries(const KlSide& side, int64_t index, int64_t begin, int64_t count,
+                            float* scratch) {
+  const float* source = scratch;
+  if (side.dtype == DType::f32) {
+    source = row_of<const float>(side, index) + begin;
+  } else {
+    const uint16_t* bits = row_of<const uint16_t>(side, index) + begin;
+    for (int64_t i = 0; i < count; ++i) scratch[i] = bf16_to_float(bits[i]);
+  }
+  if (side.softcap == 0.0) return source;
+  cap_entries<Float32>(source, count, Softcap(side.softcap), scratch);
+  return scratch;
 }
 
 // ---- forward ----------------------------------------------------------------------------------
 
-// exp(-d) - 1 + d for |d| < 0.5: Taylor, error below one fp32 ulp.
-inline vfloat small_term(vfloat d) {
-  const vfloat x = -d;
-  vfloat p = fma(splat(1.0f / 40320.0f), x, splat(1.0f / 5040.0f));
-  p = fma(p, x, splat(1.0f / 720.0f));
-  p = fma(p, x, splat(1.0f / 120.0f));
-  p = fma(p, x, splat(1.0f / 24.0f));
-  p = fma(p, x, splat(1.0f / 6.0f));
-  p = fma(p, x, splat(0.5f));
-  return p * x * x;
+int64_t segments_of(const KlRows& rows) { return (rows.columns + kSegment - 1) / kSegment; }
+
+template <class Type>
+KlStats direct_stats(const KlRows& rows, int64_t index, int64_t begin, int64_t count) {
+  using Element = const typename Type::Element;
+  return segment_stats<Type>({row_of<Element>(rows.actor, index) + begin,
+                              row_of<Element>(rows.reference, index) + begin, count,
+                              KlScale(temperature_of(rows, index))});
 }
 
-// Sums relative to 2^shift (ref_sum: 2^ref_shift).
-struct RowSums {
-  float shift = -HUGE_VALF, ref_shift = -HUGE_VALF;
-  double sum = 0.0, ref_sum = 0.0;
-  double weighted = 0.0;  // sum of p d, nats
-  double terms = 0.0;     // sum of p (exp(-d) - 1 + d)
-  double farthest = 0.0;  // largest |shift - ref_shift - centre| of a block
-
-  void raise(float highest, float ref_highest) {
-    if (highest > shift) {
-      const double factor = std::exp2(static_cast<double>(shift) - static_cast<double>(highest));
-      if (sum != 0.0) {  // an empty sum must not become 0 * inf
-        sum *= factor;
-        weighted *= factor;
-      }
-      if (terms != 0.0) terms *= factor;
-      shift = highest;
-    }
-    if (ref_highest > ref_shift) {
-      if (ref_sum != 0.0) {
-        ref_sum *= std::exp2(static_cast<double>(ref_shift) - static_cast<double>(ref_highest));
-      }
-      ref_shift = ref_highest;
-    }
+KlStats stats_of(const KlRows& rows, int64_t index, int64_t segment) {
+  const int64_t begin = segment * kSegment;
+  const int64_t count = smaller(kSegment, rows.columns - begin);
+  const bool capped = rows.actor.softcap != 0.0 || rows.reference.softcap != 0.0;
+  if (!capped && rows.actor.dtype == rows.reference.dtype) {
+    return rows.actor.dtype == DType::f32 ? direct_stats<Float32>(rows, index, begin, count)
+                                          : direct_stats<BFloat16>(rows, index, begin, count);
   }
-};
-
-// The mean of z - q over the first entries where it is a number, in powers of two.
-float centre_of(const Side& z, const Side& q, int64_t count) {
-  double sum = 0.0;
-  int64_t used = 0;
-  for (int64_t i = 0; i < smaller(count, kProbe); ++i) {
-    const double d = static_cast<double>(z.y[i]) - static_cast<double>(q.y[i]);
-    if (d - d != 0.0) continue;  // infinite or NaN
-    sum += d;
-    ++used;
-  }
-  return used == 0 ? 0.0f : static_cast<float>(sum / static_cast<double>(used));
+  float actor[kSegment], reference[kSegment];
+  return segment_stats<Float32>({capped_entries(rows.actor, index, begin, count, actor),
+                                 capped_entries(rows.reference, index, begin, count, reference),
+                                 count, KlScale(temperature_of(rows, index))});
 }
 
-void add_block(const Side& z, const Side& q, int64_t count, float centre, RowSums& total) {
-  const float highest = z.max(count), ref_highest = q.max(count);
-  total.raise(highest, ref_highest);
-  // Entries of the reference before the first of p have no scale to be held against.
-  if (total.shift == -HUGE_VALF && ref_highest > -HUGE_VALF) total.farthest = HUGE_VAL;
-  const float shift = total.shift == -HUGE_VALF ? 0.0f : total.shift;
-  const float ref_shift = total.ref_shift == -HUGE_VALF ? 0.0f : total.ref_shift;
-  // exp(q + c) relative to 2^shift is exp(q) relative to 2^ref_shift times this.
-  const double apart = static_cast<double>(ref_shift) + centre - shift;
-  if (std::fabs(apart) > total.farthest || apart != apart) total.farthest = std::fabs(apart);
-  const double bounded = apart > kFarApart ? kFarApart : (apart < -kFarApart ? -kFarApart : apart);
-  const vfloat ratio = splat(static_cast<float>(std::exp2(bounded)));
-  const vfloat zero = splat(0.0f), half = splat(0.5f);
-  vfloat sum = zero, ref_sum = zero, weighted = zero, terms = zero;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const vfloat y = load(z.y + i), ref_y = load(q.y + i);
-    const vfloat p = power(y - splat(shift));
-    const vfloat ref_p = power(ref_y - splat(ref_shift));
-    const vfloat d = ((y - ref_y) - splat(centre)) * splat(static_cast<float>(kLn2));
-    const vint none = p == zero;
-    const vfloat by_p = select(none, zero, p * d);
-    const vint small = (d > -half) & (d < half);
-    const vfloat far = fma(ref_p, ratio, by_p - p);
-    sum += p;
-    ref_sum += ref_p;
-    weighted += by_p;
-    terms += select(small, p * small_term(d), far);
-  }
-  total.sum += add_lanes(sum);
-  total.ref_sum += add_lanes(ref_sum);
-  total.weighted += add_lanes(weighted);
-  total.terms += add_lanes(terms);
+bool masked(const KlForwardArgs& args, int64_t index) {
+  return args.mask != nullptr && args.mask[index] == 0;
 }
 
-void finish_row(const KlForwardArgs& args, int64_t row, float centre, const RowSums& sums) {
-  const double lse = (static_cast<double>(sums.shift) + std::log2(sums.sum)) * kLn2;
-  const double ref_lse = (static_cast<double>(sums.ref_shift) + std::log2(sums.ref_sum)) * kLn2;
-  const double mean = sums.weighted / sums.sum;
-  const double gap = mean + static_cast<double>(centre) * kLn2;  // sum of p (z - q)
-  args.lse[row] = lse;
-  args.ref_lse[row] = ref_lse;
-  if (args.shard) {
-    args.kl[row] = gap;
+void finish_row(const KlForwardArgs& args, int64_t index, const KlStats& stats) {
+  if (masked(args, index)) {
+    args.kl[index] = 0.0f;
+    args.lse[index] = args.ref_lse[index] = 0.0;
     return;
   }
-  const double excess = sums.terms / sums.sum - mean;
-  const bool near = sums.farthest < kFarApart && excess > -0.9 && excess - excess == 0.0;
-  const double kl = near ? std::log1p(excess) + mean : gap - lse + ref_lse;
-  args.kl[row] = kl < 0.0 ? 0.0 : kl;  // a rounding below zero; NaN passes
+  double kl = stats.divergence();
+  const double lse = stats.shift * kLn2 + std::log(stats.sum);
+  double ref_lse = lse - stats.lse_difference();
+  if (stats.sum == 0.0 || stats.ref_sum == 0.0) {  // a side without anything above -inf
+    kl = !args.shard ? NAN : stats.sum == 0.0 ? 0.0 : HUGE_VAL;
+    ref_lse = stats.ref_shift() + std::log(stats.ref_sum);
+  }
+  args.kl[index] = static_cast<float>(kl);
+  args.lse[index] = lse;
+  args.ref_lse[index] = ref_lse;
 }
 
-void forward_row(const KlForwardArgs& args, int64_t row) {
+void forward_by_rows(const KlForwardArgs& args) {
   const KlRows& rows = args.rows;
-  const float scale = row_scale(rows, row);
-  Side z, q;
-  RowSums sums;
-  float centre = 0.0f;
-  for (int64_t begin = 0; begin < rows.columns; begin += kKlBlock) {
-    const int64_t count = smaller(kKlBlock, rows.columns - begin);
-    z.read(rows.logits, row * rows.logits.row_stride + begin, count, scale, rows.softcap);
-    q.read(rows.ref_logits, row * rows.ref_logits.row_stride + begin, count, scale,
-           rows.ref_softcap);
-    if (begin == 0) centre = centre_of(z, q, count);
-    add_block(z, q, count, centre, sums);
+  const int64_t grain = larger(1, kElementsPerTask / larger(rows.columns, 1));
+  parallel_for(count_of(rows), grain, rows.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      KlStats total;
+      for (int64_t segment = 0; segment < segments_of(rows) && !masked(args, index); ++segment) {
+        merge(total, stats_of(rows, index, segment));
+      }
+      finish_row(args, index, total);
+    }
+  });
+}
+
+// Fewer rows than would keep the threads busy: the segments are the tasks. False without memory.
+bool forward_by_segments(const KlForwardArgs& args) {
+  const KlRows& rows = args.rows;
+  const int64_t count = count_of(rows), segments = segments_of(rows);
+  KlStats* partial = static_cast<KlStats*>(
+      std::malloc(static_cast<size_t>(count * segments) * sizeof(KlStats)));
+  if (partial == nullptr) return false;
+  parallel_for(count * segments, 1, rows.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t index = task / segments;
+      if (!masked(args, index)) partial[task] = stats_of(rows, index, task % segments);
+    }
+  });
+  for (int64_t index = 0; index < count; ++index) {
+    KlStats total;
+    for (int64_t segment = 0; segment < segments && !masked(args, index); ++segment) {
+      merge(total, partial[index * segments + segment]);
+    }
+    finish_row(args, index, total);
   }
-  finish_row(args, row, centre, sums);
+  std::free(partial);
+  return true;
 }
 
 // ---- backward ---------------------------------------------------------------------------------
 
-// dKL/dx = p ((z - q) - (lse - ref_lse) - KL) / temperature, times the slope of the softcap.
-struct RowGradient {
-  vfloat minus_shift, offset, factor, by_cap;
+// grad = coefficient 2^(y - shift) ((x - x') / T - centre - rest), and 0 where p is.
+struct KlSlope {
+  vfloat scale, inverse, minus_shift, coefficient, minus_centre, minus_rest, inverse_cap;
   bool capped;
 
-  RowGradient(const KlBackwardArgs& args, int64_t row, float scale) {
-    const double shift = args.lse[row] * kLog2E;
-    const float rounded = static_cast<float>(shift);
-    minus_shift = splat(-rounded);
-    offset = splat(static_cast<float>(args.lse[row] - args.ref_lse[row] +
-                                      static_cast<double>(args.kl[row])));
-    factor = splat(static_cast<float>(static_cast<double>(args.grad_kl[row]) * scale * kLn2 *
-                                      std::exp2(static_cast<double>(rounded) - shift)));
-    capped = args.rows.softcap != 0.0;
-    by_cap = splat(capped ? static_cast<float>(1.0 / (args.rows.softcap * scale)) : 0.0f);
+  KlSlope(const KlBackwardArgs& args, int64_t index) {
+    const double temperature = temperature_of(args.rows, index);
+    const KlScale row(temperature);
+    const double lse = args.lse[index] * kLog2E;
+    const float shift = static_cast<float>(lse);
+    const double centre = args.lse[index] - args.ref_lse[index];
+    const double kl = static_cast<double>(args.kl[index]);
+    const double size = args.grad_kl[index] / temperature * std::exp2(shift - lse);
+    const float high = static_cast<float>(centre);
+    scale = splat(row.log2);
+    inverse = splat(row.inverse);
+    minus_shift = splat(-shift);
+    coefficient = splat(kl - kl == 0.0 ? static_cast<float>(size) : NAN);
+    minus_centre = splat(-high);
+    minus_rest = splat(static_cast<float>(high - centre - kl));
+    capped = args.rows.actor.softcap != 0.0;
+    inverse_cap = splat(capped ? static_cast<float>(1.0 / args.rows.actor.softcap) : 0.0f);
   }
 
-  inline vfloat at(vfloat y, vfloat ref_y) const {
-    const vfloat p = power(y + minus_shift);
-    const vfloat d = fma(y - ref_y, splat(static_cast<float>(kLn2)), -offset);
-    vfloat value = p * d * factor;
+  inline vfloat at(vfloat x, vfloat ref) const {
+    const vfloat y = fma(x, scale, minus_shift);
+    const vfloat p = exp2_normal(vmax(splat(kLowestExponent), vmin(splat(126.0f), y)));
+    vfloat value = coefficient * p * (fma(x - ref, inverse, minus_centre) + minus_rest);
     if (capped) {
-      const vfloat t = y * by_cap;
+      const vfloat t = x * inverse_cap;
       value *= splat(1.0f) - t * t;
     }
-    return select(p == splat(0.0f), splat(0.0f), value);  // also where d is no number
+    return select(y < splat(kLowestExponent), splat(0.0f), value);
   }
 };
 
-inline void write(const View& out, int64_t offset, const float* value, int64_t count, bool add) {
-  if (out.dtype == DType::f32) {
-    float* target = static_cast<float*>(const_cast<void*>(out.data)) + offset;
-    for (int64_t i = 0; i < count; ++i) target[i] = add ? target[i] + value[i] : value[i];
-  } else {
-    uint16_t* target = static_cast<uint16_t*>(const_cast<void*>(out.data)) + offset;
-    for (int64_t i = 0; i < count; ++i) {
-      target[i] = float_to_bf16(add ? bf16_to_float(target[i]) + value[i] : value[i]);
+template <class Type>
+vint gradient_bits(const typename Type::Element* x, const typename Type::Element* ref,
+                   const KlSlope& slope) {
+  vfloat value[Type::kVectors], other[Type::kVectors];
+  Type::read(x, value);
+  Type::read(ref, other);
+  for (int k = 0; k < Type::kVectors; ++k) value[k] = slope.at(value[k], other[k]);
+  return Type::pack(value);
+}
+
+// `count` < one vector.
+template <class Type>
+void partial_gradient(const typename Type::Element* x, const typename Type::Element* ref,
+                      typename Type::Element* out, int64_t count, const KlSlope& slope) {
+  typename Type::Element padded[2][Type::kPerVector];
+  for (int64_t j = 0; j < Type::kPerVector; ++j) {
+    padded[0][j] = j < count ? x[j] : Type::lowest();
+    padded[1][j] = j < count ? ref[j] : Type::lowest();
+  }
+  const vint bits = gradient_bits<Type>(padded[0], padded[1], slope);
+  std::memcpy(padded[0], &bits, sizeof(bits));
+  for (int64_t j = 0; j < count; ++j) out[j] = padded[0][j];
+}
+
+template <class Type>
+void gradient_range(const typename Type::Element* x, const typename Type::Element* ref,
+                    typename Type::Element* out, int64_t count, const KlSlope& slope, bool stream) {
+  constexpr int64_t kBytes = sizeof(vint);
+  int64_t i = 0;
+  if (stream) {
+    const int64_t ahead = -static_cast<int64_t>(reinterpret_cast<uintptr_t>(out)) & (kBytes - 1);
+    i = smaller(count, ahead / static_cast<int64_t>(sizeof(typename Type::Element)));
+    partial_gradient<Type>(x, ref, out, i, slope);
+    for (; i + Type::kPerVector <= count; i += Type::kPerVector) {
+      stream_bits(out + i, gradient_bits<Type>(x + i, ref + i, slope));
     }
   }
+  for (; i + Type::kPerVector <= count; i += Type::kPerVector) {
+    const vint bits = gradient_bits<Type>(x + i, ref + i, slope);
+    std::memcpy(out + i, &bits, sizeof(bits));
+  }
+  partial_gradient<Type>(x + i, ref + i, out + i, count - i, slope);
 }
 
-void clear(const View& out, int64_t offset, int64_t count) {
-  const size_t size = out.dtype == DType::f32 ? sizeof(float) : sizeof(uint16_t);
-  char* target = static_cast<char*>(const_cast<void*>(out.data)) + offset * static_cast<int64_t>(size);
-  std::memset(target, 0, static_cast<size_t>(count) * size);
-}
-
-void backward_row(const KlBackwardArgs& args, int64_t row) {
+template <class Type>
+void write_row(const KlBackwardArgs& args, int64_t index, bool stream) {
   const KlRows& rows = args.rows;
-  const int64_t start = row * args.out.row_stride;
-  const bool none = skipped(rows, row) || args.grad_kl[row] == 0.0f;
+  using Element = typename Type::Element;
+  Element* out = row_of<Element>(args.grad, index);
+  const bool zero = args.grad_kl[index] == 0.0f;
   if (!args.accumulate) {
-    const int64_t from = none ? 0 : rows.columns;
-    clear(args.out, start + from, args.width - from);
+    const int64_t from = zero ? 0 : rows.columns;
+    std::memset(out + from, 0, static_cast<size_t>(args.width - from) * sizeof(Element));
   }
-  if (none) return;
-  const float scale = row_scale(rows, row);
-  const RowGradient gradient(args, row, scale);
-  Side z, q;
-  for (int64_t begin = 0; begin < rows.columns; begin += kKlBlock) {
-    const int64_t count = smaller(kKlBlock, rows.columns - begin);
-    z.read(rows.logits, row * rows.logits.row_stride + begin, count, scale, rows.softcap);
-    q.read(rows.ref_logits, row * rows.ref_logits.row_stride + begin, count, scale,
-           rows.ref_softcap);
-    for (int64_t i = 0; i < count; i += kLanes) {
-      store(z.y + i, gradient.at(load(z.y + i), load(q.y + i)));
+  if (zero) return;
+  const KlSlope slope(args, index);
+  const bool same = rows.actor.dtype == args.grad.dtype && rows.reference.dtype == args.grad.dtype;
+  if (same && !args.accumulate && rows.actor.softcap == 0.0 && rows.reference.softcap == 0.0) {
+    gradient_range<Type>(row_of<Element>(rows.actor, index), row_of<Element>(rows.reference, index),
+                         out, rows.columns, slope, stream);
+    return;
+  }
+  float actor[kGradientBlock], reference[kGradientBlock], grad[kGradientBlock];
+  for (int64_t begin = 0; begin < rows.columns; begin += kGradientBlock) {
+    const int64_t count = smaller(kGradientBlock, rows.columns - begin);
+    const float* x = capped_entries(rows.actor, index, begin, count, actor);
+    const float* ref = capped_entries(rows.reference, index, begin, count, reference);
+    gradient_range<Float32>(x, ref, grad, count, slope, false);
+    for (int64_t i = 0; i < count; ++i) {
+      Type::set(out + begin + i, args.accumulate ? Type::get(out + begin + i) + grad[i] : grad[i]);
     }
-    write(args.out, start + begin, z.y, count, args.accumulate);
   }
+}
+
+template <class Type>
+void backward(const KlBackwardArgs& args) {
+  const int64_t count = count_of(args.rows);
+  const int64_t bytes = count * args.width * static_cast<int64_t>(sizeof(typename Type::Element));
+  const bool over_logits =
+      args.grad.data == args.rows.actor.data || args.grad.data == args.rows.reference.data;
+  const bool stream = !over_logits && !args.accumulate && bytes >= kStreamFromBytes;
+  if (stream) advise_huge_pages(args.grad.data, bytes);
+  const int64_t grain = larger(1, kElementsPerTask / larger(args.width, 1));
+  parallel_for(count, grain, args.rows.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) write_row<Type>(args, index, stream);
+    if (stream) stream_fence();
+  });
 }
 
 }  // namespace
 
 void kl_from_logits_forward(const KlForwardArgs& args) {
   const KlRows& rows = args.rows;
-  const int64_t grain = larger(1, kElementsPerTask / larger(rows.columns, 1));
-  parallel_for(rows.rows, grain, rows.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      if (skipped(rows, row)) {
-        args.kl[row] = args.lse[row] = args.ref_lse[row] = 0.0;
-      } else {
-        forward_row(args, row);
-      }
-    }
-  });
+  const bool few = count_of(rows) < 4 * static_cast<int64_t>(rows.threads);
+  if (rows.threads > 1 && few && segments_of(rows) > 1 && forward_by_segments(args)) return;
+  forward_by_rows(args);
 }
 
 void kl_from_logits_backward(const KlBackwardArgs& args) {
-  const KlRows& rows = args.rows;
-  const int64_t grain = larger(1, kElementsPerTask / larger(rows.columns, 1));
-  parallel_for(rows.rows, grain, rows.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) backward_row(args, row);
-  });
+  if (args.grad.dtype == DType::f32) return backward<Float32>(args);
+  backward<BFloat16>(args);
 }
 
 }  // namespace RLHF_FAST_ISA

@@ -1,19 +1,12 @@
 // One pass per row, from its last token to its first, in chunks that stay in the first-level cache:
-//
-//   d_t = old_logprob_t - ref_logprob_t;  kl_t = k(d_t);  r_t = -kl_coef*kl_t (+ score at the end)
-//   delta_t = r_t + gamma*V_{t+1} - V_t;  A_t = delta_t + gamma*lambda*A_{t+1};  return_t = A_t + V_t
-//
-// where t+1 is the next VALID token. The recurrence is serial, 4 to 8 cycles per token if written so.
-// Masks come in long runs, so a whole vector of tokens is almost always all valid or all masked:
-//   all valid    a Hillis-Steele suffix scan in registers; the coefficients are powers of gamma*lambda,
-//                known beforehand, so a step is one shuffle and one multiply-add, and the chain from
-//                vector to vector is a single multiply-add
-//   all masked   zeros; the carried value and advantage pass through
-//   mixed        the same scan with the coefficients carried along
+// KL, rewards, the recurrence (cpu/gae_scan.h) and the moments of the advantages, each a sweep over the
+// chunk while it is hot.
 #include "cpu/rewards_and_gae.h"
 
 #include <cmath>
 
+#include "cpu/gae_scan.h"
+#include "cpu/moments.h"
 #include "cpu/vec.h"
 #include "host/memory.h"
 #include "host/parallel.h"
@@ -25,170 +18,6 @@ namespace {
 constexpr int64_t kChunk = 256;
 constexpr int64_t kTokensPerTask = 8192;
 constexpr int64_t kSingleThreadTokens = 16384;
-
-// shift(x, next, level): with K = 2^level, lane i takes lane i + K of x, and the last K lanes take the
-// first K of `next`. Every call has a constant level, so the switch vanishes.
-#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
-#define RLHF_FAST_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define RLHF_FAST_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vint{__VA_ARGS__})
-#endif
-
-#if defined(__AVX512F__)
-constexpr int kShifts = 4;
-template <class V>
-inline V shift(V x, V next, int level) {
-  switch (level) {
-    case 0:
-      return RLHF_FAST_SHUFFLE(x, next, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
-    case 1:
-      return RLHF_FAST_SHUFFLE(x, next, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17);
-    case 2:
-      return RLHF_FAST_SHUFFLE(x, next, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19);
-    default:
-      return RLHF_FAST_SHUFFLE(x, next, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22,
-                               23);
-  }
-}
-#elif defined(__AVX2__)
-constexpr int kShifts = 3;
-template <class V>
-inline V shift(V x, V next, int level) {
-  switch (level) {
-    case 0: return RLHF_FAST_SHUFFLE(x, next, 1, 2, 3, 4, 5, 6, 7, 8);
-    case 1: return RLHF_FAST_SHUFFLE(x, next, 2, 3, 4, 5, 6, 7, 8, 9);
-    default: return RLHF_FAST_SHUFFLE(x, next, 4, 5, 6, 7, 8, 9, 10, 11);
-  }
-}
-#else
-constexpr int kShifts = 2;
-template <class V>
-inline V shift(V x, V next, int level) {
-  if (level == 0) return RLHF_FAST_SHUFFLE(x, next, 1, 2, 3, 4);
-  return RLHF_FAST_SHUFFLE(x, next, 2, 3, 4, 5);
-}
-#endif
-
-struct Decay {
-  float gamma;
-  float step[4];        // (gamma*lambda)^1, ^2, ^4, ^8
-  float carry[kLanes];  // lane i: (gamma*lambda)^(kLanes - i)
-};
-
-Decay make_decay(float gamma, float gae_lambda) {
-  Decay decay;
-  const double rate = static_cast<double>(gamma) * gae_lambda;
-  decay.gamma = gamma;
-  double power = rate;
-  for (int i = 0; i < 4; ++i, power *= power) decay.step[i] = static_cast<float>(power);
-  power = 1.0;
-  for (int lane = kLanes - 1; lane >= 0; --lane) {
-    power *= rate;
-    decay.carry[lane] = static_cast<float>(power);
-  }
-  return decay;
-}
-
-// What one row hands from a chunk to the chunk before it.
-struct Carry {
-  float value;            // V of the next valid token, or the bootstrap
-  float advantage;        // A of the next valid token
-  bool end_seen = false;  // the last valid token lies behind us
-};
-
-struct Chunk {
-  const float* rewards;
-  const float* values;
-  const uint8_t* mask;  // null: all valid
-  float* advantages;
-  float* returns;
-};
-
-inline void scan_token(const Chunk& chunk, int64_t i, const Decay& decay, Carry& carry) {
-  if (chunk.mask != nullptr && chunk.mask[i] == 0) {
-    chunk.advantages[i] = 0.0f;
-    chunk.returns[i] = 0.0f;
-    return;
-  }
-  const float value = chunk.values[i];
-  const float delta = chunk.rewards[i] + decay.gamma * carry.value - value;
-  carry.advantage = delta + decay.step[0] * carry.advantage;
-  carry.value = value;
-  chunk.advantages[i] = carry.advantage;
-  chunk.returns[i] = carry.advantage + value;
-}
-
-inline void scan_valid_vector(const Chunk& chunk, int64_t i, const Decay& decay, Carry& carry) {
-  const vfloat values = load(chunk.values + i);
-  const vfloat next_values = shift(values, splat(carry.value), 0);
-  vfloat x = load(chunk.rewards + i) + decay.gamma * next_values - values;
-#pragma GCC unroll 4
-  for (int level = 0; level < kShifts; ++level) {
-    x += decay.step[level] * shift(x, vfloat{}, level);
-  }
-  x += load(decay.carry) * carry.advantage;
-  carry.advantage = x[0];
-  carry.value = values[0];
-  store(chunk.advantages + i, x);
-  store(chunk.returns + i, x + values);
-}
-
-// The same with holes: the next valid value is itself found by a scan, and the coefficients of the
-// recurrence (1 on masked tokens) are multiplied along.
-inline void scan_mixed_vector(const Chunk& chunk, int64_t i, const Decay& decay, Carry& carry) {
-  vint valid;
-  for (int lane = 0; lane < kLanes; ++lane) valid[lane] = chunk.mask[i + lane];
-  valid = valid != 0;
-  const vint yes = vint{} == 0;
-  const vfloat zero = {}, one = splat(1.0f), carried = splat(carry.value);
-  const vfloat values = valid ? load(chunk.values + i) : zero;
-  vfloat next_values = shift(values, carried, 0);
-  vint known = shift(valid, yes, 0);
-#pragma GCC unroll 4
-  for (int level = 0; level < kShifts; ++level) {
-    next_values = known ? next_values : shift(next_values, carried, level);
-    known = known | shift(known, yes, level);
-  }
-  vfloat x = valid ? load(chunk.rewards + i) + decay.gamma * next_values - values : zero;
-  vfloat a = valid ? splat(decay.step[0]) : one;
-#pragma GCC unroll 4
-  for (int level = 0; level < kShifts; ++level) {
-    x += a * shift(x, zero, level);
-    a *= shift(a, one, level);
-  }
-  x += a * carry.advantage;
-  carry.advantage = x[0];
-  carry.value = valid[0] ? values[0] : next_values[0];
-  store(chunk.advantages + i, valid ? x : zero);
-  store(chunk.returns + i, valid ? x + values : zero);
-}
-
-enum class Run { valid, masked, mixed };
-
-inline Run classify(const uint8_t* mask) {
-  uint8_t ones[kLanes], zeros[kLanes];
-  std::memset(ones, 1, kLanes);
-  std::memset(zeros, 0, kLanes);
-  if (std::memcmp(mask, ones, kLanes) == 0) return Run::valid;
-  return std::memcmp(mask, zeros, kLanes) == 0 ? Run::masked : Run::mixed;
-}
-
-void scan_chunk(const Chunk& chunk, int64_t count, const Decay& decay, Carry& carry) {
-  int64_t i = count;
-  for (; i >= kLanes; i -= kLanes) {
-    const int64_t first = i - kLanes;
-    const Run run = chunk.mask == nullptr ? Run::valid : classify(chunk.mask + first);
-    if (run == Run::valid) {
-      scan_valid_vector(chunk, first, decay, carry);
-    } else if (run == Run::masked) {
-      store(chunk.advantages + first, vfloat{});
-      store(chunk.returns + first, vfloat{});
-    } else {
-      scan_mixed_vector(chunk, first, decay, carry);
-    }
-  }
-  while (--i >= 0) scan_token(chunk, i, decay, carry);
-}
 
 inline float clamp(float d, float bound) {
   const float low = d < -bound ? -bound : d;  // written so that NaN stays NaN
@@ -233,16 +62,21 @@ inline float k3(float d) {
   return (y < 0.5f && y > -0.5f) ? series : far;
 }
 
-template <class Estimator>
-void fill_kl(const float* __restrict old_logprobs, const float* __restrict ref_logprobs,
-             const uint8_t* __restrict mask, float clamp_at, float coefficient, int64_t count,
-             float* __restrict kl, float* __restrict rewards, const Estimator& estimator) {
+// kl_of(i): the KL of token i, whatever its mask.
+template <class KlOf>
+void fill_kl(const uint8_t* __restrict mask, float coefficient, int64_t count,
+             float* __restrict kl, float* __restrict rewards, const KlOf& kl_of) {
   for (int64_t i = 0; i < count; ++i) {
-    const float value = estimator(clamp(old_logprobs[i] - ref_logprobs[i], clamp_at));
+    const float value = kl_of(i);
     const bool valid = mask[i] != 0;
     kl[i] = valid ? value : 0.0f;
     rewards[i] = valid ? -coefficient * value : 0.0f;
   }
+}
+
+inline int64_t segment_offset(const RewardsAndGaeArgs& args, int64_t segment) {
+  if (args.wide_offsets) return static_cast<const int64_t*>(args.cu_seqlens)[segment];
+  return static_cast<const int32_t*>(args.cu_seqlens)[segment];
 }
 
 class RowWorker {
@@ -259,13 +93,18 @@ class RowWorker {
                       : read_one(args_.bootstrap, row * args_.bootstrap.row_stride);
     carry.advantage = 0.0f;
     const bool packed = args_.cu_seqlens != nullptr;
-    const int64_t start = packed ? args_.cu_seqlens[row] : 0;
-    const int64_t length = packed ? args_.cu_seqlens[row + 1] - start : args_.columns;
+    const int64_t start = packed ? segment_offset(args_, row) : 0;
+    const int64_t length = packed ? segment_offset(args_, row + 1) - start : args_.columns;
     const int64_t output = packed ? start : row * args_.columns;
+    ShiftedMoments moments;
     for (int64_t end = length; end > 0;) {
       const int64_t begin = larger(0, end - kChunk);
-      run_chunk(row, start + begin, output + begin, end - begin, carry);
+      run_chunk(row, start + begin, output + begin, end - begin, carry, moments);
       end = begin;
+    }
+    if (args_.out_moments != nullptr) {
+      const Moments result = moments.finish();
+      std::memcpy(args_.out_moments + 3 * row, &result, sizeof(result));
     }
   }
 
@@ -274,7 +113,8 @@ class RowWorker {
     return (args_.cu_seqlens == nullptr ? row * view.row_stride : 0) + column * view.column_stride;
   }
 
-  void run_chunk(int64_t row, int64_t column, int64_t output, int64_t count, Carry& carry) {
+  void run_chunk(int64_t row, int64_t column, int64_t output, int64_t count, Carry& carry,
+                 ShiftedMoments& moments) {
     Chunk chunk;
     chunk.mask = nullptr;
     if (args_.mask.data != nullptr) {
@@ -291,6 +131,9 @@ class RowWorker {
     chunk.advantages = args_.out_advantages + output;
     chunk.returns = args_.out_returns + output;
     scan_chunk(chunk, count, decay_, carry);
+    if (args_.out_moments != nullptr) {
+      moments.add(chunk.advantages, chunk.mask, count, carry.advantage);
+    }
   }
 
   void make_rewards(int64_t row, int64_t column, int64_t output, int64_t count, const uint8_t* mask,
@@ -301,13 +144,15 @@ class RowWorker {
       const float* scores =
           read_row(args_.scores, offset(args_.scores, row, column), count, scores_);
       for (int64_t i = 0; i < count; ++i) {
-        rewards[i] += (mask == nullptr || mask[i] != 0) ? scores[i] : 0.0f;
+        const float score = clamp(scores[i], args_.reward_clip);
+        rewards[i] += (mask == nullptr || mask[i] != 0) ? score : 0.0f;
       }
     } else if (!carry.end_seen) {
       int64_t last = count - 1;
       while (last >= 0 && mask != nullptr && mask[last] == 0) --last;
       if (last >= 0) {
-        rewards[last] += read_one(args_.scores, row * args_.scores.row_stride);
+        const float score = read_one(args_.scores, row * args_.scores.row_stride);
+        rewards[last] += clamp(score, args_.reward_clip);
         carry.end_seen = true;
       }
     }
@@ -315,33 +160,46 @@ class RowWorker {
 
   void make_kl(int64_t row, int64_t column, int64_t count, const uint8_t* mask, float* kl,
                float* rewards) {
-    if (args_.ref_logprobs.data == nullptr) {
+    const uint8_t* valid = mask == nullptr ? all_true_ : mask;
+    const float coefficient = args_.kl_in_reward ? args_.kl_coef : 0.0f;
+    if (args_.kl.data != nullptr) {
+      const float* exact = read_row(args_.kl, offset(args_.kl, row, column), count, old_);
+      fill_kl(valid, coefficient, count, kl, rewards, [=](int64_t i) { return exact[i]; });
+    } else if (args_.ref_logprobs.data != nullptr) {
+      estimate_kl(row, column, count, valid, coefficient, kl, rewards);
+    } else {
       std::memset(kl, 0, count * sizeof(float));
-      std::memset(rewards, 0, count * sizeof(float));
-      return;
     }
+    const bool penalised = args_.kl_in_reward && (args_.kl.data != nullptr ||
+                                                  args_.ref_logprobs.data != nullptr);
+    if (!penalised) std::memset(rewards, 0, count * sizeof(float));  // 0*inf would be NaN
+  }
+
+  void estimate_kl(int64_t row, int64_t column, int64_t count, const uint8_t* valid,
+                   float coefficient, float* kl, float* rewards) {
     const float* old_logprobs =
         read_row(args_.old_logprobs, offset(args_.old_logprobs, row, column), count, old_);
     const float* ref_logprobs =
         read_row(args_.ref_logprobs, offset(args_.ref_logprobs, row, column), count, ref_);
-    const uint8_t* valid = mask == nullptr ? all_true_ : mask;
-    const float coefficient = args_.kl_in_reward ? args_.kl_coef : 0.0f;
     const float bound = args_.log_ratio_clamp;
+    const auto log_ratio = [=](int64_t i) {
+      return clamp(old_logprobs[i] - ref_logprobs[i], bound);
+    };
     switch (args_.kl_estimator) {
       case KlEstimator::k1:
-        fill_kl(old_logprobs, ref_logprobs, valid, bound, coefficient, count, kl, rewards,
-                [](float d) { return d; });
+        fill_kl(valid, coefficient, count, kl, rewards, log_ratio);
         break;
       case KlEstimator::k2:
-        fill_kl(old_logprobs, ref_logprobs, valid, bound, coefficient, count, kl, rewards,
-                [](float d) { return 0.5f * d * d; });
+        fill_kl(valid, coefficient, count, kl, rewards, [=](int64_t i) {
+          const float d = log_ratio(i);
+          return 0.5f * d * d;
+        });
         break;
       case KlEstimator::k3:
-        fill_kl(old_logprobs, ref_logprobs, valid, bound, coefficient, count, kl, rewards,
-                [](float d) { return k3(d); });
+        fill_kl(valid, coefficient, count, kl, rewards,
+                [=](int64_t i) { return k3(log_ratio(i)); });
         break;
     }
-    if (!args_.kl_in_reward) std::memset(rewards, 0, count * sizeof(float));  // 0*inf would be NaN
   }
 
   const RewardsAndGaeArgs& args_;

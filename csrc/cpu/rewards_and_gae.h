@@ -13,15 +13,18 @@ enum class KlEstimator : int32_t { k1 = 1, k2 = 2, k3 = 3 };
 // Padded: `rows` = S, `columns` = R; element (s, t) of a view lies at s*row_stride + t*column_stride.
 // Packed: `rows` = K segments; cu_seqlens holds K + 1 token offsets; token t of segment s lies at
 // (cu_seqlens[s] + t)*column_stride. Outputs are contiguous in the same order as the tokens.
+// The KL is `kl` if that is given, else an estimate from the log-probs, else (no reference) 0.
 struct RewardsAndGaeArgs {
   int64_t rows = 0;
   int64_t columns = 0;
   int64_t tokens = 0;                    // elements of each output
-  const int64_t* cu_seqlens = nullptr;   // null: padded
+  const void* cu_seqlens = nullptr;      // null: padded
+  bool wide_offsets = true;              // they are int64, else int32
 
-  View rewards;                          // given: these are the rewards, and the next five are unused
+  View rewards;                          // given: these are the rewards, and the next six are unused
   View old_logprobs;
-  View ref_logprobs;                     // null: KL is 0
+  View ref_logprobs;
+  View kl;
   View scores;                           // [rows], or per token
   bool scores_per_token = false;
   KlEstimator kl_estimator = KlEstimator::k1;
@@ -33,6 +36,7 @@ struct RewardsAndGaeArgs {
   bool kl_in_reward = true;
   float kl_coef = 0.0f;
   float log_ratio_clamp = 0.0f;          // of |old - ref|; infinity: none
+  float reward_clip = 0.0f;              // of |score|; infinity: none
   float gamma = 1.0f;
   float gae_lambda = 1.0f;
 
@@ -40,6 +44,7 @@ struct RewardsAndGaeArgs {
   float* out_kl = nullptr;
   float* out_advantages = nullptr;
   float* out_returns = nullptr;
+  double* out_moments = nullptr;         // [rows, 3] count, mean, m2 of the advantages, or null
   int threads = 1;                       // CPU only
 };
 

@@ -1,7 +1,7 @@
-// KL, reward placement and GAE, one block per row, one launch.
+// KL, reward placement, GAE and the moments of the advantages: one block per row, one launch.
 //
-// A row is walked from its end in tiles of blockDim.x * kItems tokens; thread i owns kItems consecutive
-// ones. Per tile:
+// A row is walked from its last tile of blockDim.x * kItems tokens to its first; thread i owns kItems
+// consecutive ones. Per tile:
 //
 //   1. every thread loads its tokens and makes their rewards;
 //   2. "next valid value": the first valid V of each thread, then of each warp (ballot), so that every
@@ -10,32 +10,29 @@
 //   3. the recurrence A_t = a_t*A_{t+1} + b_t with (a, b) = (gamma*lambda, delta_t) on valid tokens and
 //      (1, 0) on masked ones is a product of affine maps: composed serially in a thread, by a shuffle
 //      scan over the warp, and over the warps through shared memory;
-//   4. with the advantage of everything behind it, each thread finishes its tokens and writes them.
+//   4. with the advantage of everything behind it, each thread finishes its tokens and writes them;
+//   5. A - shift and its square are summed in fp64. The shift is the first advantage that thread 0
+//      came to, so it is one of the row's: nothing cancels, and no second pass is needed.
 //
-// The order of every sum depends on the block size, which depends on the row length alone: results are
-// deterministic and do not change with the rows around them. tests/kernels/test_gae_cuda_algorithm.py
-// follows these four steps in NumPy.
+// The order of every sum depends on the block size, which depends on the row length alone (packed rows,
+// whose lengths the host does not know, all get the same): results are deterministic and do not change
+// with the rows around them. tests/kernels/test_gae_cuda_algorithm.py follows these steps in NumPy, and
+// tests/kernels/cuda_emulator runs this file on a CPU; hence cudaLaunchKernel and not <<< >>>.
 #include "cuda/rewards_and_gae.h"
 
 #include <cuda_runtime.h>
-#include <math_constants.h>
 
 #include "cuda/device_guard.h"
+#include "cuda/gae_row.cuh"
 
 namespace rlhf_fast {
 namespace {
 
-constexpr int kItems = 4;
 constexpr int kWarp = 32;
-constexpr int kMaxThreads = 256;
+constexpr int kMaxThreads = 512;
+constexpr int kPackedThreads = 256;
 constexpr int kMaxWarps = kMaxThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
-
-__device__ __forceinline__ float read(const View& view, int64_t offset) {
-  if (view.dtype == DType::f32) return __ldg(static_cast<const float*>(view.data) + offset);
-  const unsigned bits = __ldg(static_cast<const unsigned short*>(view.data) + offset);
-  return __uint_as_float(bits << 16);
-}
 
 // y -> A: the advantage in front of a run of tokens from the advantage behind it.
 struct Affine {
@@ -56,111 +53,6 @@ struct NextValue {
   bool exists = false;
 };
 
-__device__ __forceinline__ float kl_estimate(float d, KlEstimator estimator) {
-  switch (estimator) {
-    case KlEstimator::k1: return d;
-    case KlEstimator::k2: return 0.5f * d * d;
-    default: break;
-  }
-  // exp(-d) - 1 + d; the Taylor polynomial avoids the cancellation near 0.
-  const float y = -d;
-  if (fabsf(y) < 0.5f) {
-    float series = 1.0f / 3628800.0f;
-    series = fmaf(series, y, 1.0f / 362880.0f);
-    series = fmaf(series, y, 1.0f / 40320.0f);
-    series = fmaf(series, y, 1.0f / 5040.0f);
-    series = fmaf(series, y, 1.0f / 720.0f);
-    series = fmaf(series, y, 1.0f / 120.0f);
-    series = fmaf(series, y, 1.0f / 24.0f);
-    series = fmaf(series, y, 1.0f / 6.0f);
-    series = fmaf(series, y, 0.5f);
-    return series * y * y;
-  }
-  return expm1f(y) - y;
-}
-
-struct Tokens {
-  float reward[kItems];
-  float value[kItems];
-  bool valid[kItems];
-};
-
-class RowKernel {
- public:
-  __device__ RowKernel(const RewardsAndGaeArgs& args, int64_t row) : args_(args), row_(row) {
-    packed_ = args.cu_seqlens != nullptr;
-    start_ = packed_ ? args.cu_seqlens[row] : 0;
-    length_ = packed_ ? args.cu_seqlens[row + 1] - start_ : args.columns;
-    output_ = packed_ ? start_ : row * args.columns;
-  }
-
-  __device__ int64_t length() const { return length_; }
-
-  __device__ int64_t offset(int64_t row_stride, int64_t column_stride, int64_t t) const {
-    return (packed_ ? 0 : row_ * row_stride) + (start_ + t) * column_stride;
-  }
-  __device__ float read_at(const View& view, int64_t t) const {
-    return read(view, offset(view.row_stride, view.column_stride, t));
-  }
-
-  // Positions outside the row count as masked, so they change nothing.
-  __device__ void load(int64_t first, Tokens& tokens) const {
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      const int64_t t = first + k;
-      const bool inside = t >= 0 && t < length_;
-      bool valid = inside;
-      if (inside && args_.mask.data != nullptr) {
-        valid = args_.mask.data[offset(args_.mask.row_stride, args_.mask.column_stride, t)] != 0;
-      }
-      tokens.valid[k] = valid;
-      tokens.value[k] = valid ? read_at(args_.values, t) : 0.0f;
-      tokens.reward[k] = inside ? make_reward(t, valid) : 0.0f;
-    }
-  }
-
-  __device__ float sequence_score() const {
-    return read(args_.scores, row_ * args_.scores.row_stride);
-  }
-  __device__ bool score_at_end() const {
-    return args_.rewards.data == nullptr && !args_.scores_per_token;
-  }
-  __device__ NextValue bootstrap() const {
-    NextValue next;
-    if (args_.bootstrap.data != nullptr) {
-      next.value = read(args_.bootstrap, row_ * args_.bootstrap.row_stride);
-    }
-    return next;
-  }
-
-  __device__ void write(int64_t t, float reward, float value, float advantage, bool valid) const {
-    if (t < 0 || t >= length_) return;
-    args_.out_advantages[output_ + t] = valid ? advantage : 0.0f;
-    args_.out_returns[output_ + t] = valid ? advantage + value : 0.0f;
-    if (args_.out_rewards != nullptr) args_.out_rewards[output_ + t] = valid ? reward : 0.0f;
-  }
-
- private:
-  __device__ float make_reward(int64_t t, bool valid) const {
-    if (args_.rewards.data != nullptr) return valid ? read_at(args_.rewards, t) : 0.0f;
-    float kl = 0.0f;
-    if (valid && args_.ref_logprobs.data != nullptr) {
-      float d = read_at(args_.old_logprobs, t) - read_at(args_.ref_logprobs, t);
-      d = d < -args_.log_ratio_clamp ? -args_.log_ratio_clamp : d;  // written so that NaN stays NaN
-      d = d > args_.log_ratio_clamp ? args_.log_ratio_clamp : d;
-      kl = kl_estimate(d, args_.kl_estimator);
-    }
-    args_.out_kl[output_ + t] = kl;
-    float reward = args_.kl_in_reward ? -args_.kl_coef * kl : 0.0f;
-    if (valid && args_.scores_per_token) reward += read_at(args_.scores, t);
-    return valid ? reward : 0.0f;
-  }
-
-  const RewardsAndGaeArgs& args_;
-  int64_t row_, start_, length_, output_;
-  bool packed_;
-};
-
 struct Shared {
   float warp_value[kMaxWarps];   // first valid V of the warp
   int warp_has_value[kMaxWarps];
@@ -169,6 +61,10 @@ struct Shared {
   float carry_value;
   int carry_exists;
   float carry_advantage;
+  float shift;
+  int warp_count[kMaxWarps];     // of the moments
+  double warp_sum[kMaxWarps];
+  double warp_squares[kMaxWarps];
 };
 
 // V of the first valid token after this thread's tokens (step 2).
@@ -223,59 +119,135 @@ __device__ float advantage_after_thread(const Affine& own, Shared& shared) {
   return after(advantage);
 }
 
+// What a thread knows of the advantages of its tokens (step 5).
+struct ShiftedSums {
+  int count = 0;
+  double sum = 0.0;
+  double squares = 0.0;
+
+  __device__ void add(const Tokens& tokens, const float (&advantage)[kItems], double shift) {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const double d = tokens.valid[k] ? static_cast<double>(advantage[k]) - shift : 0.0;
+      count += tokens.valid[k];
+      sum += d;
+      squares = fma(d, d, squares);
+    }
+  }
+
+  // Lanes by a tree, warps in order; thread 0 writes count, mean and m2.
+  __device__ void finish(double* out, Shared& shared) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+      count += __shfl_down_sync(kAllLanes, count, distance);
+      sum += __shfl_down_sync(kAllLanes, sum, distance);
+      squares += __shfl_down_sync(kAllLanes, squares, distance);
+    }
+    if (lane == 0) {
+      shared.warp_count[warp] = count;
+      shared.warp_sum[warp] = sum;
+      shared.warp_squares[warp] = squares;
+    }
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    for (int w = 1; w < warps; ++w) {
+      count += shared.warp_count[w];
+      sum += shared.warp_sum[w];
+      squares += shared.warp_squares[w];
+    }
+    const double n = count;
+    const double mean = count == 0 ? 0.0 : sum / n;
+    const double m2 = squares - sum * mean;
+    out[0] = n;
+    out[1] = count == 0 ? 0.0 : static_cast<double>(shared.shift) + mean;
+    out[2] = m2 < 0.0 ? 0.0 : m2;  // written so that NaN stays NaN
+  }
+};
+
+template <bool kVector>
+__device__ void run_tile(const RewardsAndGaeArgs& args, const GaeRow<kVector>& row,
+                         int64_t first, ShiftedSums& sums, Shared& shared) {
+  Tokens tokens;
+  row.load(first, tokens);
+  NextValue next = next_after_thread(tokens, shared);
+  Affine own, maps[kItems];
+#pragma unroll
+  for (int k = kItems - 1; k >= 0; --k) {
+    if (!tokens.valid[k]) continue;
+    if (!next.exists && row.score_at_end()) tokens.reward[k] += row.sequence_score();
+    maps[k].a = args.gamma * args.gae_lambda;
+    maps[k].b = tokens.reward[k] + args.gamma * next.value - tokens.value[k];
+    own = Affine::compose(maps[k], own);
+    next = {tokens.value[k], true};
+  }
+  float behind = advantage_after_thread(own, shared);
+  float advantage[kItems];
+#pragma unroll
+  for (int k = kItems - 1; k >= 0; --k) advantage[k] = behind = maps[k](behind);
+  row.write(first, tokens, advantage);
+  // Thread 0 owns the first tokens of the tile: its state is what the tile before needs. Everyone has
+  // read the old carry before anyone passes the barrier.
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    if (!shared.carry_exists) shared.shift = behind;
+    shared.carry_advantage = behind;
+    shared.carry_value = next.value;
+    shared.carry_exists = next.exists;
+  }
+  __syncthreads();
+  if (args.out_moments != nullptr) sums.add(tokens, advantage, shared.shift);
+}
+
+template <bool kVector>
 __global__ void __launch_bounds__(kMaxThreads) rewards_and_gae_kernel(
     const __grid_constant__ RewardsAndGaeArgs args) {
   __shared__ Shared shared;
-  for (int64_t row_index = blockIdx.x; row_index < args.rows; row_index += gridDim.x) {
-    const RowKernel row(args, row_index);
-    if (threadIdx.x == 0) {
-      const NextValue next = row.bootstrap();
-      shared.carry_value = next.value;
-      shared.carry_exists = 0;
-      shared.carry_advantage = 0.0f;
-    }
-    __syncthreads();
-    const int64_t tile = static_cast<int64_t>(blockDim.x) * kItems;
-    const float rate = args.gamma * args.gae_lambda;
-    for (int64_t end = row.length(); end > 0; end -= tile) {
-      const int64_t first = end - tile + static_cast<int64_t>(threadIdx.x) * kItems;
-      Tokens tokens;
-      row.load(first, tokens);
-
-      NextValue next = next_after_thread(tokens, shared);
-      Affine own, maps[kItems];
-#pragma unroll
-      for (int k = kItems - 1; k >= 0; --k) {
-        if (!tokens.valid[k]) continue;
-        if (!next.exists && row.score_at_end()) tokens.reward[k] += row.sequence_score();
-        maps[k].a = rate;
-        maps[k].b = tokens.reward[k] + args.gamma * next.value - tokens.value[k];
-        own = Affine::compose(maps[k], own);
-        next = {tokens.value[k], true};
-      }
-      float advantage = advantage_after_thread(own, shared);
-#pragma unroll
-      for (int k = kItems - 1; k >= 0; --k) {
-        advantage = maps[k](advantage);
-        row.write(first + k, tokens.reward[k], tokens.value[k], advantage, tokens.valid[k]);
-      }
-      // Thread 0 owns the first tokens of the tile: its state is what the tile before needs. Everyone
-      // has read the old carry before anyone passes the barrier.
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        shared.carry_advantage = advantage;
-        shared.carry_value = next.value;
-        shared.carry_exists = next.exists;
-      }
-      __syncthreads();
-    }
+  const GaeRow<kVector> row(args, blockIdx.x);
+  if (threadIdx.x == 0) {
+    shared.carry_value = row.bootstrap();
+    shared.carry_exists = 0;
+    shared.carry_advantage = 0.0f;
+    shared.shift = 0.0f;
+  }
+  __syncthreads();
+  ShiftedSums sums;
+  const int64_t tile = static_cast<int64_t>(blockDim.x) * kItems;
+  for (int64_t tiles = (row.length() + tile - 1) / tile; tiles > 0; --tiles) {
+    run_tile(args, row, (tiles - 1) * tile + threadIdx.x * kItems, sums, shared);
+  }
+  if (args.out_moments != nullptr) {
+    sums.finish(args.out_moments + 3 * static_cast<int64_t>(blockIdx.x), shared);
   }
 }
 
-int block_size(int64_t longest_row) {
-  const int64_t threads = (longest_row + kItems - 1) / kItems;
+int block_size(const RewardsAndGaeArgs& args) {
+  if (args.cu_seqlens != nullptr) return kPackedThreads;
+  const int64_t threads = (args.columns + kItems - 1) / kItems;
   const int64_t warps = (threads + kWarp - 1) / kWarp;
-  return static_cast<int>((warps < 1 ? 1 : (warps > kMaxWarps ? kMaxWarps : warps)) * kWarp);
+  return static_cast<int>((warps > kMaxWarps ? kMaxWarps : warps) * kWarp);
+}
+
+bool vectorizable(const void* data, int64_t bytes, int64_t row_stride, int64_t column_stride) {
+  return data == nullptr || (reinterpret_cast<uintptr_t>(data) % (kItems * bytes) == 0 &&
+                             row_stride % kItems == 0 && column_stride == 1);
+}
+
+bool vectorizable(const View& view) {
+  const int64_t bytes = view.dtype == DType::f32 ? 4 : 2;
+  return vectorizable(view.data, bytes, view.row_stride, view.column_stride);
+}
+
+bool vectorizable(const RewardsAndGaeArgs& args) {
+  if (args.cu_seqlens != nullptr || args.columns % kItems != 0) return false;
+  for (const float* out : {args.out_rewards, args.out_kl, args.out_advantages, args.out_returns}) {
+    if (!vectorizable(out, sizeof(float), args.columns, 1)) return false;
+  }
+  const MaskView& mask = args.mask;
+  return vectorizable(mask.data, 1, mask.row_stride, mask.column_stride) &&
+         vectorizable(args.rewards) && vectorizable(args.old_logprobs) &&
+         vectorizable(args.ref_logprobs) && vectorizable(args.kl) && vectorizable(args.values) &&
+         (!args.scores_per_token || vectorizable(args.scores));
 }
 
 }  // namespace
@@ -285,12 +257,11 @@ std::string rewards_and_gae_cuda(const RewardsAndGaeArgs& args, int device, void
   const DeviceGuard guard(device);
   cudaError_t error = guard.error();
   if (error == cudaSuccess) {
-    // Segment lengths live on the device, so packed rows always get the full block.
-    const int threads = block_size(args.cu_seqlens != nullptr ? args.tokens : args.columns);
-    const int64_t most_blocks = 0x7fffffff;
-    const unsigned blocks = static_cast<unsigned>(args.rows < most_blocks ? args.rows : most_blocks);
-    rewards_and_gae_kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-    error = cudaGetLastError();
+    const unsigned blocks = static_cast<unsigned>(args.rows);
+    void* parameters[] = {const_cast<RewardsAndGaeArgs*>(&args)};
+    error = cudaLaunchKernel(
+        vectorizable(args) ? rewards_and_gae_kernel<true> : rewards_and_gae_kernel<false>,
+        dim3(blocks), dim3(block_size(args)), parameters, 0, static_cast<cudaStream_t>(stream));
   }
   if (error == cudaSuccess) return "";
   return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);

@@ -122,6 +122,13 @@ def thread_count() -> int:
     return torch.get_num_threads()
 
 
+def placement(device: torch.device) -> int | tuple[int, int]:
+    """Where a C++ op runs: the number of CPU threads, or CUDA device and current stream."""
+    if device.type == "cpu":
+        return thread_count()
+    return device.index or 0, torch.cuda.current_stream(device).cuda_stream
+
+
 def view(tensor: torch.Tensor | None) -> TensorView | None:
     """(address, dtype code, row stride, column stride) of `[S, R]`, or of `[N]` as one row."""
     if tensor is None:

@@ -1,210 +1,72 @@
-"""Per-token KL, reward placement, generalised advantage estimation.
+"""Per-token KL, reward placement, generalised advantage estimation, moments for the whitening.
 
 With t+1 the next token whose mask is true (masked steps in between carry value and advantage):
 
     d_t      = old_logprob_t - ref_logprob_t, clamped to +-log_ratio_clamp if given
     kl_t     = d_t | d_t^2 / 2 | exp(-d_t) - 1 + d_t          k1 | k2 | k3, Schulman 2020
-    reward_t = -kl_coef kl_t + score [at the last true token, or per token]
+             | as given: KL over the whole vocabulary         exact
+    reward_t = -kl_coef kl_t + clip(score, +-reward_clip)     at the last true token, or per token
     delta_t  = reward_t + gamma V_{t+1} - V_t
     A_t      = delta_t + gamma gae_lambda A_{t+1}             Schulman et al. 2016, eq. 16
     return_t = A_t + V_t
+    moments  = count, mean and sum of squared deviations of the A_t of each sequence
 
 V after the last true token is `bootstrap` (0 by default: the sequence ended), A after it is 0.
 Every output is exactly 0 where the mask is false, and what masked slots hold, NaN included, changes
-nothing.
+nothing. All of it is one launch; `whiten(advantages, mask, stats=moments)` is the second.
 
 No gradient flows through these ops: advantages and returns are targets. Outputs are detached.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_fast_kernels import dispatch, native, reference
-from rlhf_fast_kernels.reference import KL_ESTIMATORS, output_dtype
+from rlhf_fast_kernels import dispatch, native, reference, triton_support
+from rlhf_fast_kernels.gae_arguments import (
+    check_bound,
+    check_discount,
+    check_floats,
+    check_kl,
+    check_layout,
+    check_scores,
+    check_segments,
+)
+from rlhf_fast_kernels.gae_launchers import (
+    gae_native,
+    gae_triton,
+    rewards_and_gae_native,
+    rewards_and_gae_triton,
+)
+from rlhf_fast_kernels.reference import moments_dtype, output_dtype
 from rlhf_fast_kernels.registry import opaque_op
 
 FAST_DTYPES = tuple(native.DTYPE_CODES)
 
 
 class RewardsAndGAE(NamedTuple):
-    """What `rewards_and_gae` returns; each `[S, R]` or `[N]`, fp32, exactly 0 where masked.
+    """What `rewards_and_gae` returns.
+
+    The first four are `[S, R]` or `[N]`, fp32, exactly 0 where masked.
 
     Attributes:
         rewards: per token, KL penalty and score included.
-        kl: the estimate per token in nats, unscaled.
+        kl: per token in nats, unscaled.
         advantages: GAE, not whitened.
         returns: advantages + values, the critic's target.
+        moments: `[S, 3]` or `[K, 3]` fp64: count, mean and sum of squared deviations of each
+            sequence's advantages, for `whiten(stats=)` and `merge_moments`.
     """
 
     rewards: Tensor
     kl: Tensor
     advantages: Tensor
     returns: Tensor
-
-
-# ---- validation ---------------------------------------------------------------------------------
-
-
-def _check(op: str, name: str, x: Tensor, shape: torch.Size, like: Tensor) -> None:
-    if x.shape != shape:
-        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"{op}: {name} must be floating point, got {x.dtype}")
-    if x.device != like.device:
-        raise ValueError(f"{op}: {name} is on {x.device}, values are on {like.device}")
-
-
-def _check_layout(
-    op: str,
-    values: Tensor,
-    mask: Tensor | None,
-    bootstrap: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> int:
-    """Shapes of padded or packed inputs; returns the number of rows or segments."""
-    packed = cu_seqlens is not None
-    if values.dim() != (1 if packed else 2):
-        wanted = "[N] with cu_seqlens" if packed else "[S, R] (or [N] with cu_seqlens)"
-        raise ValueError(f"{op}: values has shape {tuple(values.shape)}, expected {wanted}")
-    if not values.dtype.is_floating_point:
-        raise TypeError(f"{op}: values must be floating point, got {values.dtype}")
-    rows = values.shape[0]
-    if cu_seqlens is not None:
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{op}: cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.device != values.device:
-            raise ValueError(
-                f"{op}: cu_seqlens has shape {tuple(cu_seqlens.shape)} on {cu_seqlens.device}, "
-                f"expected [K + 1] on {values.device}"
-            )
-        rows = cu_seqlens.shape[0] - 1
-    if mask is None and not packed:
-        raise ValueError(f"{op}: mask is needed for padded [S, R] tensors")
-    if mask is not None:
-        _check_mask(op, mask, values, "values")
-    if bootstrap is not None:
-        _check(op, "bootstrap", bootstrap, torch.Size([rows]), values)
-    return rows
-
-
-def _check_mask(op: str, mask: Tensor, like: Tensor, name: str) -> None:
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{op}: mask must be bool, got {mask.dtype}")
-    if mask.shape != like.shape or mask.device != like.device:
-        raise ValueError(
-            f"{op}: mask has shape {tuple(mask.shape)} on {mask.device}, "
-            f"expected that of {name}: {tuple(like.shape)} on {like.device}"
-        )
-
-
-def _check_segments(op: str, cu_seqlens: Tensor | None, tokens: int) -> None:
-    """On the CPU only: reading the offsets of an accelerator would stall it."""
-    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
-        return
-    ends = cu_seqlens.tolist()
-    rising = all(a <= b for a, b in pairwise(ends))
-    if ends[0] != 0 or ends[-1] != tokens or not rising:
-        raise ValueError(
-            f"{op}: cu_seqlens must rise from 0 to the number of tokens ({tokens}), got {ends}"
-            if len(ends) <= 16
-            else f"{op}: cu_seqlens must rise from 0 to the number of tokens ({tokens}), "
-            f"got [{ends[0]}, ..., {ends[-1]}]{'' if rising else ' with a falling step'}"
-        )
-
-
-# ---- launchers ----------------------------------------------------------------------------------
-
-
-def _placement(device: torch.device) -> int | tuple[int, int]:
-    """Number of CPU threads, or CUDA device and stream."""
-    if device.type == "cpu":
-        return native.thread_count()
-    return device.index or 0, torch.cuda.current_stream(device).cuda_stream
-
-
-def _shape(values: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
-    if cu_seqlens is None:
-        return values.shape[0], values.shape[1], values.numel(), 0
-    return cu_seqlens.shape[0] - 1, 0, values.numel(), cu_seqlens.data_ptr()
-
-
-def _outputs(values: Tensor, count: int) -> list[Tensor]:
-    return [
-        torch.empty(values.shape, dtype=torch.float32, device=values.device) for _ in range(count)
-    ]
-
-
-def _gae_native(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    gamma: float,
-    gae_lambda: float,
-    bootstrap: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    advantages, returns = _outputs(values, 2)
-    if values.numel():
-        offsets = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-        native.core().gae(
-            _shape(values, offsets),
-            native.view(rewards),
-            native.view(values),
-            native.mask_view(mask),
-            native.row_view(bootstrap),
-            gamma,
-            gae_lambda,
-            (advantages.data_ptr(), returns.data_ptr()),
-            _placement(values.device),
-        )
-    return advantages, returns
-
-
-def _rewards_and_gae_native(
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor | None,
-    values: Tensor,
-    scores: Tensor,
-    mask: Tensor | None,
-    kl_coef: float,
-    kl_estimator: str,
-    kl_in_reward: bool,
-    log_ratio_clamp: float | None,
-    gamma: float,
-    gae_lambda: float,
-    bootstrap: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rewards, kl, advantages, returns = _outputs(values, 4)
-    if values.numel():
-        offsets = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-        per_token = scores.shape == values.shape
-        native.core().rewards_and_gae(
-            _shape(values, offsets),
-            (
-                native.view(old_logprobs),
-                native.view(ref_logprobs),
-                native.view(scores) if per_token else native.row_view(scores),
-                per_token,
-                1 + KL_ESTIMATORS.index(kl_estimator),
-                kl_coef,
-                kl_in_reward,
-                log_ratio_clamp,
-            ),
-            native.view(values),
-            native.mask_view(mask),
-            native.row_view(bootstrap),
-            gamma,
-            gae_lambda,
-            tuple(x.data_ptr() for x in (advantages, returns, rewards, kl)),
-            _placement(values.device),
-        )
-    return rewards, kl, advantages, returns
+    moments: Tensor
 
 
 # ---- torch.library ------------------------------------------------------------------------------
@@ -220,18 +82,18 @@ def _run_gae(
     cu_seqlens: Tensor | None,
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
-    _check_segments("gae", cu_seqlens, values.numel())
+    check_segments("gae", cu_seqlens, values.numel())
     floats = [x for x in (rewards, values, bootstrap) if x is not None]
-    with torch.no_grad():
-        advantages, returns = dispatch.choose("gae", impl, *floats).function(
-            rewards, values, mask, gamma, gae_lambda, bootstrap, cu_seqlens
-        )
+    advantages, returns = dispatch.choose("gae", impl, *floats).function(
+        rewards, values, mask, gamma, gae_lambda, bootstrap, cu_seqlens
+    )
     return advantages, returns
 
 
 def _run_rewards_and_gae(
     old_logprobs: Tensor,
     ref_logprobs: Tensor | None,
+    kl: Tensor | None,
     values: Tensor,
     scores: Tensor,
     mask: Tensor | None,
@@ -239,25 +101,24 @@ def _run_rewards_and_gae(
     kl_estimator: str,
     kl_in_reward: bool,
     log_ratio_clamp: float | None,
+    reward_clip: float | None,
     gamma: float,
     gae_lambda: float,
     bootstrap: Tensor | None,
     cu_seqlens: Tensor | None,
     impl: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_segments("rewards_and_gae", cu_seqlens, values.numel())
-    tensors = (values, old_logprobs, ref_logprobs, scores, bootstrap)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_segments("rewards_and_gae", cu_seqlens, values.numel())
+    tensors = (values, old_logprobs, ref_logprobs, kl, scores, bootstrap)
     floats = [x for x in tensors if x is not None]
-    kl_settings = (kl_coef, kl_estimator, kl_in_reward, log_ratio_clamp)
-    with torch.no_grad():
-        rewards, kl, advantages, returns = dispatch.choose(
-            "rewards_and_gae", impl, *floats
-        ).function(
-            *(old_logprobs, ref_logprobs, values, scores, mask),
-            *kl_settings,
-            *(gamma, gae_lambda, bootstrap, cu_seqlens),
-        )
-    return rewards, kl, advantages, returns
+    rewards, kl_out, advantages, returns, moments = dispatch.choose(
+        "rewards_and_gae", impl, *floats
+    ).function(
+        *(old_logprobs, ref_logprobs, kl, values, scores, mask),
+        *(kl_coef, kl_estimator, kl_in_reward, log_ratio_clamp, reward_clip),
+        *(gamma, gae_lambda, bootstrap, cu_seqlens),
+    )
+    return rewards, kl_out, advantages, returns, moments
 
 
 def _fake_outputs(values: Tensor, count: int, *arguments: object) -> tuple[Tensor, ...]:
@@ -265,10 +126,16 @@ def _fake_outputs(values: Tensor, count: int, *arguments: object) -> tuple[Tenso
     return tuple(torch.empty(values.shape, dtype=dtype, device=values.device) for _ in range(count))
 
 
+def _fake_rewards_and_gae(*arguments: object) -> tuple[Tensor, ...]:
+    values, cu_seqlens = arguments[3], arguments[14]
+    assert isinstance(values, Tensor)
+    rows = cu_seqlens.shape[0] - 1 if isinstance(cu_seqlens, Tensor) else values.shape[0]
+    moments = torch.empty((rows, 3), dtype=moments_dtype(values), device=values.device)
+    return *_fake_outputs(values, 4, *arguments), moments
+
+
 _gae = opaque_op("gae", _run_gae, lambda *args: _fake_outputs(args[1], 2, *args))
-_rewards_and_gae = opaque_op(
-    "rewards_and_gae", _run_rewards_and_gae, lambda *args: _fake_outputs(args[2], 4, *args)
-)
+_rewards_and_gae = opaque_op("rewards_and_gae", _run_rewards_and_gae, _fake_rewards_and_gae)
 
 
 # ---- public functions ---------------------------------------------------------------------------
@@ -291,8 +158,8 @@ def gae(
         rewards, values: `[S, R]` padded or `[N]` packed, fp32 or bf16 (other floating dtypes run
             in the PyTorch reference); any strides, expanded tensors included.
         mask: bool of the same shape, true for tokens that count. None is allowed when packed.
-        gamma: discount per token.
-        gae_lambda: weight of the multi-step estimates.
+        gamma: discount per token, in [0, 1].
+        gae_lambda: weight of the multi-step estimates, in [0, 1].
         bootstrap: `[S]` or `[K]`, value of the state after the last token, for truncated
             sequences; None means 0.
         cu_seqlens: int32 or int64 `[K + 1]`, token offsets of the packed sequences.
@@ -307,11 +174,10 @@ def gae(
         TypeError: a mask that is not bool, inputs that are not floating point.
         RuntimeError: the implementation asked for cannot run here.
     """
-    _check_layout("gae", values, mask, bootstrap, cu_seqlens)
-    _check("gae", "rewards", rewards, values.shape, values)
-    advantages, returns = _gae(
-        rewards, values, mask, float(gamma), float(gae_lambda), bootstrap, cu_seqlens, impl
-    )
+    check_layout("gae", values, mask, bootstrap, cu_seqlens)
+    check_floats("gae", "rewards", rewards, values.shape, values)
+    discount = check_discount("gae", gamma, gae_lambda)
+    advantages, returns = _gae(rewards, values, mask, *discount, bootstrap, cu_seqlens, impl)
     return advantages, returns
 
 
@@ -322,10 +188,12 @@ def rewards_and_gae(
     scores: Tensor,
     mask: Tensor | None,
     *,
+    kl: Tensor | None = None,
     kl_coef: float,
     kl_estimator: str = "k1",
     kl_in_reward: bool = True,
     log_ratio_clamp: float | None = None,
+    reward_clip: float | None = None,
     gamma: float,
     gae_lambda: float,
     bootstrap: Tensor | None = None,
@@ -337,44 +205,37 @@ def rewards_and_gae(
     Args:
         old_logprobs: log-probs of the tokens under the policy at the start of the PPO step,
             `[S, R]` padded or `[N]` packed, fp32 or bf16, any strides.
-        ref_logprobs: the same under the reference; None: the KL is 0.
+        ref_logprobs: the same under the reference; None: the KL is `kl`, or 0 without that.
         values: the critic's, same shape.
         scores: one per sequence (`[S]` or `[K]`), added at the last token whose mask is true, or
             one per token (shape of `values`), added where the mask is true.
         mask, gamma, gae_lambda, bootstrap, cu_seqlens, impl: as in `gae`.
+        kl: the divergence per token, as `linear_kl` gives it, instead of an estimate; goes with
+            `kl_estimator="exact"`, without `ref_logprobs` and without a clamp.
         kl_coef: weight of the penalty in the rewards.
-        kl_estimator: `"k1"`, `"k2"` or `"k3"`.
+        kl_estimator: `"k1"`, `"k2"`, `"k3"`, or `"exact"`.
         kl_in_reward: False leaves the KL out of the rewards; it is returned all the same.
         log_ratio_clamp: bound of |old - ref| before the estimator; None: none.
+        reward_clip: bound of |score|, applied before the KL penalty is added; None: none.
 
     Returns:
-        `RewardsAndGAE(rewards, kl, advantages, returns)`.
+        `RewardsAndGAE(rewards, kl, advantages, returns, moments)`.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as in `gae`; also an unknown `kl_estimator` and a
-            clamp that is not positive.
+        ValueError, TypeError, RuntimeError: as in `gae`; also an unknown `kl_estimator`, `kl`
+            without `"exact"` or beside `ref_logprobs`, a bound that is not positive.
     """
     op = "rewards_and_gae"
-    rows = _check_layout(op, values, mask, bootstrap, cu_seqlens)
-    _check(op, "old_logprobs", old_logprobs, values.shape, values)
-    if ref_logprobs is not None:
-        _check(op, "ref_logprobs", ref_logprobs, values.shape, values)
-    per_sequence = torch.Size([rows])
-    if scores.shape != per_sequence and scores.shape != values.shape:
-        raise ValueError(
-            f"{op}: scores has shape {tuple(scores.shape)}, expected {tuple(per_sequence)} "
-            f"(one per sequence) or {tuple(values.shape)} (one per token)"
-        )
-    _check(op, "scores", scores, scores.shape, values)
-    if kl_estimator not in KL_ESTIMATORS:
-        raise ValueError(f"{op}: kl_estimator must be one of {KL_ESTIMATORS}, got {kl_estimator!r}")
-    if log_ratio_clamp is not None and not log_ratio_clamp > 0:
-        raise ValueError(f"{op}: log_ratio_clamp must be positive, got {log_ratio_clamp}")
-    clamp = None if log_ratio_clamp is None else float(log_ratio_clamp)
+    rows = check_layout(op, values, mask, bootstrap, cu_seqlens)
+    check_floats(op, "old_logprobs", old_logprobs, values.shape, values)
+    check_scores(op, scores, rows, values)
+    check_kl(op, ref_logprobs, kl, kl_estimator, log_ratio_clamp, values)
+    clamp = check_bound(op, "log_ratio_clamp", log_ratio_clamp)
+    clip = check_bound(op, "reward_clip", reward_clip)
     return RewardsAndGAE(
         *_rewards_and_gae(
-            *(old_logprobs, ref_logprobs, values, scores, mask, float(kl_coef), kl_estimator),
-            *(bool(kl_in_reward), clamp, float(gamma), float(gae_lambda)),
+            *(old_logprobs, ref_logprobs, kl, values, scores, mask, float(kl_coef), kl_estimator),
+            *(bool(kl_in_reward), clamp, clip, *check_discount(op, gamma, gae_lambda)),
             *(bootstrap, cu_seqlens, impl),
         )
     )
@@ -401,26 +262,22 @@ def _selftest_rewards_and_gae(
     device: torch.device, dtype: torch.dtype, generator: torch.Generator
 ) -> dispatch.SelftestRun:
     (old, ref, values, scores), mask = _selftest_inputs(device, dtype, generator)
-    return lambda impl: rewards_and_gae(
-        *(old, ref, values, scores[:, 0], mask),
-        kl_coef=0.05,
-        kl_estimator="k3",
-        gamma=0.99,
-        gae_lambda=0.95,
-        impl=impl,
-    )
+    run = partial(rewards_and_gae, kl_coef=0.05, kl_estimator="k3", gamma=0.99, gae_lambda=0.95)
+    return lambda impl: run(old, ref, values, scores[:, 0], mask, reward_clip=1.0, impl=impl)
 
 
-for _op, _native, _reference, _case in (
-    ("gae", _gae_native, reference.gae, _selftest_gae),
+dispatch.register("gae", "reference", torch.no_grad()(reference.gae))
+dispatch.register("rewards_and_gae", "reference", torch.no_grad()(reference.rewards_and_gae))
+for _op, _native, _triton, _case in (
+    ("gae", gae_native, gae_triton, _selftest_gae),
     (
         "rewards_and_gae",
-        _rewards_and_gae_native,
-        reference.rewards_and_gae,
+        rewards_and_gae_native,
+        rewards_and_gae_triton,
         _selftest_rewards_and_gae,
     ),
 ):
-    dispatch.register(_op, "reference", _reference)
     dispatch.register(_op, "cpu", _native, native.on_cpu(_op), dtypes=FAST_DTYPES)
     dispatch.register(_op, "cuda", _native, native.on_cuda(_op), dtypes=FAST_DTYPES)
+    triton_support.register(_op, _triton)
     dispatch.register_selftest(_op, _case)

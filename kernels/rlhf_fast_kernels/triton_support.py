@@ -100,7 +100,7 @@ def register(op: str, function: Callable[..., Any], *, preference: int | None = 
             launch costs nothing beside the work, goes above CUDA. The interpreter comes after
             everything else, the reference included.
     """
-    rank = -1 if interpreting() else preference
+    rank = dispatch.BY_NAME_ONLY if interpreting() else preference
     dispatch.register(op, "triton", function, on_triton, dtypes=DTYPES, preference=rank)
 
 

@@ -13,13 +13,9 @@ from torch import Tensor, nn
 from rlhf_fast.errors import RewardError
 from rlhf_fast.models.dropout import disable_dropout
 from rlhf_fast.models.forward import device_of, packed_hidden
-from rlhf_fast.models.heads import (
-    MAX_LOGITS_ELEMENTS,
-    scalar_head,
-    scalar_outputs,
-    target_logprobs,
-)
-from rlhf_fast.types import PackedSequences
+from rlhf_fast.models.heads import scalar_head, scalar_outputs
+from rlhf_fast.models.vocabulary import target_logprobs, vocabulary_head
+from rlhf_fast.types import HeadRows, PackedSequences, VocabularyHead
 
 DEFAULT_TOKEN_BUDGET = 16384
 
@@ -32,12 +28,12 @@ class _Policy:
         module: nn.Module,
         *,
         vocab_size: int | None = None,
-        max_logits_elements: int = MAX_LOGITS_ELEMENTS,
+        chunk_rows: int | None = None,
     ) -> None:
         self._prepare(module)
         self.module = module
         self.vocab_size = vocab_size
-        self.max_logits_elements = max_logits_elements
+        self.chunk_rows = chunk_rows
 
     def _prepare(self, module: nn.Module) -> None:
         disable_dropout(module)
@@ -68,8 +64,17 @@ class _Policy:
             temperature=temperature,
             with_entropy=with_entropy,
             vocab_size=self.vocab_size,
-            max_logits_elements=self.max_logits_elements,
+            chunk_rows=self.chunk_rows,
         )
+
+    def vocabulary_head(self) -> VocabularyHead | None:
+        """The head as numbers; None if it is more than one linear map."""
+        return vocabulary_head(self.module, vocab_size=self.vocab_size, chunk_rows=self.chunk_rows)
+
+    def head_rows(self, sequences: PackedSequences) -> HeadRows | None:
+        """Hidden states [N, H] of packed tokens and the head; None without a head of one map."""
+        head = self.vocabulary_head()
+        return None if head is None else HeadRows(packed_hidden(self.module, sequences), head)
 
 
 class Actor(_Policy):
@@ -79,8 +84,8 @@ class Actor(_Policy):
         module: causal LM; its dropout is switched off.
         vocab_size: number of real tokens, to leave padded embedding rows out of the softmax; None
             keeps every row, as stock transformers does.
-        max_logits_elements: logits alive at once; more are computed in chunks that are recomputed
-            in backward.
+        chunk_rows: rows whose logits exist at once, in forward and backward; None: what suits the
+            device.
 
     Attributes:
         weight_version: counts optimizer steps; a rollout carries the version that generated it.
@@ -117,6 +122,11 @@ class Reference(_Policy):
         return super().logprobs(
             sequences, targets, temperature=temperature, with_entropy=with_entropy
         )
+
+    @torch.no_grad()
+    def head_rows(self, sequences: PackedSequences) -> HeadRows | None:
+        """As `Actor.head_rows`, never with a graph."""
+        return super().head_rows(sequences)
 
 
 class Critic:

@@ -33,14 +33,15 @@ def estimate(
         algorithm, kl, reward: the rules.
     """
     mask = scored.loss_mask
+    old, ref, estimator = _kl_operands(scored, kl)
     out = rewards_and_gae(
-        scored.old_logprobs,
-        scored.ref_logprobs,
+        old,
+        ref,
         scored.values,
         shaped_scores,
         mask,
         kl_coef=kl_coef,
-        kl_estimator=kl.estimator,
+        kl_estimator=estimator,
         kl_in_reward=kl.placement == "reward",
         gamma=algorithm.gamma,
         gae_lambda=algorithm.gae_lambda,
@@ -61,6 +62,8 @@ def estimate(
                 gae_lambda=algorithm.gae_lambda,
                 bootstrap=bootstrap,
             )
+        if scored.exact_kl is not None:
+            advantages = advantages - kl_coef * own_share(scored, scored.exact_kl)
         return Experience(scored, rewards, out.kl, advantages, returns)
     totals = sequence_sum(rewards, mask)
     group = scored.rollout.samples_per_prompt
@@ -70,6 +73,27 @@ def estimate(
     advantages = torch.where(mask, per_sequence[:, None], rewards.new_zeros(()))
     returns = torch.where(mask, totals[:, None], rewards.new_zeros(()))
     return Experience(scored, rewards, out.kl, advantages, returns)
+
+
+def _kl_operands(scored: ScoredRollout, kl: KLConfig) -> tuple[Tensor, Tensor, str]:
+    """(old log-probs, reference's, estimator) from which `rewards_and_gae` makes the KL."""
+    if scored.exact_kl is not None:
+        return scored.exact_kl, torch.zeros_like(scored.exact_kl), "k1"
+    # The exact KL in the loss is made by the loss; what is kept of the rollout is the estimate.
+    estimator = "k1" if kl.estimator == "exact" else kl.estimator
+    return scored.old_logprobs, scored.ref_logprobs, estimator
+
+
+def own_share(scored: ScoredRollout, exact_kl: Tensor) -> Tensor:
+    """[S, R] log-ratio of each token less the exact KL of its state; 0 outside the loss mask.
+
+    The exact KL of a state is the same whichever token follows: as a reward it says that the state
+    is far from the reference, not that this token leads away from it. k1 says both. The difference
+    is what a token's own choice adds. Its mean is 0, so in the advantages of other tokens it is
+    noise alone, which the exact KL saves. Without it nothing would hold a response of one token.
+    """
+    log_ratio = scored.old_logprobs - scored.ref_logprobs
+    return torch.where(scored.loss_mask, log_ratio - exact_kl, exact_kl.new_zeros(()))
 
 
 def _grouped(totals: Tensor, valid: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:

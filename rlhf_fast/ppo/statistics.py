@@ -40,8 +40,11 @@ def rollout_metrics(experience: Experience, shaped: Tensor, *, kl_coef: float) -
     surprise = sequence_sum(-scored.old_logprobs, mask)[rows]
     gap = (scored.old_logprobs - rollout.rollout_logprobs).abs()
     lengths = rollout.lengths.double()
-    non_score = -kl_coef * _mean(kl)
-    return {
+    exact = {}
+    if scored.exact_kl is not None:
+        exact = {"objective/kl_exact": _mean(sequence_sum(scored.exact_kl, mask)[rows])}
+    non_score = -kl_coef * exact.get("objective/kl_exact", _mean(kl))
+    return exact | {
         "objective/kl": _mean(kl),
         "objective/kl_k3": _mean(k3),
         "objective/entropy": _mean(surprise),

@@ -15,9 +15,10 @@ from rlhf_fast.data.packing import pack_by_tokens
 from rlhf_fast.errors import NumericalError
 from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.ppo.advantages import estimate, whitened
+from rlhf_fast.ppo.exact_kl import read_both, require_exact_kl
 from rlhf_fast.ppo.kl_control import KLController
 from rlhf_fast.ppo.layout import build_microbatch, response_slots
-from rlhf_fast.ppo.losses import policy_loss, value_loss
+from rlhf_fast.ppo.losses import linear_policy_loss, policy_loss, value_loss
 from rlhf_fast.ppo.rewards import RunningMoments, shape_scores
 from rlhf_fast.ppo.statistics import UpdateStatistics, rollout_metrics
 from rlhf_fast.protocols import Generator, PolicyModel, Reward, ValueModel
@@ -25,6 +26,8 @@ from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import (
     IGNORE_INDEX,
     Experience,
+    HeadRows,
+    LossOutput,
     Microbatch,
     PackedSequences,
     PromptBatch,
@@ -90,6 +93,9 @@ class PPOLearner:
         roles: models and optimizers; `roles.on_update` runs after every optimizer step of the
             actor (it bumps the weight version).
         phase: `with phase("generate"): ...` times a phase.
+
+    Raises:
+        ModelError: the exact KL is asked for, and the heads do not allow it (RF3026, RF3027).
     """
 
     def __init__(
@@ -98,6 +104,8 @@ class PPOLearner:
         roles: Roles,
         phase: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext(),
     ) -> None:
+        if config.kl.estimator == "exact":
+            require_exact_kl(roles.actor.vocabulary_head(), roles.reference.vocabulary_head())
         self.config = config
         self.roles = roles
         self.phase = phase
@@ -121,7 +129,8 @@ class PPOLearner:
             update = self.update(experience)
         warnings += self._check_first_ratio(update)
         # Rows that abstained are in no mean: without any, there is no KL to steer by.
-        self.kl_controller.update(metrics["objective/kl"], int(scored.scored.sum()))
+        kl = metrics.get("objective/kl_exact", metrics["objective/kl"])
+        self.kl_controller.update(kl, int(scored.scored.sum()))
         self.steps += 1
         self.episodes += len(rollout)
         metrics |= update | {"episode": float(self.episodes), "kl_coef": self.kl_controller.coef}
@@ -146,18 +155,33 @@ class PPOLearner:
         rollout = rollout.to(next(self.roles.actor.module.parameters()).device)
         scores, scored = self.roles.reward.score(rollout)
         shape, device = rollout.responses.shape, rollout.responses.device
-        old, ref, values = (torch.zeros(shape, device=device) for _ in range(3))
+        old, ref, values, exact = (torch.zeros(shape, device=device) for _ in range(4))
         for indices in self._packs(rollout, range(len(rollout))):
             slots = response_slots(rollout, indices)
             targets = slots.targets(rollout.response_mask)
-            for policy, out in ((self.roles.actor, old), (self.roles.reference, ref)):
-                logprobs, _ = policy.logprobs(
-                    slots.sequences, targets, temperature=self.sampling.temperature
-                )
-                slots.to_padded(logprobs, out)
+            # The exact KL is absent, and `exact` unused, unless it belongs in the reward.
+            for found, out in zip(
+                self._read_policies(slots.sequences, targets), (old, ref, exact), strict=False
+            ):
+                slots.to_padded(found, out)
             if self.roles.critic is not None:
                 slots.to_padded(self.roles.critic.values(slots.sequences), values)
-        return ScoredRollout(rollout, scores.to(device), scored.to(device), old, ref, values)
+        return ScoredRollout(
+            *(rollout, scores.to(device), scored.to(device), old, ref, values),
+            exact_kl=exact if self._exact_kl_in("reward") else None,
+        )
+
+    def _read_policies(self, sequences: PackedSequences, targets: Tensor) -> tuple[Tensor, ...]:
+        """Log-probs of actor and reference [N]; and the exact KL if it belongs in the reward."""
+        actor, reference = self.roles.actor, self.roles.reference
+        temperature = self.sampling.temperature
+        if self._exact_kl_in("reward"):
+            rows, ref_rows = actor.head_rows(sequences), reference.head_rows(sequences)
+            return read_both(rows, ref_rows, targets, temperature=temperature)
+        return tuple(
+            policy.logprobs(sequences, targets, temperature=temperature)[0]
+            for policy in (actor, reference)
+        )
 
     def prepare(self, scored: ScoredRollout) -> tuple[Experience, Tensor]:
         """Shape scores, place them, subtract KL, estimate advantages; also the shaped scores."""
@@ -239,30 +263,53 @@ class PPOLearner:
 
     def _backward(self, microbatch: Microbatch, statistics: UpdateStatistics) -> None:
         """Forward and backward of both models over one microbatch; gradients accumulate."""
-        algorithm = self.config.algorithm
-        logprobs, entropy = self.roles.actor.logprobs(
-            microbatch.sequences,
-            microbatch.targets,
-            temperature=self.sampling.temperature,
-            with_entropy=True,
-        )
-        if entropy is not None and algorithm.entropy_coef == 0:
-            entropy = entropy.detach()  # reported only: its gradient would cost a pass of its own
-        policy = policy_loss(
-            microbatch,
-            logprobs,
-            entropy,
-            algorithm=algorithm,
-            kl=self.config.kl,
-            kl_coef=self.kl_controller.coef,
-        )
+        policy = self._policy_loss(microbatch)
         policy.loss.backward()
         statistics.add(policy)
         if self.roles.critic is not None:
             values = self.roles.critic.values(microbatch.sequences)
-            value = value_loss(microbatch, values, algorithm=algorithm)
+            value = value_loss(microbatch, values, algorithm=self.config.algorithm)
             value.loss.backward()
             statistics.add(value)
+
+    def _policy_loss(self, microbatch: Microbatch) -> LossOutput:
+        """From hidden states where the head is one linear map, else from log-probs."""
+        actor, config, temperature = self.roles.actor, self.config, self.sampling.temperature
+        coef = self.kl_controller.coef
+        rows = actor.head_rows(microbatch.sequences)
+        reference = self._reference_rows(microbatch.sequences)
+        if rows is not None:
+            return linear_policy_loss(
+                *(microbatch, rows, reference),
+                temperature=temperature,
+                algorithm=config.algorithm,
+                kl=config.kl,
+                kl_coef=coef,
+            )
+        logprobs, entropy = actor.logprobs(
+            microbatch.sequences, microbatch.targets, temperature=temperature, with_entropy=True
+        )
+        if entropy is not None and config.algorithm.entropy_coef == 0:
+            entropy = entropy.detach()  # reported only: its gradient would cost a pass of its own
+        return policy_loss(
+            *(microbatch, logprobs, entropy),
+            algorithm=config.algorithm,
+            kl=config.kl,
+            kl_coef=coef,
+        )
+
+    def _reference_rows(self, sequences: PackedSequences) -> HeadRows | None:
+        """What the exact KL in the loss reads of the reference; None if it is not there."""
+        if not self._exact_kl_in("loss"):
+            return None
+        # Once more: adapters may have been put on a head since.
+        actor, reference = self.roles.actor, self.roles.reference
+        require_exact_kl(actor.vocabulary_head(), reference.vocabulary_head())
+        return reference.head_rows(sequences)
+
+    def _exact_kl_in(self, placement: str) -> bool:
+        kl = self.config.kl
+        return kl.estimator == "exact" and kl.placement == placement
 
     def _pretraining_backward(self, source: PretrainingSource) -> float:
         """Add the gradient of coef * mean cross-entropy of one batch; returns the mean."""

@@ -6,6 +6,7 @@ nothing is written. Models are read one after the other, so the largest has to f
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,8 @@ from rlhf_fast.models.checks import (
 )
 from rlhf_fast.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 from rlhf_fast.models.reward_function import load_reward_function
+from rlhf_fast.models.vocabulary import vocabulary_head
+from rlhf_fast.ppo.exact_kl import require_exact_kl
 from rlhf_fast.stages.evaluate import choose_prompts
 from rlhf_fast.stages.ppo_roles import check_tokenizers
 from rlhf_fast.stages.training import (
@@ -45,6 +48,7 @@ from rlhf_fast.stages.training import (
     require_budget,
     require_settings,
 )
+from rlhf_fast.types import VocabularyHead
 
 Loader = Callable[..., Any]
 
@@ -114,9 +118,13 @@ def _ppo(config: PPOConfig) -> list[str]:
     critic = config.critic if config.algorithm.estimator == "gae" else ""
     check_tokenizers(tokenizer, reference=config.reference, critic=critic)
     longest, new = max(len(e) for e in data.examples), config.sampling.max_new_tokens
-    lines = _policy("actor", config.actor, tokenizer, longest, new)
+    line, head = _policy("actor", config.actor, tokenizer, longest, new)
+    lines, reference_head = [line], head
     if config.reference:
-        lines += _policy("reference", config.reference, tokenizer, longest, new)
+        line, reference_head = _policy("reference", config.reference, tokenizer, longest, new)
+        lines.append(line)
+    if config.kl.estimator == "exact":
+        require_exact_kl(head, reference_head)
     if critic:
         lines += _judge("critic", critic, tokenizer, longest, new, init_head=True)
     lines += _reward(config.reward, tokenizer, longest, new)
@@ -129,9 +137,9 @@ def _evaluation(config: EvalConfig) -> list[str]:
     data, examples = choose_prompts(config, tokenizer)
     check_tokenizers(tokenizer, reference=config.reference)
     longest, new = max(len(e) for e in examples), config.sampling.max_new_tokens
-    lines = _policy("model", config.model, tokenizer, longest, new)
+    lines = [_policy("model", config.model, tokenizer, longest, new)[0]]
     if config.reference:
-        lines += _policy("reference", config.reference, tokenizer, longest, new)
+        lines.append(_policy("reference", config.reference, tokenizer, longest, new)[0])
     lines += _reward(config.reward, tokenizer, longest, new)
     require_budget(config.microbatch_tokens, longest + new)
     return lines + _lines(data.report)
@@ -150,11 +158,18 @@ def _training_data(
     return [train, held_out]
 
 
-def _policy(role: str, path: str, tokenizer: Any, prompt: int, response: int) -> list[str]:
+def _policy(
+    role: str, path: str, tokenizer: Any, prompt: int, response: int
+) -> tuple[str, VocabularyHead | None]:
+    """(a line about a causal LM, its head without the numbers in it)."""
     module = load_causal_lm(path, dtype="float32")
     check_vocabulary(tokenizer, module, role=role)
     check_context(module, prompt, response, role=role)
-    return [_described(role, path, module)]
+    head = vocabulary_head(module)
+    if head is not None:
+        # The weights go with the module: the next one needs their memory.
+        head = dataclasses.replace(head, weight=head.weight.to("meta"), bias=None)
+    return _described(role, path, module), head
 
 
 def _judge(

@@ -32,16 +32,9 @@ from rlhf_fast.data import (
 )
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.models.export import export_model
-from rlhf_fast.models.forward import (
-    autocast,
-    device_of,
-    packed_hidden,
-    right_pad,
-    runs_packed,
-)
-from rlhf_fast.models.heads import MAX_LOGITS_ELEMENTS
 from rlhf_fast.models.loading import load_causal_lm
 from rlhf_fast.models.roles import Actor
+from rlhf_fast.models.vocabulary import likeliest_tokens
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.supervised import SupervisedStage
 from rlhf_fast.stages.training import (
@@ -57,7 +50,6 @@ from rlhf_fast.stages.training import (
     show_reports,
     training_bytes,
 )
-from rlhf_fast.types import PackedSequences
 
 
 @dataclass(frozen=True)
@@ -250,25 +242,3 @@ def hit_count(module: nn.Module, batch: PackedBatch) -> Tensor:
     rows = torch.nonzero(batch.loss_mask).squeeze(1)
     likeliest = likeliest_tokens(module, batch.sequences, rows)
     return (likeliest == batch.targets[rows].to(likeliest.device)).sum()
-
-
-def likeliest_tokens(module: nn.Module, sequences: PackedSequences, rows: Tensor) -> Tensor:
-    """[M] int64 argmax of the next-token distribution at packed positions `rows` [M].
-
-    Scaling or capping of logits, which some heads do, does not move the argmax; so packed
-    architectures need no more than their output embedding, in chunks that bound memory.
-    """
-    rows = rows.to(device_of(module))
-    if not runs_packed(module):
-        ids, mask = right_pad(sequences.to(rows.device))
-        with autocast(module):
-            output = module(input_ids=ids, attention_mask=mask.long(), use_cache=False)
-        logits: Tensor = output.logits[mask].index_select(0, rows)
-        return logits.argmax(-1)
-    hidden = packed_hidden(module, sequences).index_select(0, rows)
-    embedding: Any = module
-    head = embedding.get_output_embeddings()
-    size = max(1, MAX_LOGITS_ELEMENTS // head.weight.shape[0])
-    with autocast(module):
-        parts = [head(chunk).argmax(-1) for chunk in hidden.split(size)]
-    return torch.cat(parts)

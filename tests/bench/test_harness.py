@@ -182,8 +182,12 @@ def test_peak_memory_sees_temporaries_and_not_what_is_returned(size: int) -> Non
         del temporary
         return gradient
 
-    for _ in range(3):
-        run(0)  # pages that the allocator kept must not hide the next call's
+    # Pages that the allocator keeps must not hide those of the call. glibc keeps chunks of up to
+    # the size of the largest that it freed.
+    torch.ones(24 * MIB, dtype=torch.uint8)
+    kept = [torch.ones(MIB, dtype=torch.uint8) for _ in range(16)]
+    del kept
+    run(0)
     extra = harness.extra_memory(run)
     if extra is None:
         pytest.skip("this system has no clear_refs")
@@ -194,6 +198,7 @@ def test_peak_memory_sees_temporaries_and_not_what_is_returned(size: int) -> Non
 
 def test_inputs_do_not_count_as_extra() -> None:
     x = torch.ones(8 * MIB)
+    x.sum()  # the first call brings in the code's own pages
     extra = harness.extra_memory(lambda _: x.sum())
     assert extra is None or extra < 1.0
 
@@ -255,6 +260,7 @@ def test_gpu_memory_is_the_growth_of_the_allocators_peak(gpu: FakeCuda) -> None:
     assert extra == pytest.approx(5.0)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_call_that_no_graph_can_hold_has_no_graph_time(
     gpu: FakeCuda, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,3 +107,47 @@ def doubles(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def one_token(**fields: float) -> dict[str, torch.Tensor]:
     tensors = {name: torch.tensor([value]) for name, value in fields.items()}
     return {**tensors, "mask": torch.tensor([True])}
+
+
+# Per case: the fields of one token, options, the gradient of its one leaf. All numbers are exact.
+TIES: dict[str, tuple[dict[str, float], dict[str, Any], float]] = {
+    "inside a band of width 0": (
+        {"logprobs": -1.0, "old_logprobs": -1.0, "advantages": 2.0},
+        {"clip_eps_low": 0.0, "clip_eps_high": 0.0},
+        -2.0,
+    ),
+    "outside the band with advantage 0": (
+        {"logprobs": 1.0, "old_logprobs": 0.0, "advantages": 0.0},
+        {"dual_clip": 2.0},
+        0.0,
+    ),
+    "at the bound of the clamp": (
+        {"logprobs": 2.0, "old_logprobs": 0.0, "advantages": -1.0},
+        {"log_ratio_clamp": 2.0},
+        math.exp(2.0),
+    ),
+    "behind the bound of the clamp": (
+        {"logprobs": 2.25, "old_logprobs": 0.0, "advantages": -1.0},
+        {"log_ratio_clamp": 2.0},
+        0.0,
+    ),
+    "values as far off on both sides, outside the band": (
+        {"values": 1.5, "old_values": 1.0, "returns": 1.375},
+        {"value_clip_eps": 0.25},
+        0.0625,
+    ),
+    "value at the edge of the band": (
+        {"values": 1.25, "old_values": 1.0, "returns": 2.0},
+        {"value_clip_eps": 0.25},
+        -0.75,
+    ),
+}
+
+
+def check_tie(case: str, impl: str) -> None:
+    """The gradient is torch's: halves at ties, clamps that pass at their bounds."""
+    fields, options, slope = TIES[case]
+    out, grads = run(one_token(**fields), impl=impl, **options)
+    (gradient,) = grads.values()
+    assert math.isclose(float(gradient), slope, rel_tol=1e-6)
+    assert not out.metrics.get("value_clip", torch.zeros(())).any()

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_fast_kernels import gae
-from tests.kernels.gae_cases import GAMMA, IMPLS, LAMBDA, draw, fused, inputs
+from rlhf_fast_kernels import gae, whiten
+from tests.kernels.gae_cases import (
+    GAMMA,
+    IMPLS,
+    LAMBDA,
+    draw,
+    fused,
+    fused_with_moments,
+    inputs,
+)
 
 # ---- invariances --------------------------------------------------------------------------------
 
@@ -34,8 +42,8 @@ def test_row_order_and_padding_amount_change_nothing(impl):
     padded = fused(*wider, scores, torch.nn.functional.pad(mask, (0, 45)), impl)
     for x, y, z in zip(base, permuted, padded, strict=True):
         assert torch.equal(x[order], y)
-        torch.testing.assert_close(x, z[:, :333], rtol=1e-6, atol=1e-6)
-        assert torch.equal(z[:, 333:], torch.zeros(6, 45))
+        torch.testing.assert_close(x, z[:, :130], rtol=1e-6, atol=1e-6)
+        assert torch.equal(z[:, 130:], torch.zeros(6, 45))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -66,7 +74,7 @@ def test_strided_transposed_and_expanded_inputs_are_read_where_they_lie(impl):
     got = fused(*row, scores[:1].expand(4), mask[:1].expand(4, -1), impl)
     for x, y in zip(base, got, strict=True):
         assert torch.equal(x[:1].expand(4, -1), y)
-    constant = torch.tensor(0.25).expand(6, 333)
+    constant = torch.tensor(0.25).expand(6, 130)
     for x, y in zip(
         fused(constant, floats[1], constant, scores, mask, impl),
         fused(constant.contiguous(), floats[1], constant.contiguous(), scores, mask, impl),
@@ -151,7 +159,7 @@ def test_nothing_depends_on_the_number_of_threads():
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(fused(*floats, scores, mask, None))
+            results.append(fused_with_moments(*floats, scores, mask, None))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -215,8 +223,28 @@ def test_mistakes_in_the_fused_op_name_the_argument():
         fused(X, X, X, X[0], M, None)
     with pytest.raises(ValueError, match="log_ratio_clamp must be positive"):
         fused(X, X, X, X[:, 0], M, None, log_ratio_clamp=0.0)
+    with pytest.raises(ValueError, match="reward_clip must be positive, got -1"):
+        fused(X, X, X, X[:, 0], M, None, reward_clip=-1)
     with pytest.raises(ValueError, match=r"ref_logprobs has shape \(2, 2\)"):
         fused(X, X[:, :2], X, X[:, 0], M, None)
+    with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\], got 1.5"):
+        fused(X, X, X, X[:, 0], M, None, gamma=1.5)
+    with pytest.raises(ValueError, match=r"gae_lambda must lie in \[0, 1\], got nan"):
+        gae(X, X, M, gamma=1.0, gae_lambda=math.nan)
+
+
+def test_an_exact_kl_goes_with_its_name_alone():
+    exact = {"kl": X, "kl_estimator": "exact"}
+    with pytest.raises(ValueError, match=r"go together; kl is absent, kl_estimator is 'exact'"):
+        fused(X, None, X, X[:, 0], M, None, kl_estimator="exact")
+    with pytest.raises(ValueError, match=r"go together; kl is given, kl_estimator is 'k3'"):
+        fused(X, None, X, X[:, 0], M, None, kl=X)
+    with pytest.raises(ValueError, match="not both"):
+        fused(X, X, X, X[:, 0], M, None, **exact)
+    with pytest.raises(ValueError, match="log_ratio_clamp bounds the log ratio"):
+        fused(X, None, X, X[:, 0], M, None, log_ratio_clamp=5.0, **exact)
+    with pytest.raises(ValueError, match=r"kl has shape \(3,\)"):
+        fused(X, None, X, X[:, 0], M, None, kl=X[0], kl_estimator="exact")
 
 
 def test_torch_compile_calls_the_registered_op_and_agrees():
@@ -227,12 +255,28 @@ def test_torch_compile_calls_the_registered_op_and_agrees():
         graphs.append(module)
         return module.forward
 
-    compiled = torch.compile(lambda *x: fused(*x, None), fullgraph=True, backend=backend)
-    for x, y in zip(
-        compiled(*floats, scores, mask), fused(*floats, scores, mask, None), strict=True
-    ):
-        assert torch.equal(x, y)
+    def run(old, ref, values, scores, mask):
+        return fused_with_moments(old, ref, values, scores, mask, None, reward_clip=0.5)
+
+    compiled = torch.compile(run, fullgraph=True, backend=backend, dynamic=True)
+    for columns in (64, 40):
+        cut = [x[:, :columns].clone() for x in (*floats, mask)]
+        arguments = *cut[:3], scores, cut[3]
+        for x, y in zip(compiled(*arguments), run(*arguments), strict=True):
+            assert torch.equal(x, y)
+    assert len(graphs) == 1
     assert "rewards_and_gae" in graphs[0].code
+
+
+def test_a_compiled_step_whitens_by_the_moments_of_the_same_pass():
+    *floats, scores, mask = inputs(3, 64)
+
+    def step(*x):
+        out = fused_with_moments(*x, None)
+        return whiten(out.advantages, x[-1], stats=out.moments)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*floats, scores, mask), step(*floats, scores, mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -245,5 +289,17 @@ def test_opcheck(dtype):
     )
     torch.library.opcheck(
         torch.ops.rlhf_fast.rewards_and_gae.default,
-        (*floats, scores, mask, 0.1, "k3", True, None, GAMMA, LAMBDA, scores, None, None),
+        (
+            *(floats[0], floats[1], None, floats[2], scores, mask, 0.1, "k3", True, None, 0.5),
+            *(GAMMA, LAMBDA, scores, None, None),
+        ),
+    )
+    offsets = torch.tensor([0, 7, 7, 20], dtype=torch.int32)
+    packed = [x[0] for x in floats]
+    torch.library.opcheck(
+        torch.ops.rlhf_fast.rewards_and_gae.default,
+        (
+            *(packed[0], None, packed[1], packed[2], scores, None, 0.1, "exact", True, None, None),
+            *(GAMMA, LAMBDA, None, offsets, None),
+        ),
     )

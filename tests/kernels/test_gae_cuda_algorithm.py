@@ -1,8 +1,9 @@
 """The block scan of csrc/cuda/rewards_and_gae.cu, step by step in NumPy, against the definition.
 
-It follows the kernel's four steps with the same ownership of tokens, so that an error in the
-composition of affine maps, in the next-valid-value search or in the carry between tiles fails here,
-on machines without a GPU. `rlhf-fast check --ops` compares the kernel itself with the reference.
+It follows the kernel's five steps with the same ownership of tokens, so that an error in the
+composition of affine maps, in the next-valid-value search, in the carry between tiles or in the
+moments fails here, on machines without a GPU. `rlhf-fast check --ops` compares the kernel itself
+with the reference.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ def warp_suffixes(maps):
 
 
 def tile(state, rewards, values, mask, score, threads, gamma, gae_lambda, first):
-    """One tile of threads * ITEMS tokens starting at `first` (may be negative)."""
+    """One tile of threads * ITEMS tokens starting at `first`; it may end behind the row."""
     length = len(values)
     tokens = [[first + t * ITEMS + k for k in range(ITEMS)] for t in range(threads)]
-    valid = [[0 <= i < length and bool(mask[i]) for i in row] for row in tokens]
+    valid = [[i < length and bool(mask[i]) for i in row] for row in tokens]
     own = [
         next((values[i] for i, ok in zip(row, oks, strict=True) if ok), None)
         for row, oks in zip(tokens, valid, strict=True)
@@ -85,18 +86,42 @@ def tile(state, rewards, values, mask, score, threads, gamma, gae_lambda, first)
                 advantages[tokens[t][k]] = y
         if t == 0:
             carried = y
+    if not state["exists"]:
+        state["shift"] = carried
     state.update(advantage=carried, value=following[0][0], exists=following[0][1])
+    add_to_sums(state["sums"], advantages, tokens, valid, state["shift"])
     return advantages
+
+
+def add_to_sums(sums, advantages, tokens, valid, shift):
+    """Step 5: count, sum and squares of A - shift, a row of `sums` for each thread."""
+    for t, (row, oks) in enumerate(zip(tokens, valid, strict=True)):
+        d = np.array([advantages[i] - shift for i, ok in zip(row, oks, strict=True) if ok])
+        sums[t] += (len(d), d.sum(), (d * d).sum())
+
+
+def finish(sums, shift):
+    """Lanes by a tree, warps in order."""
+    lanes = sums.reshape(-1, WARP, 3).copy()
+    distance = WARP // 2
+    while distance:
+        lanes[:, :distance] += lanes[:, distance : 2 * distance]
+        distance //= 2
+    count, total, squares = lanes[:, 0].sum(0)
+    if count == 0:
+        return np.zeros(3)
+    mean = total / count
+    return np.array([count, shift + mean, max(squares - total * mean, 0.0)])
 
 
 def block_scan(rewards, values, mask, score, bootstrap, threads, gamma, gae_lambda):
-    state = {"value": bootstrap, "exists": False, "advantage": 0.0}
-    advantages, end = np.zeros(len(values)), len(values)
-    while end > 0:
-        first = end - threads * ITEMS
+    sums = np.zeros((threads, 3))
+    state = {"value": bootstrap, "exists": False, "advantage": 0.0, "shift": 0.0, "sums": sums}
+    advantages, size = np.zeros(len(values)), threads * ITEMS
+    for tiles in range(-(-len(values) // size), 0, -1):
+        first = (tiles - 1) * size
         advantages += tile(state, rewards, values, mask, score, threads, gamma, gae_lambda, first)
-        end = first
-    return advantages
+    return advantages, finish(sums, state["shift"])
 
 
 def definition(rewards, values, mask, score, bootstrap, gamma, gae_lambda):
@@ -111,13 +136,17 @@ def definition(rewards, values, mask, score, bootstrap, gamma, gae_lambda):
     return advantages
 
 
-@pytest.mark.parametrize("threads", [32, 64, 256])
+@pytest.mark.parametrize("threads", [32, 64, 256, 512])
 @pytest.mark.parametrize("length", [1, 5, 127, 128, 129, 700])
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.7, 1.0])
 def test_block_scan_equals_the_recurrence(threads, length, density):
     generator = np.random.default_rng(length + threads)
-    rewards, values = generator.normal(size=(2, length))
+    rewards, values = generator.normal(size=(2, length)) + 100.0
     mask = generator.random(length) < density
-    got = block_scan(rewards, values, mask, 1.5, 0.25, threads, 0.99, 0.95)
+    got, moments = block_scan(rewards, values, mask, 1.5, 0.25, threads, 0.99, 0.95)
     want = definition(rewards, values, mask, 1.5, 0.25, 0.99, 0.95)
     np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+    chosen = want[mask]
+    mean = chosen.mean() if len(chosen) else 0.0
+    expected = [len(chosen), mean, ((chosen - mean) ** 2).sum()]
+    np.testing.assert_allclose(moments, expected, rtol=1e-9, atol=1e-9)

@@ -17,7 +17,9 @@ from tests.kernels.ppo_cases import (
     IMPLS,
     LEAVES,
     NAMES,
+    TIES,
     assert_same,
+    check_tie,
     doubles,
     draw,
     run,
@@ -56,6 +58,12 @@ def test_token_gradients_are_those_of_the_public_function(impl: str, normalizer:
         assert grad is not None
         assert grad.dtype == torch.float32
         assert torch.equal(grad, want[name])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", TIES)
+def test_ties_and_bounds_of_clamps(case: str, impl: str) -> None:
+    check_tie(case, impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

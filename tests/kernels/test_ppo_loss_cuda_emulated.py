@@ -27,7 +27,9 @@ from tests.kernels.ppo_cases import (
     FULL,
     LEAVES,
     NAMES,
+    TIES,
     assert_same,
+    check_tie,
     doubles,
     draw,
     one_token,
@@ -220,6 +222,11 @@ def test_gradient_vanishes_exactly_where_the_clip_wins(
     tensors = one_token(logprobs=math.log(ratio), old_logprobs=0.0, advantages=advantage)
     _, grads = run(tensors, impl="cuda", dual_clip=3.0)
     assert float(grads["logprobs"]) == pytest.approx(slope, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", TIES)
+def test_ties_and_bounds_of_clamps(case: str) -> None:
+    check_tie(case, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,9 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from rlhf_fast_kernels import masked_moments, merge_moments, native, whiten
+from rlhf_fast_kernels import masked_moments, merge_moments, native, triton_support, whiten
 
-IMPLS = ["reference", *(["cpu"] if native.missing("whiten") is None else [])]
+TRITON = triton_support.installed() and triton_support.interpreting()
+IMPLS = [
+    "reference",
+    *(["cpu"] if native.missing("whiten") is None else []),
+    *(["triton"] if TRITON else []),
+]
 
 
 def draw(*shape, seed=0, mean=0.0, density=0.7):
@@ -115,6 +120,24 @@ def test_merged_moments_of_ranks_whiten_like_one_rank(impl):
         torch.testing.assert_close(torch.cat(shards), whole, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sets", [1, 3, 600])
+def test_moments_of_many_sets_are_merged_where_they_lie(impl, sets):
+    x, mask = draw(sets, 7, mean=3.0)
+    parts = torch.cat([masked_moments(x[i], mask[i], impl="reference")[None] for i in range(sets)])
+    got = whiten(x, mask, stats=parts, unbiased=True, impl=impl)
+    torch.testing.assert_close(
+        got.double(), by_definition(x, mask, unbiased=True), rtol=1e-6, atol=1e-6
+    )
+    torch.testing.assert_close(
+        merge_moments(parts), masked_moments(x, mask), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_no_sets_merge_to_nothing():
+    assert merge_moments(torch.zeros(0, 3)).tolist() == [0, 0, 0]
+
+
 @pytest.mark.skipif(
     native.missing("whiten") is not None, reason="eager PyTorch promises no such thing"
 )
@@ -142,8 +165,10 @@ def test_mistakes_name_the_argument():
         whiten(x[None], mask[None])
     with pytest.raises(TypeError, match="x must be floating point"):
         masked_moments(x.long(), mask)
-    with pytest.raises(ValueError, match=r"stats has shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"stats has shape \(2,\).*expected \[3\] or \[W, 3\]"):
         whiten(x, mask, stats=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"stats has shape \(\)"):
+        whiten(x, mask, stats=torch.zeros(()))
     with pytest.raises(ValueError, match=r"moments has shape \(3,\)"):
         merge_moments(torch.zeros(3))
 
@@ -161,4 +186,8 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.rlhf_fast.masked_moments.default, (x, mask, None))
     torch.library.opcheck(
         torch.ops.rlhf_fast.whiten.default, (x, mask, True, False, 1e-8, None, None)
+    )
+    stats = torch.tensor([[3.0, 0.5, 1.0], [4.0, 0.25, 2.0]])
+    torch.library.opcheck(
+        torch.ops.rlhf_fast.whiten.default, (x, mask, False, True, 1e-8, stats, None)
     )

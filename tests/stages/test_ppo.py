@@ -21,11 +21,12 @@ from rlhf_fast.config import (
     RunConfig,
     SamplingConfig,
 )
-from rlhf_fast.errors import ConfigError, Interrupted, RewardError
+from rlhf_fast.errors import ConfigError, Interrupted, ModelError, RewardError
 from rlhf_fast.metrics import read_metrics
 from rlhf_fast.models.export import export_model
 from rlhf_fast.models.loading import load_sequence_classifier
 from rlhf_fast.ppo.statistics import UpdateStatistics
+from rlhf_fast.stages.check import check_stage
 from rlhf_fast.tasks.reviews import prompt_split
 from rlhf_fast.tasks.tiny import build_tokenizer
 from tests.ppo.synthetic import tiny_config
@@ -210,13 +211,17 @@ def without_times(path):
     ]
 
 
-def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, tokenizer):
+@pytest.mark.parametrize(
+    "kl",
+    [
+        KLConfig(coef=0.05, adaptive=True, target=0.01, horizon=50),
+        KLConfig(coef=0.05, adaptive=True, target=0.01, horizon=50, estimator="exact"),
+        KLConfig(coef=0.05, estimator="exact", placement="loss"),
+    ],
+)
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, tokenizer, kl):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    changes = {
-        "kl": KLConfig(coef=0.05, adaptive=True, target=0.01, horizon=50),
-        "total_steps": 5,
-        "sample_every": 1,
-    }
+    changes = {"kl": kl, "total_steps": 5, "sample_every": 1}
     trainer(whole, tokenizer, settings(whole, **changes)).train()
 
     def interrupt(step, output):
@@ -344,3 +349,38 @@ def test_a_config_built_in_python_is_held_to_the_same_rules(tmp_path, tokenizer,
     with pytest.raises(ConfigError, match="RF1005") as caught:
         trainer(tmp_path, tokenizer, settings(tmp_path, **changes))
     assert named in str(caught.value)
+
+
+def test_exact_kl_with_a_head_of_its_own_making_is_refused_by_check_and_trainer(
+    tmp_path, tokenizer
+):
+    kl = KLConfig(coef=0.1, estimator="exact")
+    model, other = policy(tokenizer), policy(tokenizer, seed=3)
+    model.lm_head.register_forward_hook(lambda *a: a[2] + 1.0)
+    with pytest.raises(ModelError, match="RF3026"):
+        PPOTrainer(
+            settings(tmp_path, kl=kl),
+            model=model,
+            tokenizer=tokenizer,
+            train_dataset=PROMPTS,
+            reward_function=short_is_good,
+        )
+    other.resize_token_embeddings(len(tokenizer) + 3)
+    for name, module in (("actor", policy(tokenizer)), ("reference", other)):
+        export_model(module, tokenizer, tmp_path / name)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS), encoding="utf-8")
+    (tmp_path / "judge.py").write_text("def judge(completions):\n    return [0.0] * 8\n")
+    config = settings(
+        tmp_path / "run",
+        actor=str(tmp_path / "actor"),
+        reference=str(tmp_path / "reference"),
+        data=DataConfig(train=str(prompts), max_prompt_length=16, max_length=32),
+        reward=RewardConfig(function=f"{tmp_path / 'judge.py'}:judge"),
+    )
+    assert "check passed" in check_stage(config)
+    exact = dataclasses.replace(config, kl=kl)
+    assert "check passed" in check_stage(dataclasses.replace(exact, reference=""))
+    for attempt in (check_stage, run_ppo):
+        with pytest.raises(ModelError, match="RF3027"):
+            attempt(exact)

@@ -13,7 +13,9 @@ from rlhf_fast_kernels.reference.sample import sample
 from rlhf_fast_kernels.reference.whiten import (
     masked_moments,
     mean_and_scale,
+    merge_moments,
     moments_dtype,
+    row_moments,
     whiten,
 )
 
@@ -30,10 +32,12 @@ __all__ = [
     "logprobs_from_logits",
     "masked_moments",
     "mean_and_scale",
+    "merge_moments",
     "moments_dtype",
     "output_dtype",
     "ppo_loss",
     "rewards_and_gae",
+    "row_moments",
     "sample",
     "whiten",
 ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast_kernels.reference.common import kl_estimate, output_dtype
+from rlhf_fast_kernels.reference.whiten import row_moments
 
 
 def gae(
@@ -72,6 +73,7 @@ def _padded_index(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
 def rewards_and_gae(
     old_logprobs: Tensor,
     ref_logprobs: Tensor | None,
+    kl: Tensor | None,
     values: Tensor,
     scores: Tensor,
     mask: Tensor | None,
@@ -79,17 +81,21 @@ def rewards_and_gae(
     kl_estimator: str,
     kl_in_reward: bool,
     log_ratio_clamp: float | None,
+    reward_clip: float | None,
     gamma: float,
     gae_lambda: float,
     bootstrap: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rewards, KL, advantages and returns; see `rewards_and_gae.rewards_and_gae` for shapes."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rewards, KL, advantages, returns and the moments of each row's advantages.
+
+    See `rewards_and_gae.rewards_and_gae` for shapes.
+    """
     if mask is None:
         mask = torch.ones_like(values, dtype=torch.bool)
-    dtype = output_dtype(old_logprobs, ref_logprobs, values, scores, bootstrap)
+    dtype = output_dtype(old_logprobs, ref_logprobs, kl, values, scores, bootstrap)
     zero = torch.zeros((), dtype=dtype, device=values.device)
-    kl = zero.expand(values.shape)
+    kl = zero.expand(values.shape) if kl is None else kl.to(dtype)
     if ref_logprobs is not None:
         log_ratio = old_logprobs.to(dtype) - ref_logprobs.to(dtype)
         if log_ratio_clamp is not None:
@@ -97,14 +103,29 @@ def rewards_and_gae(
         kl = kl_estimate(log_ratio, kl_estimator)
     kl = torch.where(mask, kl, zero)
     rewards = -kl_coef * kl if kl_in_reward else torch.zeros_like(kl)
+    scores = scores.to(dtype)
+    if reward_clip is not None:
+        scores = scores.clamp(-reward_clip, reward_clip)
     if scores.shape == values.shape:
-        rewards = rewards + torch.where(mask, scores.to(dtype), zero)
+        rewards = rewards + torch.where(mask, scores, zero)
     else:
         at, of = last_true(mask, cu_seqlens)
-        rewards = rewards.flatten().index_add(0, at, scores.to(dtype)[of]).view(values.shape)
+        rewards = rewards.flatten().index_add(0, at, scores[of]).view(values.shape)
     floats = (rewards, values.to(dtype), mask, gamma, gae_lambda)
     advantages, returns = gae(*floats, bootstrap, cu_seqlens)
-    return rewards, kl, advantages, returns
+    moments = _advantage_moments(advantages, mask, cu_seqlens)
+    return rewards, kl, advantages, returns, moments
+
+
+def _advantage_moments(advantages: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """[S, 3] or [K, 3]: `row_moments`, of the segments where the rows are packed."""
+    if cu_seqlens is None:
+        return row_moments(advantages, mask)
+    if advantages.numel() == 0:
+        advantages = advantages.new_zeros(cu_seqlens.shape[0] - 1, 0)
+        return row_moments(advantages, advantages.bool())
+    index, inside = _padded_index(cu_seqlens)
+    return row_moments(advantages[index], mask[index] & inside)
 
 
 def last_true(mask: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,335 +1,482 @@
-"""Triton kernels of `kl_from_logits`: one program a row, one sweep over both sides.
+"""Triton kernels of the exact KL of rows of logits; the maths is in `kl_from_logits.py`.
 
-The sums are those of csrc/cpu/kl_from_logits.cpp, fp32 a lane: K, whose terms are not negative,
-keeps the digits of a small KL, and the plain form serves distributions that peak far apart.
+Forward: a row is a list of segments, cut by the vocabulary alone. One program reads one segment of
+both sides, once, and holds it in registers, so the segment's own log-sum-exps are known before its
+log-ratios are formed: its KL needs no provisional centre. A second kernel merges a row's segments
+by the chain rule of the KL, in their order. So one row alone fills as many multiprocessors as it
+has segments, and its bits do not depend on how many rows stand beside it.
+
+Backward: one program reads one block of both sides and writes its gradient, perhaps in place.
+
+Differences of logits are formed before anything is multiplied or shifted: between close policies
+they are exact.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_fast_kernels.kl_rows import KLRowSettings, KLRowStats
+from rlhf_fast_kernels.kl_settings import KLRowSettings, KLRowStats
 from rlhf_fast_kernels.triton_support import AotCase, launch
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-# In powers of two; fp32 leaves less room than the CPU's fp64 sums.
-FAR_APART = tl.constexpr(60.0)
-PROBE = tl.constexpr(256)
+LARGEST_BLOCK = 4096  # two logits, and what comes of them, for 16 entries a thread
+FIELDS = 6  # a segment's maxima, sums, difference of their logarithms, and KL
+
+Layout = tuple[int, int, int, int]
 
 
-def block_size(columns: int) -> int:
-    """Entries of a side at once: two loads and five lane sums of 8 fp32 a thread at 256 threads."""
-    return min(2048, max(64, triton.next_power_of_2(columns)))
+# ---- parts of kernels ---------------------------------------------------------------------------
 
 
 @triton.jit
-def _scaled(x, scale, softcap, CAPPED: tl.constexpr):
-    """y = z log2(e); -inf stays -inf."""
-    if CAPPED:
-        bounded = softcap * (2.0 * tl.sigmoid(2.0 * (x / softcap)) - 1.0)
-        return bounded * scale
-    return x * scale
+def _row_start(row, inner, outer_stride, inner_stride):
+    row = row.to(tl.int64)
+    return row // inner * outer_stride + row % inner * inner_stride
 
 
 @triton.jit
-def _power(t):
-    """2^t, exactly 0 below the normal numbers; NaN gives NaN."""
-    return tl.where(t < -125.0, 0.0, tl.exp2(t))
+def _tanh(u):
+    """An odd polynomial for |u| < 0.5 (minimax, 2e-8), where 1 - 2 / (1 + e^2u) would cancel."""
+    square = u * u
+    p = 0.0171511285 * square - 0.0529941581
+    p = p * square + 0.133249059
+    p = p * square - 0.33333075
+    far = 1.0 - 2.0 / (1.0 + tl.exp2(2.88539008 * u))
+    return tl.where(square < 0.25, p * square * u + u, far)
 
 
 @triton.jit
-def _small_term(d):
-    """exp(-d) - 1 + d for |d| < 0.5: Taylor, error below one fp32 ulp."""
-    x = -d
-    p = x * (1.0 / 40320.0) + (1.0 / 5040.0)
-    p = p * x + (1.0 / 720.0)
-    p = p * x + (1.0 / 120.0)
-    p = p * x + (1.0 / 24.0)
-    p = p * x + (1.0 / 6.0)
-    p = p * x + 0.5
-    return p * x * x
+def _inverse_temperature(temperature, row, scale):
+    if temperature is None:
+        return scale
+    else:  # noqa: RET505 (without it the compiler meets two types of result)
+        return 1.0 / tl.load(temperature + row).to(tl.float32)
 
 
 @triton.jit
-def _log1p_plus(excess, mean, terms):
-    """log(1 + excess) + mean with excess = terms - mean, without cancellation near 0."""
-    x = excess
-    series = x * (-1.0 / 6.0) + (1.0 / 5.0)
-    series = series * x - (1.0 / 4.0)
-    series = series * x + (1.0 / 3.0)
-    series = series * x - (1.0 / 2.0)
-    near = terms + series * x * x
-    return tl.where(tl.abs(x) < 0.02, near, tl.log(1.0 + x) + mean)
+def _beyond(v):
+    """exp(v) - 1 - v for |v| < 0.5: its series, to 3e-8."""
+    p = 2.4801587e-5 * v + 1.9841270e-4
+    p = p * v + 1.3888889e-3
+    p = p * v + 8.3333333e-3
+    p = p * v + 4.1666667e-2
+    p = p * v + 1.6666667e-1
+    p = p * v + 0.5
+    return p * v * v
 
 
 @triton.jit
-def _read_scale(temperature, row, scale, PER_ROW: tl.constexpr):
-    if PER_ROW:
-        return LOG2E / tl.load(temperature + row)
-    return LOG2E / scale
+def _finite_or_zero(x):
+    return tl.where(x == -float("inf"), 0.0, x)
 
 
 @triton.jit
-def kl_forward_kernel(
+def _divergence(p, q, v):
+    """Sum of p (exp(v) - 1 - v) with q = p exp(v), and what that of q - p has gone astray from 0.
+
+    v may be anything where p is 0.
+    """
+    close = tl.abs(v) < 0.5
+    by_p = tl.where(p == 0.0, 0.0, p * v)
+    terms = tl.where(close, p * _beyond(tl.where(close, v, 0.0)), q - p - by_p)
+    rise = tl.sum(terms + by_p, axis=0)
+    return tl.sum(terms, axis=0), tl.where(tl.abs(rise) < 0.001, rise, 0.0)
+
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def segment_divergence(
     logits,
     ref_logits,
     mask,
     temperature,
-    kl,
-    lse,
-    ref_lse,
-    stride,
-    ref_stride,
-    mask_stride,
+    partials,
+    inner,
+    outer_stride,
+    inner_stride,
+    ref_outer_stride,
+    ref_inner_stride,
     columns,
-    temperature_scalar,
+    segments,
+    scale,
     softcap,
     ref_softcap,
     CAPPED: tl.constexpr,
     REF_CAPPED: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    MASKED: tl.constexpr,
-    SHARD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    if MASKED:
-        if tl.load(mask + row * mask_stride) == 0:
-            tl.store(kl + row, 0.0)
-            tl.store(lse + row, 0.0)
-            tl.store(ref_lse + row, 0.0)
-            return
-    scale = _read_scale(temperature, row, temperature_scalar, PER_ROW)
-    lanes = tl.arange(0, BLOCK)
-    x_row = logits + row * stride
-    ref_row = ref_logits + row * ref_stride
-
-    # The centre of z - q: its mean over the first entries where it is a number.
-    inside = (lanes < columns) & (lanes < PROBE)
-    x = tl.load(x_row + lanes, mask=inside, other=float("-inf")).to(tl.float32)
-    ref_x = tl.load(ref_row + lanes, mask=inside, other=float("-inf")).to(tl.float32)
-    d = _scaled(x, scale, softcap, CAPPED) - _scaled(ref_x, scale, ref_softcap, REF_CAPPED)
-    finite = inside & (d - d == 0.0)
-    used = tl.sum(tl.where(finite, 1.0, 0.0), 0)
-    centre = tl.sum(tl.where(finite, d, 0.0), 0) / tl.maximum(used, 1.0)
-
-    shift = tl.full((), float("-inf"), tl.float32)
-    ref_shift = tl.full((), float("-inf"), tl.float32)
-    farthest = tl.full((), 0.0, tl.float32)
-    sums = tl.zeros((BLOCK,), tl.float32)
-    ref_sums = tl.zeros((BLOCK,), tl.float32)
-    weighted = tl.zeros((BLOCK,), tl.float32)
-    terms = tl.zeros((BLOCK,), tl.float32)
-    for begin in range(0, columns, BLOCK):
-        offsets = begin + lanes
-        inside = offsets < columns
-        x = tl.load(x_row + offsets, mask=inside, other=float("-inf")).to(tl.float32)
-        ref_x = tl.load(ref_row + offsets, mask=inside, other=float("-inf")).to(tl.float32)
-        # After the softcap, which would make the padding finite.
-        y = tl.where(inside, _scaled(x, scale, softcap, CAPPED), float("-inf"))
-        ref_y = tl.where(inside, _scaled(ref_x, scale, ref_softcap, REF_CAPPED), float("-inf"))
-        highest = tl.maximum(shift, tl.max(y, 0))
-        ref_highest = tl.maximum(ref_shift, tl.max(ref_y, 0))
-        base = tl.where(highest == float("-inf"), 0.0, highest)
-        ref_base = tl.where(ref_highest == float("-inf"), 0.0, ref_highest)
-        # A sum that is still empty must not become 0 * NaN.
-        down = tl.where(shift == float("-inf"), 0.0, tl.exp2(shift - base))
-        ref_down = tl.where(ref_shift == float("-inf"), 0.0, tl.exp2(ref_shift - ref_base))
-        shift, ref_shift = highest, ref_highest
-        apart = ref_base + centre - base
-        # Entries of the reference before the first of p have no scale to be held against.
-        unscaled = (highest == float("-inf")) & (ref_highest > float("-inf"))
-        farthest = tl.where(unscaled, float("inf"), tl.maximum(farthest, tl.abs(apart)))
-        ratio = tl.exp2(tl.minimum(tl.maximum(apart, -FAR_APART), FAR_APART))
-        p = _power(y - base)
-        ref_p = _power(ref_y - ref_base)
-        d = ((y - ref_y) - centre) * LN2
-        by_p = tl.where(p == 0.0, 0.0, p * d)
-        small = tl.abs(d) < 0.5
-        term = tl.where(small, p * _small_term(d), ref_p * ratio - p + by_p)
-        sums = sums * down + p
-        ref_sums = ref_sums * ref_down + ref_p
-        weighted = tl.where(down == 0.0, 0.0, weighted * down) + by_p
-        terms = tl.where(down == 0.0, 0.0, terms * down) + term
-
-    total = tl.sum(sums, 0)
-    row_lse = (shift + tl.log2(total)) * LN2
-    row_ref_lse = (ref_shift + tl.log2(tl.sum(ref_sums, 0))) * LN2
-    mean = tl.sum(weighted, 0) / total
-    gap = mean + centre * LN2
-    if SHARD:
-        value = gap
-    else:
-        all_terms = tl.sum(terms, 0) / total
-        excess = all_terms - mean
-        near = (farthest < FAR_APART) & (excess > -0.9) & (excess - excess == 0.0)
-        value = tl.where(near, _log1p_plus(excess, mean, all_terms), gap - row_lse + row_ref_lse)
-        value = tl.where(value < 0.0, 0.0, value)
-    tl.store(kl + row, value)
-    tl.store(lse + row, row_lse)
-    tl.store(ref_lse + row, row_ref_lse)
+    program = tl.program_id(0)
+    row = (program // segments).to(tl.int64)
+    segment = program % segments
+    if mask is not None and tl.load(mask + row) == 0:
+        return
+    column = segment * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    at = _row_start(row, inner, outer_stride, inner_stride) + column
+    ref_at = _row_start(row, inner, ref_outer_stride, ref_inner_stride) + column
+    x = tl.load(logits + at, mask=inside, other=-float("inf")).to(tl.float32)
+    ref = tl.load(ref_logits + ref_at, mask=inside, other=-float("inf")).to(tl.float32)
+    if CAPPED:
+        x = tl.where(inside, softcap * _tanh(x / softcap), -float("inf"))
+    if REF_CAPPED:
+        ref = tl.where(inside, ref_softcap * _tanh(ref / ref_softcap), -float("inf"))
+    inverse = _inverse_temperature(temperature, row, scale)
+    factor = inverse * 1.4426950408889634
+    top = tl.max(x, axis=0)
+    ref_top = tl.max(ref, axis=0)
+    shift, ref_shift = _finite_or_zero(top), _finite_or_zero(ref_top)
+    power = tl.exp2((x - shift) * factor)
+    ref_power = tl.exp2((ref - ref_shift) * factor)
+    total = tl.sum(power, axis=0)
+    ref_total = tl.sum(ref_power, axis=0)
+    # log q - log p of the segment's own distributions, whose sums may be empty.
+    p = power / tl.where(total == 0.0, 1.0, total)
+    q = ref_power / tl.where(ref_total == 0.0, 1.0, ref_total)
+    centre = tl.log(tl.where((total == 0.0) | (ref_total == 0.0), 1.0, total / ref_total))
+    v = ((ref - x) - (ref_shift - shift)) * inverse + centre
+    divergence, rise = _divergence(p, q, v)
+    impossible = (ref == -float("inf")) & (x > -float("inf"))
+    infinite = tl.max(tl.where(impossible, 1, 0), axis=0) > 0
+    sound = (total == total) & (ref_total == ref_total)
+    divergence = tl.where(infinite & sound, float("inf"), divergence)
+    divergence = tl.where(total == 0.0, 0.0, divergence)
+    partials += row * 6 * segments + segment
+    tl.store(partials, top)
+    tl.store(partials + segments, total)
+    tl.store(partials + 2 * segments, ref_top)
+    tl.store(partials + 3 * segments, ref_total)
+    tl.store(partials + 4 * segments, divergence)
+    # q must sum to 1: this takes the rounding of the two sums out of their difference.
+    tl.store(partials + 5 * segments, centre - rise)
 
 
 @triton.jit
-def kl_backward_kernel(
+def merge_segments(
+    mask,
+    temperature,
+    partials,
+    kl,
+    lse,
+    ref_lse,
+    segments,
+    scale,
+    SHARD: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    if mask is not None and tl.load(mask + row) == 0:
+        tl.store(kl + row, 0.0)
+        tl.store(lse + row, 0.0)
+        tl.store(ref_lse + row, 0.0)
+        return
+    segment = tl.arange(0, SEGMENTS)
+    real = segment < segments
+    partials += row * 6 * segments + segment
+    tops = tl.load(partials, mask=real, other=-float("inf"))
+    sums = tl.load(partials + segments, mask=real, other=0.0)
+    ref_tops = tl.load(partials + 2 * segments, mask=real, other=-float("inf"))
+    ref_sums = tl.load(partials + 3 * segments, mask=real, other=0.0)
+    own = tl.load(partials + 4 * segments, mask=real, other=0.0)
+    own_centre = tl.load(partials + 5 * segments, mask=real, other=0.0)
+    inverse = tl.full((), 1.0, tl.float32) * _inverse_temperature(temperature, row, scale)
+    factor = inverse * 1.4426950408889634
+    shift, ref_shift = _finite_or_zero(tl.max(tops, 0)), _finite_or_zero(tl.max(ref_tops, 0))
+    share = sums * tl.exp2((tops - shift) * factor)
+    ref_share = ref_sums * tl.exp2((ref_tops - ref_shift) * factor)
+    total, ref_total = tl.sum(share, axis=0), tl.sum(ref_share, axis=0)
+    p = share / tl.where(total == 0.0, 1.0, total)
+    q = ref_share / tl.where(ref_total == 0.0, 1.0, ref_total)
+    centre = tl.log(tl.where((total == 0.0) | (ref_total == 0.0), 1.0, total / ref_total))
+    apart = ((ref_tops - tops) - (ref_shift - shift)) * inverse - own_centre
+    _, rise = _divergence(p, q, apart + centre)
+    centre -= rise
+    between, _ = _divergence(p, q, apart + centre)
+    result = tl.sum(tl.where(p == 0.0, 0.0, p * own), axis=0) + between
+    # p log(p / q) of a segment without any q is infinite, which `own` says already.
+    infinite = tl.max(tl.where((own == float("inf")) & (sums > 0.0), 1, 0), axis=0) > 0
+    sound = (total == total) & (ref_total == ref_total)
+    result = tl.where(infinite & sound, float("inf"), tl.maximum(result, 0.0))
+    result = tl.where(sound, result, float("nan"))
+    if SHARD:
+        result = tl.where(total == 0.0, 0.0, result)
+        result = tl.where((total > 0.0) & (ref_total == 0.0), float("inf"), result)
+    else:
+        result = tl.where((total == 0.0) | (ref_total == 0.0), float("nan"), result)
+    tl.store(kl + row, result)
+    ln2 = tl.full((), 0.6931471805599453, tl.float64)
+    scaled = factor.to(tl.float64) * ln2
+    log_total = tl.log2(total).to(tl.float64) * ln2
+    log_share = shift.to(tl.float64) * scaled + log_total
+    tl.store(lse + row, log_share)
+    # From the same centre as the log-ratios: the gradient of a small KL needs the difference.
+    exact = (shift - ref_shift).to(tl.float64) * inverse.to(tl.float64) + centre.to(tl.float64)
+    separate = ref_shift.to(tl.float64) * scaled + tl.log2(ref_total).to(tl.float64) * ln2
+    empty = (total == 0.0) | (ref_total == 0.0)
+    tl.store(ref_lse + row, tl.where(empty, separate, log_share - exact))
+
+
+@triton.jit
+def block_gradient(
     logits,
     ref_logits,
-    mask,
     temperature,
     kl,
     lse,
     ref_lse,
     grad_kl,
     out,
-    stride,
-    ref_stride,
-    out_stride,
-    mask_stride,
-    columns,
+    inner,
+    outer_stride,
+    inner_stride,
+    ref_outer_stride,
+    ref_inner_stride,
+    out_outer_stride,
+    out_inner_stride,
     width,
-    temperature_scalar,
+    columns,
+    blocks,
+    scale,
     softcap,
     ref_softcap,
     CAPPED: tl.constexpr,
     REF_CAPPED: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    MASKED: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    upstream = tl.load(grad_kl + row).to(tl.float32)
-    if MASKED:
-        upstream = tl.where(tl.load(mask + row * mask_stride) == 0, 0.0, upstream)
-    lanes = tl.arange(0, BLOCK)
-    out_row = out + row * out_stride
-    if upstream == 0.0:
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    column = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    out += _row_start(row, inner, out_outer_stride, out_inner_stride) + column
+    g = tl.load(grad_kl + row)
+    if g == 0.0:
         if not ACCUMULATE:
-            for begin in range(0, width, BLOCK):
-                offsets = begin + lanes
-                nothing = tl.zeros((BLOCK,), tl.float32).to(out.dtype.element_ty)
-                tl.store(out_row + offsets, nothing, mask=offsets < width)
+            tl.store(out, tl.zeros((BLOCK,), out.dtype.element_ty), mask=column < width)
         return
-    scale = _read_scale(temperature, row, temperature_scalar, PER_ROW)
-    row_lse = tl.load(lse + row).to(tl.float32)
-    offset = row_lse - tl.load(ref_lse + row).to(tl.float32) + tl.load(kl + row).to(tl.float32)
-    factor = upstream * scale * LN2
-    x_row = logits + row * stride
-    ref_row = ref_logits + row * ref_stride
-    for begin in range(0, width, BLOCK):
-        offsets = begin + lanes
-        inside = offsets < columns
-        x = tl.load(x_row + offsets, mask=inside, other=float("-inf")).to(tl.float32)
-        ref_x = tl.load(ref_row + offsets, mask=inside, other=float("-inf")).to(tl.float32)
-        y = tl.where(inside, _scaled(x, scale, softcap, CAPPED), float("-inf"))
-        ref_y = _scaled(ref_x, scale, ref_softcap, REF_CAPPED)
-        p = _power(y - row_lse * LOG2E)
-        value = p * ((y - ref_y) * LN2 - offset) * factor
-        if CAPPED:
-            t = y / (scale * softcap)
-            value = value * (1.0 - t * t)
-        value = tl.where(p == 0.0, 0.0, value)
-        if ACCUMULATE:
-            value += tl.load(out_row + offsets, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out_row + offsets, value.to(out.dtype.element_ty), mask=inside)
-        else:
-            tl.store(out_row + offsets, value.to(out.dtype.element_ty), mask=offsets < width)
+    inverse = _inverse_temperature(temperature, row, scale)
+    factor = inverse * 1.4426950408889634
+    # lse in units of the logits, and the centre of the log-ratios, as sums of two fp32 numbers.
+    log2e = tl.full((), 1.4426950408889634, tl.float64)
+    exact = tl.load(lse + row)
+    scaled = exact * log2e / factor.to(tl.float64)
+    shift = scaled.to(tl.float32)
+    rest = (scaled - shift.to(tl.float64)).to(tl.float32) * factor
+    difference = exact - tl.load(ref_lse + row)
+    centre = difference.to(tl.float32)
+    divergence = tl.load(kl + row)
+    subtrahend = (difference - centre.to(tl.float64)).to(tl.float32) + divergence
+
+    inside = column < columns
+    at = _row_start(row, inner, outer_stride, inner_stride) + column
+    ref_at = _row_start(row, inner, ref_outer_stride, ref_inner_stride) + column
+    x = tl.load(logits + at, mask=inside, other=-float("inf")).to(tl.float32)
+    ref = tl.load(ref_logits + ref_at, mask=inside, other=-float("inf")).to(tl.float32)
+    if CAPPED:
+        bounded = _tanh(x / softcap)
+        x = softcap * bounded
+    if REF_CAPPED:
+        ref = ref_softcap * _tanh(ref / ref_softcap)
+    p = tl.exp2((x - shift) * factor - rest)
+    # Written as inf - inf: a row whose KL is infinite has no gradient.
+    grad = p * ((((x - ref) * inverse - centre) - subtrahend) + (divergence - divergence))
+    grad *= g * inverse
+    if CAPPED:
+        grad *= 1.0 - bounded * bounded
+    grad = tl.where(inside & (p != 0.0), grad, 0.0)
+    if ACCUMULATE:
+        grad += tl.load(out, mask=column < width, other=0.0).to(tl.float32)
+    tl.store(out, grad.to(out.dtype.element_ty), mask=column < width)
 
 
-def _flags(settings: KLRowSettings, mask: Tensor | None) -> dict[str, bool]:
+# ---- launches -----------------------------------------------------------------------------------
+
+
+def block_size(columns: int) -> int:
+    """From the vocabulary alone: it decides the order of the sums, and so their bits."""
+    return max(256, min(LARGEST_BLOCK, triton.next_power_of_2(columns)))
+
+
+def _warps(block: int) -> int:
+    return 8 if block >= 4096 else 4
+
+
+def _numbers(settings: KLRowSettings) -> tuple[float, float, float]:
+    return 1.0 / settings.scale, settings.softcap or 1.0, settings.ref_softcap or 1.0
+
+
+def _flags(settings: KLRowSettings) -> dict[str, bool]:
     return {
         "CAPPED": settings.softcap is not None,
         "REF_CAPPED": settings.ref_softcap is not None,
-        "PER_ROW": settings.temperature is not None,
-        "MASKED": mask is not None,
     }
+
+
+def _strides(layouts: list[Layout]) -> tuple[int, ...]:
+    """(rows an outer one, strides...); rows at single strides compile without a division."""
+    outer, inner = layouts[0][:2]
+    if outer == 1:
+        return 1, *(stride for layout in layouts for stride in (layout[3], 0))
+    return inner, *(stride for layout in layouts for stride in layout[2:])
 
 
 def forward(
     logits: Tensor,
     ref_logits: Tensor,
+    layouts: list[Layout],
     settings: KLRowSettings,
+    mask: Tensor | None,
     stats: KLRowStats,
     shard: bool,
-    mask: Tensor | None,
 ) -> None:
-    """Fill `stats` of rows [n, V]; see `kl_rows.kl_row_stats`."""
+    """Fill `stats`, as `kl_rows.kl_row_stats` describes it."""
+    columns, rows = settings.columns(logits.shape[-1]), stats.kl.numel()
+    block = block_size(columns)
+    segments = triton.cdiv(columns, block)
+    partials = torch.empty((rows, FIELDS, segments), dtype=torch.float32, device=logits.device)
+    mask = None if mask is None else mask.view(torch.uint8)
+    numbers = _numbers(settings)
+    if segments > 0:
+        launch(
+            segment_divergence,
+            rows * segments,
+            logits.device,
+            logits,
+            ref_logits,
+            mask,
+            settings.temperature,
+            partials,
+            *_strides(layouts),
+            columns,
+            segments,
+            *numbers,
+            **_flags(settings),
+            BLOCK=block,
+            num_warps=_warps(block),
+        )
     launch(
-        kl_forward_kernel,
-        logits.shape[0],
+        merge_segments,
+        rows,
         logits.device,
-        *(logits, ref_logits, mask, settings.temperature, *stats),
-        *(logits.stride(0), ref_logits.stride(0), 0 if mask is None else mask.stride(0)),
-        *(settings.columns(logits.shape[1]), settings.scale),
-        *(settings.softcap or 1.0, settings.ref_softcap or 1.0),
-        **_flags(settings, mask),
+        mask,
+        settings.temperature,
+        partials,
+        *stats,
+        segments,
+        numbers[0],
         SHARD=shard,
-        BLOCK=block_size(logits.shape[1]),
-        num_warps=8,
+        SEGMENTS=triton.next_power_of_2(max(segments, 1)),
+        num_warps=1,
     )
 
 
 def backward(
     logits: Tensor,
     ref_logits: Tensor,
+    layouts: list[Layout],
     settings: KLRowSettings,
     stats: KLRowStats,
     grad_kl: Tensor,
     out: Tensor,
     accumulate: bool,
-    mask: Tensor | None,
 ) -> None:
-    """Write or add the gradient; see `kl_rows.kl_row_gradient`."""
+    """Fill `out`, as `kl_rows.kl_row_gradient` describes it."""
+    width = logits.shape[-1]
+    block = block_size(width)
+    blocks = triton.cdiv(width, block)
     launch(
-        kl_backward_kernel,
-        logits.shape[0],
+        block_gradient,
+        grad_kl.numel() * blocks,
         logits.device,
-        *(logits, ref_logits, mask, settings.temperature, *stats, grad_kl, out),
-        *(logits.stride(0), ref_logits.stride(0), out.stride(0)),
-        *(0 if mask is None else mask.stride(0), settings.columns(logits.shape[1]), out.shape[1]),
-        *(settings.scale, settings.softcap or 1.0, settings.ref_softcap or 1.0),
-        **_flags(settings, mask),
+        logits,
+        ref_logits,
+        settings.temperature,
+        *stats,
+        grad_kl,
+        out,
+        *_strides(layouts),
+        width,
+        settings.columns(width),
+        blocks,
+        *_numbers(settings),
+        **_flags(settings),
         ACCUMULATE=accumulate,
-        BLOCK=block_size(logits.shape[1]),
-        num_warps=8,
+        BLOCK=block,
+        num_warps=_warps(block),
     )
 
 
-def _cases() -> tuple[AotCase, ...]:
-    shared = dict.fromkeys(("kl", "lse", "ref_lse"), "*fp64")
-    shared |= dict.fromkeys(("stride", "ref_stride", "mask_stride"), "i64")
-    shared |= {"columns": "i32"}
-    shared |= dict.fromkeys(("temperature_scalar", "softcap", "ref_softcap"), "fp32")
-    found = []
-    for dtype in ("bf16", "fp32"):
-        for capped in (False, True):
-            flags = {"CAPPED": capped, "REF_CAPPED": capped, "PER_ROW": False, "MASKED": False}
-            absent = {"mask": None, "temperature": None, "BLOCK": 2048}
-            signature = {"logits": f"*{dtype}", "ref_logits": f"*{dtype}", **shared}
-            found.append(
-                AotCase(
-                    kl_forward_kernel, signature, {**absent, **flags, "SHARD": False}, num_warps=8
-                )
-            )
-            more = {
-                "kl": "*fp32",
-                "grad_kl": "*fp32",
-                "out": f"*{dtype}",
-                "out_stride": "i64",
-                "width": "i32",
-            }
-            found.append(
-                AotCase(
-                    kl_backward_kernel,
-                    {**signature, **more},
-                    {**absent, **flags, "ACCUMULATE": True},
-                    num_warps=8,
-                )
-            )
-    return tuple(found)
+# ---- ahead of time ------------------------------------------------------------------------------
+
+_PLACE = {
+    "inner": "i32",
+    **dict.fromkeys(
+        ("outer_stride", "inner_stride", "ref_outer_stride", "ref_inner_stride"), "i64"
+    ),
+    **dict.fromkeys(("scale", "softcap", "ref_softcap"), "fp32"),
+    "columns": "i32",
+}
 
 
-AOT_CASES = _cases()
+def _forward_case(actor: str, reference: str, *, full: bool) -> AotCase:
+    signature = {
+        **_PLACE,
+        "logits": f"*{actor}",
+        "ref_logits": f"*{reference}",
+        "partials": "*fp32",
+        "segments": "i32",
+    }
+    constants: dict[str, object] = {"CAPPED": full, "REF_CAPPED": full, "BLOCK": LARGEST_BLOCK}
+    for name, kind in (("mask", "*u8"), ("temperature", "*fp32")):
+        (signature if full else constants)[name] = kind if full else None
+    return AotCase(segment_divergence, signature, constants, num_warps=8)
+
+
+def _merge_case(*, shard: bool) -> AotCase:
+    signature = {
+        "mask": "*u8",
+        "temperature": "*fp32",
+        "partials": "*fp32",
+        "kl": "*fp32",
+        "lse": "*fp64",
+        "ref_lse": "*fp64",
+        "segments": "i32",
+        "scale": "fp32",
+    }
+    return AotCase(merge_segments, signature, {"SHARD": shard, "SEGMENTS": 64}, num_warps=1)
+
+
+def _gradient_case(actor: str, reference: str, out: str, *, full: bool) -> AotCase:
+    signature = {
+        **_PLACE,
+        "logits": f"*{actor}",
+        "ref_logits": f"*{reference}",
+        "kl": "*fp32",
+        "lse": "*fp64",
+        "ref_lse": "*fp64",
+        "grad_kl": "*fp32",
+        "out": f"*{out}",
+        "out_outer_stride": "i64",
+        "out_inner_stride": "i64",
+        "width": "i32",
+        "blocks": "i32",
+    }
+    flags = dict.fromkeys(("CAPPED", "REF_CAPPED", "ACCUMULATE"), full)
+    constants: dict[str, object] = {**flags, "BLOCK": LARGEST_BLOCK}
+    (signature if full else constants)["temperature"] = "*fp32" if full else None
+    return AotCase(block_gradient, signature, constants, num_warps=8)
+
+
+AOT_CASES = (
+    _forward_case("bf16", "bf16", full=False),
+    _forward_case("fp32", "bf16", full=True),
+    _forward_case("fp16", "fp16", full=True),
+    _merge_case(shard=False),
+    _merge_case(shard=True),
+    _gradient_case("bf16", "bf16", "bf16", full=False),
+    _gradient_case("fp32", "bf16", "fp32", full=True),
+    _gradient_case("fp16", "fp16", "bf16", full=False),
+)

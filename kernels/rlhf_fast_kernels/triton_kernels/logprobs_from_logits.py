@@ -15,6 +15,8 @@ fp64: in fp32 it has an error of 8e-6 at 200, and with it every probability in b
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -384,76 +386,36 @@ def backward(
 
 # ---- ahead of time ------------------------------------------------------------------------------
 
-_SCALARS = dict.fromkeys(
-    ("ignore_index", "columns", "segments", "vocab_start", "vocab_size"), "i32"
-)
-_PLACE = {"inner": "i32", "outer_stride": "i64", "inner_stride": "i64"}
-_FLOATS = {"scale": "fp32", "softcap": "fp32"}
-_INDICES = {"labels": "*i64"}
-_SUMS = {
-    **_INDICES,
-    **_PLACE,
-    **_FLOATS,
-    **dict.fromkeys(("row_count", "columns", "segments", "ignore_index"), "i32"),
-    "partials": "*fp32",
+_TYPES = {
+    **dict.fromkeys(("labels", "rows", "slots"), "*i64"),
+    **dict.fromkeys(("partials", "temperature", "logprobs", "entropy"), "*fp32"),
+    **dict.fromkeys(("grad_logprobs", "grad_entropy"), "*fp32"),
+    "lse": "*fp64",
+    **dict.fromkeys(("outer_stride", "inner_stride"), "i64"),
+    **dict.fromkeys(("out_outer_stride", "out_inner_stride"), "i64"),
+    **dict.fromkeys(("scale", "softcap"), "fp32"),
 }
 
 
-def _sums_case(dtype: str, *, entropy: bool, capped: bool, rows: bool) -> AotCase:
-    tensors = {"logits": f"*{dtype}"}
-    absent = {} if rows else {"rows": None, "temperature": None}
-    if rows:
-        tensors |= {"rows": "*i64", "temperature": "*fp32"}
-    flags = {"ENTROPY": entropy, "CAPPED": capped, "BLOCK": LARGEST_SEGMENT}
-    return AotCase(segment_sums, {**_SUMS, **tensors}, {**absent, **flags}, num_warps=8)
+def _case(kernel: Any, dtypes: str, warps: int, *absent: str, **flags: Any) -> AotCase:
+    """`dtypes`: of the logits and, where there is one, of the gradient; `absent`: tensors."""
+    logits, _, out = dtypes.partition(" ")
+    types = {**_TYPES, "logits": f"*{logits}", "out": f"*{out}"}
+    constants = {**dict.fromkeys(absent), **flags}
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
+    return AotCase(kernel, signature, constants, num_warps=warps)
 
 
-def _merge_case(dtype: str, *, shard: bool, capped: bool) -> AotCase:
-    signature = {
-        **_SUMS,
-        **_SCALARS,
-        "logits": f"*{dtype}",
-        "rows": "*i64",
-        "temperature": "*fp32",
-        "logprobs": "*fp32",
-        "entropy": "*fp32",
-        "lse": "*fp64",
-    }
-    return AotCase(
-        merge_segments, signature, {"SHARD": shard, "CAPPED": capped, "SEGMENTS": 32}, num_warps=1
-    )
-
-
-def _gradient_case(dtype: str, out: str, *, entropy: bool, capped: bool, slots: bool) -> AotCase:
-    signature = {
-        **_INDICES,
-        **_PLACE,
-        **_FLOATS,
-        **{k: v for k, v in _SCALARS.items() if k != "segments"},
-        "out_outer_stride": "i64",
-        "out_inner_stride": "i64",
-        "width": "i32",
-        "blocks": "i32",
-        "logits": f"*{dtype}",
-        "out": f"*{out}",
-        "lse": "*fp64",
-        "grad_logprobs": "*fp32",
-    }
-    constants: dict[str, object] = {"CAPPED": capped, "BLOCK": LARGEST_GRADIENT_BLOCK}
-    for present, names in ((entropy, ("entropy", "grad_entropy")), (capped, ("temperature",))):
-        for name in names:
-            (signature if present else constants)[name] = "*fp32" if present else None
-    (signature if slots else constants)["slots"] = "*i64" if slots else None
-    return AotCase(block_gradient, signature, constants, num_warps=8)
-
-
+_PLAIN = ("rows", "temperature")
+_SUMS = {"BLOCK": LARGEST_SEGMENT}
+_GRADIENT = {"BLOCK": LARGEST_GRADIENT_BLOCK}
 AOT_CASES = (
-    _sums_case("bf16", entropy=True, capped=False, rows=False),
-    _sums_case("fp16", entropy=False, capped=True, rows=True),
-    _sums_case("fp32", entropy=True, capped=True, rows=True),
-    _merge_case("bf16", shard=False, capped=False),
-    _merge_case("fp32", shard=True, capped=True),
-    _gradient_case("bf16", "bf16", entropy=True, capped=False, slots=False),
-    _gradient_case("fp32", "bf16", entropy=True, capped=True, slots=True),
-    _gradient_case("fp16", "fp16", entropy=False, capped=False, slots=False),
+    _case(segment_sums, "bf16", 8, *_PLAIN, ENTROPY=True, CAPPED=False, **_SUMS),
+    _case(segment_sums, "fp16", 8, ENTROPY=False, CAPPED=True, **_SUMS),
+    _case(segment_sums, "fp32", 8, ENTROPY=True, CAPPED=True, **_SUMS),
+    _case(merge_segments, "bf16", 1, *_PLAIN, SHARD=False, CAPPED=False, SEGMENTS=32),
+    _case(merge_segments, "fp32", 1, SHARD=True, CAPPED=True, SEGMENTS=32),
+    _case(block_gradient, "bf16 bf16", 8, "slots", "temperature", CAPPED=False, **_GRADIENT),
+    _case(block_gradient, "fp32 bf16", 8, CAPPED=True, **_GRADIENT),
+    _case(block_gradient, "fp16 fp16", 8, "entropy", "grad_entropy", CAPPED=False, **_GRADIENT),
 )

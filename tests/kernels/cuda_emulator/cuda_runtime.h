@@ -56,6 +56,7 @@ inline unsigned __float_as_uint(float x) {
   std::memcpy(&bits, &x, sizeof(bits));
   return bits;
 }
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 using std::fmaf;
 using std::rintf;
 
@@ -84,7 +85,7 @@ struct Fiber {
 
 struct Block {
   std::vector<Fiber> fibers;
-  std::vector<float> exchange[2];  // of even and of odd shuffles
+  std::vector<uint64_t> exchange[2];  // of even and of odd shuffles
   ucontext_t scheduler;
   unsigned current = 0;
   void (*body)(void*) = nullptr;
@@ -115,7 +116,7 @@ inline bool release(size_t first, size_t last, State state) {
 
 inline void run_block(unsigned threads) {
   block.fibers = std::vector<Fiber>(threads);
-  for (auto& values : block.exchange) values.assign(threads, 0.0f);
+  for (auto& values : block.exchange) values.assign(threads, 0);
   for (Fiber& fiber : block.fibers) {
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -157,12 +158,49 @@ void call(void (*kernel)(P...), void** arguments, std::index_sequence<I...>) {
 
 inline void __syncthreads() { emulator::wait(emulator::State::at_block_barrier); }
 
-inline float __shfl_xor_sync(unsigned, float x, int lane_mask) {
-  const unsigned self = emulator::block.current;
-  const unsigned parity = emulator::block.fibers[self].shuffles++ % 2;
-  emulator::block.exchange[parity][self] = x;
-  emulator::wait(emulator::State::at_shuffle);
-  return emulator::block.exchange[parity][self ^ static_cast<unsigned>(lane_mask)];
+namespace emulator {
+
+// Gives x to the other lanes of the warp; returns what they gave, from lane 0 on.
+template <class T>
+const uint64_t* share(T x) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "one word a lane");
+  const unsigned self = block.current;
+  auto& values = block.exchange[block.fibers[self].shuffles++ % 2];
+  values[self] = 0;
+  std::memcpy(&values[self], &x, sizeof(T));
+  wait(State::at_shuffle);
+  return &values[self / kWarp * kWarp];
+}
+
+template <class T>
+T shuffle(T x, unsigned lane) {
+  const uint64_t* lanes = share(x);
+  std::memcpy(&x, lanes + lane, sizeof(T));
+  return x;
+}
+
+inline unsigned lane() { return block.current % kWarp; }
+
+}  // namespace emulator
+
+template <class T>
+T __shfl_sync(unsigned, T x, int lane) {
+  return emulator::shuffle(x, static_cast<unsigned>(lane));
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int lane_mask) {
+  return emulator::shuffle(x, emulator::lane() ^ static_cast<unsigned>(lane_mask));
+}
+template <class T>
+T __shfl_down_sync(unsigned, T x, int distance) {
+  const unsigned from = emulator::lane() + static_cast<unsigned>(distance);
+  return emulator::shuffle(x, from < emulator::kWarp ? from : emulator::lane());
+}
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  const uint64_t* lanes = emulator::share(predicate);
+  unsigned result = 0;
+  for (unsigned i = 0; i < emulator::kWarp; ++i) result |= lanes[i] != 0 ? 1u << i : 0u;
+  return result;
 }
 
 template <class... P>
