@@ -53,13 +53,18 @@ def inspect(op: str, case: AotCase, arch: int) -> Resources:
     )
     signature = {**case.signature, **dict.fromkeys(constants, "constexpr")}
     ordered = {argument: signature[argument] for argument in case.kernel.arg_names}
+    multiples = {
+        (place,): [["tt.divisibility", 16]]
+        for place, argument in enumerate(case.kernel.arg_names)
+        if argument in case.multiples_of_16
+    }
     options = {
         "num_warps": case.num_warps,
         "num_stages": case.num_stages,
         "enable_fp_fusion": True,
     }
     try:
-        source = ASTSource(case.kernel, signature=ordered, constexprs=constants)
+        source = ASTSource(case.kernel, signature=ordered, constexprs=constants, attrs=multiples)
         built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         registers, local = _usage(built.asm["cubin"])
     except Exception as error:  # whatever the compiler raises is the result
@@ -93,6 +98,7 @@ def collect(ops: Sequence[str], architectures: Sequence[int]) -> list[Resources]
         for op in ops
         for case in triton_support.kernels(op).AOT_CASES
         for arch in architectures
+        if arch >= case.oldest
     ]
 
 

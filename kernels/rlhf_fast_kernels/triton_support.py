@@ -44,6 +44,9 @@ class AotCase:
         constants: value of every `tl.constexpr` argument; None for an absent tensor.
         num_warps, num_stages: as at the launch.
         hot: a register spill in it fails the tests.
+        multiples_of_16: pointers and sizes that are multiples of 16. A launch looks this up itself;
+            without it loads of 16 bytes and pipelines of them are not compiled.
+        oldest: the first architecture that launches it, as in sm_<oldest>.
     """
 
     kernel: Any
@@ -52,6 +55,8 @@ class AotCase:
     num_warps: int = 4
     num_stages: int = 3
     hot: bool = True
+    multiples_of_16: tuple[str, ...] = ()
+    oldest: int = 80
 
 
 def interpreting() -> bool:
