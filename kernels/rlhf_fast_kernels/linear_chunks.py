@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf_fast_kernels import dispatch, native, triton_support
 from rlhf_fast_kernels.linear_arguments import Tokens, is_distributed, vocabulary_of
+from rlhf_fast_kernels.linear_fused import fused_stats
 from rlhf_fast_kernels.linear_head import Head, chunk_bounds
 from rlhf_fast_kernels.logit_rows import (
     RowSettings,
@@ -38,6 +39,7 @@ class Call:
         group: process group of the vocabulary shards, or None.
         sum_hidden_gradient: whether the gradients of the hidden states are summed over the group.
         vocab_start: id of the first row of the weight; None: equal shards in rank order.
+        fused: whether `chunked_stats` makes no logits at all.
     """
 
     impl: str
@@ -50,6 +52,7 @@ class Call:
     group: Any = None
     sum_hidden_gradient: bool = True
     vocab_start: int | None = None
+    fused: bool = False
 
     def settings(self, head: Head, temperature: Tensor | None) -> RowSettings:
         """As the row kernels take them."""
@@ -92,7 +95,26 @@ def chunk_workspace(
 def chunked_stats(hidden: Tensor, head: Head, tokens: Tokens, call: Call) -> RowStats:
     """Log-probs, entropy and log-sum-exp of n rows, each [n]; of the whole vocabulary."""
     settings = call.settings(head, tokens.temperature)
-    count, sharded = tokens.labels.shape[0], is_distributed(call.group)
+    sharded = is_distributed(call.group)
+    wanted: dict[str, Any] = {"with_entropy": call.with_entropy or sharded, "shard": sharded}
+    if call.fused:
+        operands = (hidden.to(call.compute), head.weight.to(call.compute))
+        more: dict[str, Any] = {"bias": head.bias, "rows": tokens.places, **wanted}
+        stats = fused_stats(*operands, tokens.labels, settings, **more)
+    else:
+        stats = _stats_by_chunks(hidden, head, tokens, call, settings, wanted)
+    return gather_shards(stats, tokens.labels, settings, call.group) if sharded else stats
+
+
+def _stats_by_chunks(
+    hidden: Tensor,
+    head: Head,
+    tokens: Tokens,
+    call: Call,
+    settings: RowSettings,
+    wanted: dict[str, Any],
+) -> RowStats:
+    count = tokens.labels.shape[0]
     bounds = chunk_bounds(count, head.vocab, hidden.device, call.chunk_rows)
     logits = chunk_workspace(bounds, head.vocab, head.accumulate, hidden.device)
     head = head.rounded()
@@ -106,14 +128,10 @@ def chunked_stats(hidden: Tensor, head: Head, tokens: Tokens, call: Call) -> Row
                 chunk,
                 tokens.labels[start:stop],
                 part(settings, start, stop),
-                with_entropy=call.with_entropy or sharded,
-                shard=sharded,
+                **wanted,
             )
         )
-    stats = joined(pieces)
-    if not sharded:
-        return stats
-    return gather_shards(stats, tokens.labels, settings, call.group)
+    return joined(pieces)
 
 
 def joined(pieces: list[RowStats]) -> RowStats:

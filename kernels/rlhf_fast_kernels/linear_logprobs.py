@@ -46,6 +46,7 @@ from rlhf_fast_kernels.linear_chunks import (
     chunked_stats,
     register_chunked,
 )
+from rlhf_fast_kernels.linear_fused import unavailable
 from rlhf_fast_kernels.linear_head import Head
 from rlhf_fast_kernels.logit_rows import RowStats
 
@@ -123,8 +124,10 @@ def _call_of(
     softcap: float | None,
     vocab_size: int | None,
     chunk_rows: int | None,
+    fused: bool,
 ) -> Call:
-    return Call(impl, compute, scale, softcap, vocab_size, chunk_rows, with_entropy=True)
+    scalars = (scale, softcap, vocab_size, chunk_rows)
+    return Call(impl, compute, *scalars, with_entropy=True, fused=fused)
 
 
 @torch.library.custom_op(f"rlhf_fast::{OP}", mutates_args=())
@@ -142,8 +145,9 @@ def _op(
     softcap: float | None,
     vocab_size: int | None,
     chunk_rows: int | None,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _call_of(impl, compute, scale, softcap, vocab_size, chunk_rows)
+    call = _call_of(impl, compute, scale, softcap, vocab_size, chunk_rows, fused)
     tokens = _tokens(labels, rows, temperature, ignore_index)
     validate_label_range(OP, tokens.labels, vocabulary_of(weight, vocab_size, None))
     stats = chunked_stats(hidden, Head(weight, bias, compute), tokens, call)
@@ -177,10 +181,11 @@ def _backward_op(
     softcap: float | None,
     vocab_size: int | None,
     chunk_rows: int | None,
+    fused: bool,
     stats: list[Tensor],
     upstream: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _call_of(impl, compute, scale, softcap, vocab_size, chunk_rows)
+    call = _call_of(impl, compute, scale, softcap, vocab_size, chunk_rows, fused)
     tokens = _tokens(labels, rows, temperature, ignore_index)
     grads = _gradients(
         (hidden, weight, bias),
@@ -216,7 +221,7 @@ def _op_backward(
     d_hidden, d_weight, d_bias = _backward_op(
         *saved[:6], *ctx.rest, list(saved[6:]), [grad_logprobs, grad_entropy]
     )
-    return d_hidden, d_weight, None if saved[2] is None else d_bias, *(None,) * 10
+    return d_hidden, d_weight, None if saved[2] is None else d_bias, *(None,) * 11
 
 
 _op.register_autograd(_op_backward, setup_context=_setup_context)
@@ -249,6 +254,7 @@ def linear_logprobs(
     group: Any = None,
     vocab_start: int | None = None,
     sum_hidden_gradient: bool = True,
+    fused: bool = False,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Per-token log softmax(softcap(hidden weight^T + bias) / temperature)[label] and entropy.
@@ -276,7 +282,10 @@ def linear_logprobs(
             shards in rank order.
         sum_hidden_gradient: under `group`, all-reduce the gradient of `hidden`. False leaves each
             rank's part to the caller (sequence parallelism reduce-scatters it).
-        impl: whose row kernels, see `rlhf_fast_kernels.dispatch`; the products are PyTorch's.
+        fused: forward in one Triton kernel that makes no logits at all, not even a chunk's, with
+            `impl="triton"`; backward is chunked all the same.
+        impl: whose row kernels, see `rlhf_fast_kernels.dispatch`; the products are PyTorch's unless
+            fused.
 
     Returns:
         `(logprobs, entropy)` in nats, fp32, of labels' shape; entropy is None without
@@ -284,7 +293,8 @@ def linear_logprobs(
 
     Raises:
         ValueError: shapes, devices or shards that do not fit, an empty vocabulary; on the CPU also
-            labels and rows out of range. On an accelerator a label out of range yields NaN.
+            labels and rows out of range. On an accelerator a label out of range yields NaN. Also
+            `fused` where that kernel cannot run.
         TypeError: wrong dtypes, or a DTensor.
         RuntimeError: the implementation asked for cannot run here.
     """
@@ -295,6 +305,8 @@ def linear_logprobs(
     scale, per_row = temperature_of(OP, temperature, labels)
     compute = compute_dtype_of(hidden, compute_dtype)
     chosen = dispatch.choose(OP, impl, hidden, weight)
+    if fused and (reason := unavailable(chosen.impl, compute)) is not None:
+        raise ValueError(f"{OP}: {reason}")
     flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     compiling = torch.compiler.is_compiling()
     if compiling and group is not None:
@@ -303,12 +315,12 @@ def linear_logprobs(
         if compiling:
             logprobs, entropy, _ = _op(
                 *(flat, weight, bias, flat_labels, rows, per_row, ignore_index),
-                *(chosen.impl, compute, scale, softcap, vocab_size, chunk_rows),
+                *(chosen.impl, compute, scale, softcap, vocab_size, chunk_rows, fused),
             )
         else:
             call = Call(
                 *(chosen.impl, compute, scale, softcap, vocab_size, chunk_rows, with_entropy),
-                *(group, sum_hidden_gradient, vocab_start),
+                *(group, sum_hidden_gradient, vocab_start, fused),
             )
             tokens = _tokens(flat_labels, rows, per_row, ignore_index)
             validate_label_range(OP, tokens.labels, vocabulary_of(weight, vocab_size, group))

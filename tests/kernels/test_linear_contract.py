@@ -208,7 +208,9 @@ def test_opcheck():
     head_ = (hidden, weight, bias)
     shape = (FAST, torch.float32, 0.9, None, None, 4)
     ops = torch.ops.rlhf_fast
-    torch.library.opcheck(ops.linear_logprobs.default, (*head_, LABELS, None, None, -100, *shape))
+    torch.library.opcheck(
+        ops.linear_logprobs.default, (*head_, LABELS, None, None, -100, *shape, False)
+    )
     torch.library.opcheck(
         ops.linear_kl.default, (*head_, HIDDEN, WEIGHT, None, MASK, None, None, *shape)
     )

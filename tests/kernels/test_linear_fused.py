@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_fast_kernels import triton_support
+from rlhf_fast_kernels import linear_logprobs, reference, triton_support
 from rlhf_fast_kernels.linear_fused import fused_stats
 from rlhf_fast_kernels.logit_rows import RowSettings, RowStats, merge_shards, row_stats
 from rlhf_fast_kernels.reference.linear import head_logits
-from tests.kernels.linear_cases import close, draw, head
+from tests.kernels.linear_cases import close, draw, head, leaves
 
 pytestmark = pytest.mark.skipif(
     triton_support.on_triton(torch.device("cpu")) is not None, reason="needs Triton's interpreter"
@@ -224,3 +224,52 @@ def test_bad_arguments_are_named(
     given: dict[str, Any] = {"hidden": hidden, "weight": weight, "labels": labels} | change
     with pytest.raises(error, match=words):
         fused_stats(settings=PLAIN, **given)
+
+
+# ---- the public function ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compute", [None, torch.bfloat16])
+def test_public_function_with_a_chunked_backward(compute):
+    hidden, weight, labels = head(9, 24, 301)
+    labels[2] = labels[7] = -100
+    hidden[2] = math.nan
+    bias = draw(301, seed=5)
+    options: dict[str, Any] = {"temperature": 0.8, "softcap": 5.0, "compute_dtype": compute}
+    own, exact_leaves = leaves(hidden, weight, bias), leaves(hidden, weight, bias)
+    got = linear_logprobs(*own[:2], labels, bias=own[2], fused=True, impl="triton", **options)
+    rounded = [x if compute is None else x.to(compute) for x in exact_leaves[:2]]
+    wide = [x.double() for x in rounded]
+    del options["compute_dtype"]
+    want = reference.linear_logprobs(*wide, labels, bias=exact_leaves[2].double(), **options)
+    for ours, true in zip(got, want, strict=True):
+        close(ours, true, 2e-6)
+    for values in (got, want):
+        (values[0] + 0.5 * values[1]).sum().backward()
+    for ours, true in zip(own, exact_leaves, strict=True):
+        close(ours.grad, true.grad, 2e-2 if compute else 1e-5)
+    assert bool((own[0].grad[[2, 7]] == 0).all())
+
+
+def test_public_function_compiled():
+    hidden, weight, labels = head(5, 16, 40)
+    options: dict[str, Any] = {"fused": True, "impl": "triton"}
+
+    def run(function):
+        own = leaves(hidden, weight)
+        logprobs, entropy = function(*own, labels, **options)
+        (logprobs + entropy).sum().backward()
+        return logprobs, entropy, own[0].grad, own[1].grad
+
+    compiled = torch.compile(linear_logprobs, fullgraph=True, dynamic=True, backend="aot_eager")
+    for a, b in zip(run(compiled), run(linear_logprobs), strict=True):
+        close(a, b, 1e-6)
+
+
+def test_where_the_kernel_cannot_run_the_reason_is_named():
+    hidden, weight, labels = head(4, 16, 30)
+    with pytest.raises(ValueError, match=r"fused=True is a Triton kernel.*'reference'"):
+        linear_logprobs(hidden, weight, labels, fused=True, impl="reference")
+    options: dict[str, Any] = {"compute_dtype": torch.float64, "impl": "triton"}
+    with pytest.raises(ValueError, match=r"compute_dtype is torch\.float64"):
+        linear_logprobs(hidden, weight, labels, fused=True, **options)
