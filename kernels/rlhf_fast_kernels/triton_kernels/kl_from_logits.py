@@ -344,15 +344,8 @@ def forward(
             segment_divergence,
             rows * segments,
             logits.device,
-            logits,
-            ref_logits,
-            mask,
-            settings.temperature,
-            partials,
-            *_strides(layouts),
-            columns,
-            segments,
-            *numbers,
+            *(logits, ref_logits, mask, settings.temperature, partials),
+            *(*_strides(layouts), columns, segments, *numbers),
             **_flags(settings),
             BLOCK=block,
             num_warps=_warps(block),
@@ -361,12 +354,7 @@ def forward(
         merge_segments,
         rows,
         logits.device,
-        mask,
-        settings.temperature,
-        partials,
-        *stats,
-        segments,
-        numbers[0],
+        *(mask, settings.temperature, partials, *stats, segments, numbers[0]),
         SHARD=shard,
         SEGMENTS=triton.next_power_of_2(max(segments, 1)),
         num_warps=1,
@@ -391,17 +379,8 @@ def backward(
         block_gradient,
         grad_kl.numel() * blocks,
         logits.device,
-        logits,
-        ref_logits,
-        settings.temperature,
-        *stats,
-        grad_kl,
-        out,
-        *_strides(layouts),
-        width,
-        settings.columns(width),
-        blocks,
-        *_numbers(settings),
+        *(logits, ref_logits, settings.temperature, *stats, grad_kl, out),
+        *(*_strides(layouts), width, settings.columns(width), blocks, *_numbers(settings)),
         **_flags(settings),
         ACCUMULATE=accumulate,
         BLOCK=block,
@@ -419,6 +398,7 @@ _PLACE = {
     **dict.fromkeys(("scale", "softcap", "ref_softcap"), "fp32"),
     "columns": "i32",
 }
+_STATS = {"kl": "*fp32", "lse": "*fp64", "ref_lse": "*fp64"}
 
 
 def _forward_case(actor: str, reference: str, *, full: bool) -> AotCase:
@@ -436,16 +416,8 @@ def _forward_case(actor: str, reference: str, *, full: bool) -> AotCase:
 
 
 def _merge_case(*, shard: bool) -> AotCase:
-    signature = {
-        "mask": "*u8",
-        "temperature": "*fp32",
-        "partials": "*fp32",
-        "kl": "*fp32",
-        "lse": "*fp64",
-        "ref_lse": "*fp64",
-        "segments": "i32",
-        "scale": "fp32",
-    }
+    signature = {"mask": "*u8", "segments": "i32", "scale": "fp32", **_STATS}
+    signature |= dict.fromkeys(("temperature", "partials"), "*fp32")
     return AotCase(merge_segments, signature, {"SHARD": shard, "SEGMENTS": 64}, num_warps=1)
 
 
@@ -454,15 +426,11 @@ def _gradient_case(actor: str, reference: str, out: str, *, full: bool) -> AotCa
         **_PLACE,
         "logits": f"*{actor}",
         "ref_logits": f"*{reference}",
-        "kl": "*fp32",
-        "lse": "*fp64",
-        "ref_lse": "*fp64",
         "grad_kl": "*fp32",
         "out": f"*{out}",
-        "out_outer_stride": "i64",
-        "out_inner_stride": "i64",
-        "width": "i32",
-        "blocks": "i32",
+        **_STATS,
+        **dict.fromkeys(("out_outer_stride", "out_inner_stride"), "i64"),
+        **dict.fromkeys(("width", "blocks"), "i32"),
     }
     flags = dict.fromkeys(("CAPPED", "REF_CAPPED", "ACCUMULATE"), full)
     constants: dict[str, object] = {**flags, "BLOCK": LARGEST_BLOCK}
