@@ -31,6 +31,7 @@ constexpr double kLn2 = 0.6931471805599453;
 constexpr float kNearest = 40.0f;    // |v| up to this needs no separate exp for the reference
 constexpr float kPadding = -1e30f;   // finite: -inf on both sides would be a NaN difference
 constexpr double kOffCentre = 64.0;  // c is off by more than 11 times the spread of v
+constexpr double kHighest = 300.0;   // exp of it is far from the end of fp64
 constexpr double kRounding = 1e-13;  // what rounding of v by 1e-7 makes of a KL of 0
 
 struct KlStats {
@@ -61,7 +62,7 @@ struct KlStats {
   }
 };
 
-// The same sums about another shift and centre; both shifts may only rise.
+// The same sums about another shift, which may only rise, and centre.
 inline void rebase(KlStats& stats, double shift, double ref_shift) {
   if (!stats.empty()) {
     const double step = (shift * kLn2 - ref_shift) - stats.centre;
@@ -83,6 +84,14 @@ inline void rebase(KlStats& stats, double shift, double ref_shift) {
   stats.centre = shift * kLn2 - ref_shift;
 }
 
+// That of the centre of those sums that hold more of p: a small `excess` of theirs is then kept as it is.
+inline double common_ref_shift(const KlStats& a, const KlStats& b, double shift) {
+  const bool first = a.sum * std::exp2(a.shift - shift) >= b.sum * std::exp2(b.shift - shift);
+  const double wanted = shift * kLn2 - (first ? a.centre : b.centre);
+  const double highest = a.ref_shift() > b.ref_shift() ? a.ref_shift() : b.ref_shift();
+  return highest - wanted < kHighest ? wanted : highest;
+}
+
 inline void merge(KlStats& into, KlStats next) {
   const bool infinite = into.infinite || next.infinite;
   if (into.empty()) {
@@ -90,9 +99,9 @@ inline void merge(KlStats& into, KlStats next) {
   } else if (!next.empty()) {
     if (into.shift != next.shift || into.centre != next.centre) {
       const double shift = into.shift > next.shift ? into.shift : next.shift;
-      const double a = into.ref_shift(), b = next.ref_shift();
-      rebase(into, shift, a > b ? a : b);
-      rebase(next, shift, a > b ? a : b);
+      const double ref_shift = common_ref_shift(into, next, shift);
+      rebase(into, shift, ref_shift);
+      rebase(next, shift, ref_shift);
     }
     into.sum += next.sum;
     into.ref_sum += next.ref_sum;
