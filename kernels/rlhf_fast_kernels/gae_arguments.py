@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from rlhf_fast_kernels.checked_mode import reads_values
 from rlhf_fast_kernels.reference import KL_ESTIMATORS
 
 GAE_KL_ESTIMATORS = (*KL_ESTIMATORS, "exact")
@@ -70,8 +71,8 @@ def _check_offsets(op: str, cu_seqlens: Tensor, values: Tensor) -> int:
 
 
 def check_segments(op: str, cu_seqlens: Tensor | None, tokens: int) -> None:
-    """On the CPU only: reading the offsets of an accelerator would stall it."""
-    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+    """On the CPU and in checked mode: reading the offsets of an accelerator would stall it."""
+    if cu_seqlens is None or not reads_values(cu_seqlens):
         return
     ends = cu_seqlens.tolist()
     rising = all(a <= b for a, b in pairwise(ends))

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast_kernels import dispatch, native, triton_support
+from rlhf_fast_kernels.checked_mode import reads_values
 from rlhf_fast_kernels.kl_rows import OP, kl_row_gradient, kl_row_stats
 from rlhf_fast_kernels.kl_settings import KLRowSettings, KLRowStats
 from rlhf_fast_kernels.linear_arguments import plain, validate_softcap
@@ -186,7 +187,7 @@ def _op(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     settings = KLRowSettings(temperature, scale, softcap, ref_softcap, 0, vocab_size)
-    if logits.device.type == "cpu":
+    if reads_values(logits):
         _validate_temperatures(temperature, mask)
     return tuple(kl_row_stats(impl, logits, ref_logits, settings, mask=mask))  # type: ignore[return-value]
 
@@ -304,7 +305,7 @@ def kl_from_logits(
             0
         ]
         return kl
-    if logits.device.type == "cpu":
+    if reads_values(logits):
         _validate_temperatures(per_row, mask)
     if inplace_backward:
         _validate_inplace(logits, ref_logits)

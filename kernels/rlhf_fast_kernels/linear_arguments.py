@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast_kernels.checked_mode import reads_values
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -92,8 +94,8 @@ def validate_labels(op: str, hidden: Tensor, labels: Tensor) -> None:
 
 
 def validate_label_range(op: str, labels: Tensor, vocab: int) -> None:
-    """On the CPU only: looking at an accelerator's labels would stall it."""
-    if labels.device.type != "cpu":
+    """On the CPU and in checked mode: looking at an accelerator's labels would stall it."""
+    if not reads_values(labels):
         return
     bad = (labels < 0) | (labels >= vocab)
     if bad.any():
@@ -122,6 +124,16 @@ def validate_reference(
         raise ValueError(f"{op}: ref_hidden is on {ref_hidden.device}, hidden on {hidden.device}")
 
 
+def validate_selection(
+    op: str, mask: Tensor | None, rows: Tensor | None, chunk_rows: int | None
+) -> None:
+    """Tokens are named once, and chunks have rows."""
+    if mask is not None and rows is not None:
+        raise ValueError(f"{op}: mask and rows both name the tokens that count; give one")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"{op}: chunk_rows must be at least 1, got {chunk_rows}")
+
+
 def validate_softcap(op: str, softcap: float | None) -> None:
     if softcap is not None and not 0.0 < softcap < float("inf"):
         raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
@@ -140,10 +152,7 @@ def temperature_of(
             f"{op}: a temperature tensor must have the shape of labels {tuple(like.shape)} on "
             f"{like.device}, got {tuple(temperature.shape)} on {temperature.device}"
         )
-    flat = temperature.detach().expand(like.shape).reshape(-1)
-    if flat.device.type == "cpu" and not bool(((flat > 0) & flat.isfinite()).all()):
-        raise ValueError(f"{op}: every temperature must be positive and finite")
-    return 1.0, flat.to(torch.float32)
+    return 1.0, temperature.detach().expand(like.shape).reshape(-1).to(torch.float32)
 
 
 def select_tokens(
@@ -173,12 +182,22 @@ def select_tokens(
                 f"{tuple(index.shape)}"
             )
         index = index.to(labels.device, torch.int64)
-        if index.device.type == "cpu":
+        if reads_values(index):
             _check_rows(op, index, labels.shape[0])
     if index is None or (rows is None and index.shape[0] == labels.shape[0]):
-        return Tokens(None, labels, temperature)
-    chosen = None if temperature is None else temperature.index_select(0, index)
-    return Tokens(index, labels.index_select(0, index), chosen)
+        tokens = Tokens(None, labels, temperature)
+    else:
+        chosen = None if temperature is None else temperature.index_select(0, index)
+        tokens = Tokens(index, labels.index_select(0, index), chosen)
+    _check_temperatures(op, tokens.temperature)
+    return tokens
+
+
+def _check_temperatures(op: str, temperature: Tensor | None) -> None:
+    if temperature is None or not reads_values(temperature):
+        return
+    if not bool(((temperature > 0) & temperature.isfinite()).all()):
+        raise ValueError(f"{op}: every temperature must be positive and finite")
 
 
 def _check_rows(op: str, index: Tensor, tokens: int) -> None:

@@ -24,6 +24,9 @@ from rlhf_fast_kernels.logit_rows import (
     row_stats,
 )
 
+# No label: a token that counts and is labelled -100 is an error, or NaN, not a token left out.
+IGNORE_NOTHING = -(1 << 62)
+
 
 @dataclass(frozen=True)
 class Call:
@@ -54,8 +57,14 @@ class Call:
     vocab_start: int | None = None
     fused: bool = False
 
+    def bounds(self, rows: int, head: Head, device: torch.device) -> list[int]:
+        """`chunk_bounds`, the same on every rank of a group: collectives go with the chunks."""
+        ranks = torch.distributed.get_world_size(self.group) if is_distributed(self.group) else 1
+        shard = -(-vocabulary_of(head.weight, self.vocab_size, self.group) // ranks)
+        return chunk_bounds(rows, shard if ranks > 1 else head.vocab, device, self.chunk_rows)
+
     def settings(self, head: Head, temperature: Tensor | None) -> RowSettings:
-        """As the row kernels take them."""
+        """As the row kernels take them; of the tokens that are left, none is ignored."""
         start = self.vocab_start or 0
         if self.vocab_start is None and is_distributed(self.group):
             start = torch.distributed.get_rank(self.group) * head.vocab
@@ -63,6 +72,7 @@ class Call:
             temperature=temperature,
             scale=self.scale,
             softcap=self.softcap,
+            ignore_index=IGNORE_NOTHING,
             vocab_start=start,
             vocab_size=vocabulary_of(head.weight, self.vocab_size, self.group),
         )
@@ -115,7 +125,7 @@ def _stats_by_chunks(
     wanted: dict[str, Any],
 ) -> RowStats:
     count = tokens.labels.shape[0]
-    bounds = chunk_bounds(count, head.vocab, hidden.device, call.chunk_rows)
+    bounds = call.bounds(count, head, hidden.device)
     logits = chunk_workspace(bounds, head.vocab, head.accumulate, hidden.device)
     head = head.rounded()
     pieces = []
@@ -215,7 +225,7 @@ def chunked_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden [N, H], weight and bias from those of log-probs and entropy, [n] each."""
     settings = call.settings(head, tokens.temperature)
-    bounds = chunk_bounds(tokens.labels.shape[0], head.vocab, hidden.device, call.chunk_rows)
+    bounds = call.bounds(tokens.labels.shape[0], head, hidden.device)
     logits = chunk_workspace(bounds, head.vocab, head.accumulate, hidden.device)
     separate = head.gradient_dtype != head.accumulate
     grads = (

@@ -39,6 +39,7 @@ from rlhf_fast_kernels.linear_arguments import (
     validate_group,
     validate_head,
     validate_reference,
+    validate_selection,
     validate_softcap,
 )
 from rlhf_fast_kernels.linear_chunks import (
@@ -49,7 +50,7 @@ from rlhf_fast_kernels.linear_chunks import (
     part,
     register_chunked,
 )
-from rlhf_fast_kernels.linear_head import Head, chunk_bounds
+from rlhf_fast_kernels.linear_head import Head
 from rlhf_fast_kernels.logit_rows import RowSettings
 
 OP = "linear_kl"
@@ -89,7 +90,7 @@ class _Sweep:
     def __init__(self, actor: Side, ref: Side, tokens: Tokens, call: Call) -> None:
         self.tokens, self.call = tokens, call
         head, device = actor.head, actor.hidden.device
-        self.bounds = chunk_bounds(tokens.labels.shape[0], head.vocab, device, call.chunk_rows)
+        self.bounds = call.bounds(tokens.labels.shape[0], head, device)
         self._logits = chunk_workspace(self.bounds, head.vocab, head.accumulate, device)
         self._ref_logits = torch.empty_like(self._logits)
         self._settings = call.settings(head, tokens.temperature)
@@ -157,24 +158,27 @@ class _LinearKL(torch.autograd.Function):
         call: Call,
     ) -> Tensor:
         stats = _forward(_side(hidden, weight, bias, call), ref, tokens, call)
-        ctx.save_for_backward(hidden, weight, bias, *tokens, *stats)
-        ctx.ref, ctx.call = ref, call
+        frozen = (ref.hidden, ref.head.weight, ref.head.bias)
+        ctx.save_for_backward(hidden, weight, bias, *frozen, *tokens, *stats)
+        ctx.call = call
         return tokens.spread(stats.kl, hidden.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *rest = ctx.saved_tensors
-        tokens, stats = Tokens(*rest[:3]), KLRowStats(*rest[3:])
-        found = _backward(
-            _side(hidden, weight, bias, ctx.call),
-            ctx.ref,
-            tokens,
-            ctx.call,
-            stats,
-            tokens.pick(grad_kl).contiguous(),
-            ctx.needs_input_grad[:3],
-        )
+        ref_hidden, ref_weight, ref_bias = rest[:3]
+        tokens, stats = Tokens(*rest[3:6]), KLRowStats(*rest[6:])
+        with torch.autocast(hidden.device.type, enabled=False):
+            found = _backward(
+                _side(hidden, weight, bias, ctx.call),
+                _side(ref_hidden, ref_weight, ref_bias, ctx.call),
+                tokens,
+                ctx.call,
+                stats,
+                tokens.pick(grad_kl).contiguous(),
+                ctx.needs_input_grad[:3],
+            )
         typed = (
             None if g is None else g.to(x.dtype)
             for g, x in zip(found, (hidden, weight, bias), strict=True)
@@ -270,7 +274,7 @@ def _backward_op_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     nothing = weight.new_empty(0)
     d_bias = nothing if bias is None else torch.empty_like(bias)
-    return torch.empty_like(hidden), torch.empty_like(weight), d_bias
+    return torch.empty_like(hidden), weight.new_empty(weight.shape), d_bias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -330,6 +334,7 @@ def linear_kl(
     validate_head(OP, hidden, weight, bias)
     validate_reference(OP, hidden, weight, (ref_hidden, ref_weight, ref_bias))
     validate_softcap(OP, softcap)
+    validate_selection(OP, mask, rows, chunk_rows)
     validate_group(OP, group, vocab_size, vocab_start)
     labels = _no_labels(hidden)
     if mask is not None and (mask.dtype != torch.bool or mask.shape != labels.shape):
@@ -338,7 +343,7 @@ def linear_kl(
         )
     scale, per_row = temperature_of(OP, temperature, labels)
     compute = compute_dtype_of(hidden, compute_dtype)
-    chosen = dispatch.choose(OP, impl, hidden, weight)
+    chosen = dispatch.choose(OP, impl, hidden, weight, hidden.new_empty(0, dtype=compute))
     flat, ref_flat = (x.reshape(-1, x.shape[-1]) for x in (hidden, ref_hidden))
     keep = None if mask is None or rows is not None else mask.reshape(-1)
     scalars = (scale, softcap, vocab_size, chunk_rows)

@@ -36,6 +36,7 @@ from rlhf_fast_kernels.linear_arguments import (
     validate_head,
     validate_label_range,
     validate_labels,
+    validate_selection,
     validate_softcap,
     vocabulary_of,
 )
@@ -68,7 +69,7 @@ class _LinearLogprobs(torch.autograd.Function):
         head = Head(weight.detach(), None if bias is None else bias.detach(), call.compute)
         stats = chunked_stats(hidden.detach(), head, tokens, call)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, *tokens, *stats)
+        ctx.save_for_backward(hidden, weight, bias, *tokens, stats.entropy, stats.lse)
         ctx.call = call
         count = hidden.shape[0]
         entropy = None if stats.entropy is None else tokens.spread(stats.entropy, count)
@@ -86,7 +87,7 @@ class _LinearLogprobs(torch.autograd.Function):
             (hidden, weight, bias),
             Tokens(*rest[:3]),
             ctx.call,
-            RowStats(*rest[3:]),
+            RowStats(rest[4], rest[3], rest[4]),  # gradients read no log-prob
             (grad_logprobs, grad_entropy),
             ctx.needs_input_grad[:3],
         )
@@ -107,7 +108,8 @@ def _gradients(
     assert weight is not None
     g, h = (None if x is None else tokens.pick(x) for x in upstream)
     head = Head(weight, bias, call.compute)
-    found = chunked_gradients(hidden, head, tokens, call, stats, (g, h), needs)
+    with torch.autocast(hidden.device.type, enabled=False):
+        found = chunked_gradients(hidden, head, tokens, call, stats, (g, h), needs)
     return tuple(
         None if g is None or x is None else g.to(x.dtype)
         for g, x in zip(found, inputs, strict=True)
@@ -204,7 +206,7 @@ def _backward_op_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest
     nothing = weight.new_empty(0)
     return (
         torch.empty_like(hidden),
-        torch.empty_like(weight),
+        weight.new_empty(weight.shape),
         nothing if bias is None else torch.empty_like(bias),
     )
 
@@ -270,12 +272,13 @@ def linear_logprobs(
         softcap: c of c tanh(logit / c), before the temperature (Gemma 2); None: no cap.
         with_entropy: whether to return the entropy.
         ignore_index: see labels.
-        rows: `[n]` int64, the flat indices of the tokens that count, instead of `ignore_index`.
-            Without it they are looked up, and an accelerator has to be waited for.
+        rows: `[n]` int32 or int64, the flat indices of the tokens that count, each once, on the
+            device, instead of `ignore_index`. Without it they are looked up, and an accelerator has
+            to be waited for.
         vocab_size: number of real tokens; rows of the weight from there on are padding and have no
             probability. None: all are real.
         compute_dtype: dtype the operands of the products are rounded to; None: autocast's inside
-            autocast, otherwise hidden's. Products and everything after are fp32.
+            autocast, otherwise hidden's. Logits and everything up to their gradient are fp32.
         chunk_rows: rows whose logits exist at once; None: up to 512 on CPUs, 4096 on GPUs.
         group: process group over which the vocabulary is split.
         vocab_start: id of the first row of `weight` on this rank, with `vocab_size`; None: equal
@@ -301,10 +304,11 @@ def linear_logprobs(
     validate_head(OP, hidden, weight, bias)
     validate_labels(OP, hidden, labels)
     validate_softcap(OP, softcap)
+    validate_selection(OP, None, rows, chunk_rows)
     validate_group(OP, group, vocab_size, vocab_start)
     scale, per_row = temperature_of(OP, temperature, labels)
     compute = compute_dtype_of(hidden, compute_dtype)
-    chosen = dispatch.choose(OP, impl, hidden, weight)
+    chosen = dispatch.choose(OP, impl, hidden, weight, hidden.new_empty(0, dtype=compute))
     if fused and (reason := unavailable(chosen.impl, compute)) is not None:
         raise ValueError(f"{OP}: {reason}")
     flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)

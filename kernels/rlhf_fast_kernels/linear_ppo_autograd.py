@@ -27,10 +27,10 @@ OP = "linear_ppo_loss"
 POLICY_TENSORS = ("old_logprobs", "advantages", "ref_logprobs", "weights")
 
 
-def policy_inputs(tokens: Tokens, tensors: list[Tensor | None]) -> Inputs:
-    """What `ppo_loss` reads of the n tokens that count."""
+def policy_inputs(tokens: Tokens, tensors: list[Tensor | None], dtype: torch.dtype) -> Inputs:
+    """What `ppo_loss` reads of the n tokens that count, in the dtype that logits have."""
     picked = {
-        name: None if x is None else tokens.pick(x)
+        name: None if x is None else tokens.pick(x).to(dtype)
         for name, x in zip(POLICY_TENSORS, tensors, strict=True)
     }
     absent = dict.fromkeys(Inputs.__annotations__, None)
@@ -60,8 +60,10 @@ class LinearPPOLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         needs = tuple(need and wants_gradient for need in ctx.needs_input_grad[:3])
         result = run(problem, needs, weight_out)  # type: ignore[arg-type]
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.problem, ctx.needs, ctx.weight_out = problem, needs, weight_out
+        tensors, ctx.problem_of = problem.unpack()
+        ctx.save_for_backward(*tensors)  # and not in ctx, which may outlive the backward
+        ctx.needs, ctx.weight_out = needs, weight_out
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.gradients = result.grads
         constants = (result.sums, result.extrema, *_spread(result, problem))
         ctx.mark_non_differentiable(*constants)
@@ -73,7 +75,7 @@ class LinearPPOLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 6
-        inputs = ctx.saved_tensors  # complains if the optimizer has stepped in between
+        tensors = ctx.saved_tensors  # complains if the optimizer has stepped in between
         # The forward's gradients are given away, not copied: autograd may accumulate into them.
         # Only a second backward of a retained graph computes them again.
         gradients, ctx.gradients = ctx.gradients, None
@@ -82,12 +84,14 @@ class LinearPPOLoss(torch.autograd.Function):
             assert gradients is not None
             gradients = (gradients[0], None, gradients[2])
         elif gradients is None:
-            gradients = run(ctx.problem, ctx.needs).grads
+            with torch.autocast(upstream.device.type, enabled=False):
+                gradients = run(ctx.problem_of(tensors), ctx.needs).grads
         for gradient in gradients:
             if gradient is not None:
                 scale_in_place(gradient, upstream)
         typed = (
-            None if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)
+            None if g is None else g.to(dtype)
+            for g, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
         return *typed, None, None, None
 
@@ -115,7 +119,7 @@ def scale_in_place(x: Tensor, factor: Tensor) -> None:
     if x.device.type == "cpu":
         if float(factor) != 1.0:
             x.mul_(factor)
-    elif triton_support.on_triton(x.device) is None:
+    elif triton_support.on_triton(x.device) is None and x.dtype in triton_support.DTYPES:
         triton_support.kernels(OP).scale_unless_one(x, factor)
     else:
         x.mul_(factor)
@@ -173,11 +177,12 @@ def linear_ppo_loss_op(
     tokens = select_tokens(OP, labels, keep, rows, temperature)
     validate_label_range(OP, tokens.labels, vocabulary_of(weight, vocab_size, None))
     call = Call(impl, compute, scale, softcap, vocab_size, chunk_rows, with_entropy=True)
+    head = Head(weight, bias, compute)
     problem = Problem(
         hidden,
-        Head(weight, bias, compute),
+        head,
         tokens,
-        policy_inputs(tokens, [old_logprobs, advantages, ref_logprobs, weights]),
+        policy_inputs(tokens, [old_logprobs, advantages, ref_logprobs, weights], head.accumulate),
         normalizer if normalizer.device.type != "cpu" else float(normalizer),
         settings,
         reference_of(compute, [ref_hidden, ref_weight, ref_bias]),

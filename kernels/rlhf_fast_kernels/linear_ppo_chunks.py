@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from rlhf_fast_kernels.linear_chunks import (
     chunk_workspace,
     part,
 )
-from rlhf_fast_kernels.linear_head import Head, chunk_bounds
+from rlhf_fast_kernels.linear_head import Head
 from rlhf_fast_kernels.linear_kl import Side, kl_settings
 from rlhf_fast_kernels.logit_rows import (
     RowSettings,
@@ -63,6 +65,42 @@ class Problem:
     call: Call
     grad_scale: float = 1.0
 
+    def unpack(self) -> tuple[list[Tensor | None], Callable[[Sequence[Any]], Problem]]:
+        """(all tensors, what makes the problem of them again); the latter holds no tensor."""
+        head, ref, count = self.head, self.reference, self.normalizer
+        inputs = vars(self.inputs)
+        frozen = [None] * 3 if ref is None else [ref.hidden, ref.head.weight, ref.head.bias]
+        tensors = [self.hidden, head.weight, head.bias, *self.tokens, *inputs.values(), *frozen]
+        rest = (self.settings, self.call, self.grad_scale, head.compute)
+        names, number = tuple(inputs), None if isinstance(count, Tensor) else count
+        tensors.append(count if isinstance(count, Tensor) else None)
+        return tensors, lambda given: _problem_of(given, names, number, *rest)
+
+
+def _problem_of(
+    tensors: Sequence[Any],
+    names: tuple[str, ...],
+    number: float | None,
+    settings: Settings,
+    call: Call,
+    grad_scale: float,
+    compute: torch.dtype,
+) -> Problem:
+    hidden, weight, bias, *rest = tensors
+    tokens, given, frozen, count = rest[:3], rest[3:-4], rest[-4:-1], rest[-1]
+    ref_hidden, ref_weight, ref_bias = frozen
+    return Problem(
+        hidden,
+        Head(weight, bias, compute),
+        Tokens(*tokens),
+        Inputs(**dict(zip(names, given, strict=True))),
+        count if number is None else number,
+        settings,
+        None if ref_hidden is None else Side(ref_hidden, Head(ref_weight, ref_bias, compute)),
+        call,
+        grad_scale,
+    )
+
 
 @dataclass
 class Result:
@@ -101,9 +139,7 @@ def run(problem: Problem, needs: Needs, weight_out: Tensor | None = None) -> Res
         weight_out: fp32 [V, H] that the weight's gradient is added to.
     """
     head, tokens = problem.head, problem.tokens
-    bounds = chunk_bounds(
-        tokens.labels.shape[0], head.vocab, problem.hidden.device, problem.call.chunk_rows
-    )
+    bounds = problem.call.bounds(tokens.labels.shape[0], head, problem.hidden.device)
     memory = _Memory(problem, bounds, any(needs))
     problem = replace(problem, head=head.rounded())
     if problem.reference is not None:
@@ -216,8 +252,9 @@ def _add_kl_gradient(
     count = d.shape[0]
     slope = torch.full_like(kl.kl, problem.settings.kl_coef * problem.grad_scale)
     if isinstance(problem.normalizer, Tensor):
-        positive = problem.normalizer > 0
-        slope = torch.where(positive, slope / torch.where(positive, problem.normalizer, 1), 0)
+        count_of_step = problem.normalizer.reshape(()).to(slope.device)
+        positive = count_of_step > 0
+        slope = torch.where(positive, slope / torch.where(positive, count_of_step, 1), 0)
     else:
         slope = slope / problem.normalizer if problem.normalizer > 0 else slope * 0
     kl_row_gradient(

@@ -36,6 +36,7 @@ from rlhf_fast_kernels.linear_arguments import (
     validate_label_range,
     validate_labels,
     validate_reference,
+    validate_selection,
     validate_softcap,
     vocabulary_of,
 )
@@ -157,6 +158,7 @@ def linear_ppo_loss(
     validate_softcap(OP, softcap)
     validate_group(OP, group, vocab_size, vocab_start)
     validate_normalizer(normalizer)
+    validate_selection(OP, mask, rows, chunk_rows)
     _validate_weight_out(weight, weight_out)
     settings = Settings(
         clip_eps_low,
@@ -176,7 +178,7 @@ def linear_ppo_loss(
     _validate_reference(hidden, weight, reference_head, settings)
     scale, per_row = temperature_of(OP, temperature, labels)
     compute = compute_dtype_of(hidden, compute_dtype)
-    impl = dispatch.choose(OP, impl, hidden, weight).impl
+    impl = dispatch.choose(OP, impl, hidden, weight, hidden.new_empty(0, dtype=compute)).impl
     shape = (scale, softcap, vocab_size, chunk_rows)
     flat = _Flat(hidden, weight, bias, labels, mask, rows, per_row, tensors, reference_head)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -242,11 +244,13 @@ def _eager(
     tokens = select_tokens(OP, flat.labels, flat.keep, flat.rows, flat.temperature)
     vocabulary = vocabulary_of(flat.weight, call.vocab_size, call.group)
     validate_label_range(OP, tokens.labels, vocabulary)
+    bias = None if flat.bias is None else flat.bias.detach()
+    head = Head(flat.weight.detach(), bias, call.compute)
     problem = Problem(
         flat.hidden.detach(),
-        Head(flat.weight.detach(), None if flat.bias is None else flat.bias.detach(), call.compute),
+        head,
         tokens,
-        policy_inputs(tokens, flat.tensors),
+        policy_inputs(tokens, flat.tensors, head.accumulate),
         normalizer,
         settings,
         reference_of(call.compute, flat.reference_head),
@@ -276,7 +280,8 @@ def _compiled(
         *(*flat.tensors, *flat.reference_head, count, needs, impl, compute, *shape, grad_scale),
         *scalars.values(),
     )
-    return raw[:5]
+    loss, *constants = raw[:5]
+    return (loss, *(x.detach() for x in constants))
 
 
 # ---- validation ---------------------------------------------------------------------------------
@@ -332,6 +337,8 @@ def _validate_reference(
 def _validate_weight_out(weight: Tensor, weight_out: Tensor | None) -> None:
     if weight_out is None:
         return
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        raise ValueError(f"{OP}: weight_out is given, but weight requires no gradient")
     if (
         weight_out.shape != weight.shape
         or weight_out.dtype != torch.float32

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast_kernels.checked_mode import reads_values
 from rlhf_fast_kernels.logit_arguments import validate_data
 from rlhf_fast_kernels.logit_rows import OP, gather_shards, row_gradient, row_stats
 from rlhf_fast_kernels.logit_settings import RowSettings, RowStats
@@ -135,7 +136,7 @@ def compiled_op(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     settings = RowSettings(temperature, scale, softcap, ignore_index, 0, vocab_size)
-    if logits.device.type == "cpu":
+    if reads_values(logits):
         validate_data(labels, settings, rows, logits.shape)
     stats = _forward(impl, logits, labels, rows, settings, with_entropy)
     entropy = stats.logprobs.new_empty(0) if stats.entropy is None else stats.entropy

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast_kernels import dispatch, native, reference, triton_support
+from rlhf_fast_kernels.checked_mode import reads_values
 from rlhf_fast_kernels.logit_arguments import (
     Arguments,
     row_settings,
@@ -173,7 +174,7 @@ def _run_eager(
     settings: RowSettings,
     options: Options,
 ) -> Results:
-    if logits.device.type == "cpu":
+    if reads_values(logits):
         validate_data(labels, settings, rows, logits.shape)
     return run(logits, labels, rows, settings, options)
 

@@ -55,6 +55,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast_kernels import dispatch, native, reference, triton_support
+from rlhf_fast_kernels.checked_mode import reads_values
 from rlhf_fast_kernels.registry import opaque_op
 from rlhf_fast_kernels.sample_arguments import (
     OP,
@@ -174,7 +175,7 @@ def _empty(logits: Tensor, with_entropy: bool) -> SampleOutput:
 
 def _draw(call: Draw, out: SampleOutput, impl: str | None) -> SampleOutput:
     chosen = dispatch.choose(OP, impl, call.logits)
-    if call.logits.device.type == "cpu":
+    if reads_values(call.logits):
         validate_data(call)
     if call.logits.shape[0] > 0:
         chosen.function(call, out)

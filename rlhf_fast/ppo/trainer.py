@@ -276,8 +276,9 @@ class PPOLearner:
         """From hidden states where the head is one linear map, else from log-probs."""
         actor, config, temperature = self.roles.actor, self.config, self.sampling.temperature
         coef = self.kl_controller.coef
-        rows = actor.head_rows(microbatch.sequences)
+        # First, so that the reference's layers do not run beside the actor's activations.
         reference = self._reference_rows(microbatch.sequences)
+        rows = actor.head_rows(microbatch.sequences)
         if rows is not None:
             return linear_policy_loss(
                 *(microbatch, rows, reference),

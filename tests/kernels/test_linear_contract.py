@@ -142,7 +142,11 @@ def test_plain_pytorch_rows_serve_fp64():
         (lambda: loss(ref_logprobs=None), ValueError, "ref_logprobs is absent"),
         (lambda: loss(kl_estimator="exact", ref_logprobs=None), ValueError, "go together with"),
         (lambda: loss(ref_hidden=HIDDEN), ValueError, "go together with kl_estimator='exact'"),
-        (lambda: loss(weight_out=draw(40, 3)), ValueError, r"weight_out must be contiguous fp32"),
+        (
+            lambda: loss(weight=WEIGHT.clone().requires_grad_(), weight_out=draw(40, 3)),
+            ValueError,
+            "weight_out must be contiguous fp32",
+        ),
         (
             lambda: linear_kl(HIDDEN, WEIGHT, HIDDEN[:2], WEIGHT),
             ValueError,
@@ -224,3 +228,46 @@ def test_opcheck():
             *(*shape, 1.0, *scalars),
         ),
     )
+
+
+# ---- graphs -------------------------------------------------------------------------------------
+
+
+def test_compiled_metrics_and_log_probs_carry_no_gradient():
+    hidden = HIDDEN.clone().requires_grad_()
+
+    def run(hidden):
+        out = linear_ppo_loss(hidden, WEIGHT, LABELS, **LOSS)
+        return out.loss, out.logprobs, out.metrics["kl"]
+
+    loss_, *constants = torch.compile(run, fullgraph=True, backend="aot_eager")(hidden)
+    assert loss_.requires_grad
+    assert not any(x.requires_grad for x in constants)
+
+
+@pytest.mark.parametrize("which", ["ref_hidden", "weight"])
+def test_a_change_of_what_backward_reads_is_noticed(which):
+    tensors = {"weight": WEIGHT.clone().requires_grad_(), "ref_hidden": HIDDEN.clone()}
+    kl = linear_kl(HIDDEN, tensors["weight"], tensors["ref_hidden"], WEIGHT)
+    with torch.no_grad():
+        tensors[which].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kl.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_per_token_tensors_of_any_float_dtype(dtype):
+    wanted = loss()
+    got = loss(**{name: x.to(dtype) for name, x in TENSORS.items()})
+    close(got.loss, wanted.loss, 1e-7 if dtype == torch.float64 else 1e-2)
+
+
+def test_backward_under_autocast_stays_in_the_dtype_of_forward():
+    def gradient(wrap):
+        own = leaves(HIDDEN, WEIGHT)
+        out, _ = linear_logprobs(*own, LABELS)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=wrap):
+            out.sum().backward()
+        return own[1].grad
+
+    assert torch.equal(gradient(True), gradient(False))

@@ -12,6 +12,8 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from rlhf_fast_kernels import linear_kl, linear_logprobs, linear_ppo_loss
+from rlhf_fast_kernels.linear_chunks import Call
+from rlhf_fast_kernels.linear_head import Head
 from tests.kernels.linear_cases import FAST, SETTINGS, close, draw, head, leaves, per_token
 
 TOKENS, WIDTH, VOCAB, REAL = 9, 16, 64, 59
@@ -96,6 +98,16 @@ def test_two_ranks_with_a_shard_each_agree_with_one(tmp_path: Path) -> None:
             if not sharded:
                 assert torch.equal(parts[0], parts[1]), (name, key)
             close(torch.cat(parts) if sharded else parts[0], exact, 1e-5)
+
+
+def test_ranks_cut_the_same_chunks_whatever_their_shards(monkeypatch) -> None:
+    """400 tokens are one chunk beside 40,000 rows and two beside 50,000: collectives would hang."""
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+    call = Call("cpu", torch.float32, 1.0, None, 90_000, None, True, group="group", vocab_start=0)
+    heads = [Head(torch.empty(rows, 1), None, torch.float32) for rows in (40_000, 50_000)]
+    cuts = [call.bounds(400, one, torch.device("cpu")) for one in heads]
+    assert cuts[0] == cuts[1]
 
 
 def test_a_shard_that_begins_elsewhere_says_how_large_the_vocabulary_is(tmp_path: Path) -> None:
