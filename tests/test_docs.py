@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from rlhf_fast import errors
 from rlhf_fast.cli import _parser
@@ -298,17 +299,17 @@ def test_files_of_a_run_are_those_documented(pipeline: Path) -> None:
     assert {p.name for p in step.iterdir()} >= {"manifest.json", "state.json", "rng.safetensors"}
 
 
-def python_block(page: str) -> str:
-    blocks = re.findall(r"```python\n(.*?)```", read(page), re.DOTALL)
-    assert len(blocks) == 1
-    return str(blocks[0])
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", read(page), re.DOTALL)
 
 
-def run_example(source: str, changes: dict[str, str]) -> dict[str, object]:
+def run_example(
+    source: str, changes: dict[str, str], given: dict[str, object] | None = None
+) -> dict[str, object]:
     for old, new in changes.items():
         assert old in source, old
         source = source.replace(old, new)
-    space: dict[str, object] = {}
+    space: dict[str, object] = dict(given or {})
     exec(compile(source, "example", "exec"), space)
     return space
 
@@ -319,7 +320,8 @@ def test_migration_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     build_classifier().save_pretrained(tmp_path / "reward-model")
     tokenizer().save_pretrained(tmp_path / "reward-model")
     changes = {"total_steps=157": "total_steps=1", "prompts=64": "prompts=8"}
-    run_example(python_block("docs/migrating_from_trl.md"), changes)
+    (example,) = python_blocks("docs/migrating_from_trl.md")
+    run_example(example, changes)
     assert (tmp_path / "out" / "model" / "config.json").exists()
     assert (tmp_path / "out" / "final" / "model.safetensors").exists()
 
@@ -328,8 +330,25 @@ def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     model_directory(tmp_path / "sft-model")
     changes = {"total_steps=100": "total_steps=1", "prompts=64": "prompts=8"}
-    run_example(python_block("README.md"), changes)
+    training, _ = python_blocks("README.md")
+    run_example(training, changes)
     assert "objective/scores" in written(tmp_path / "runs" / "arithmetic")
+
+
+def test_readme_example_of_an_op_runs() -> None:
+    _, op = python_blocks("README.md")
+    head = torch.nn.Linear(8, 30)
+    given: dict[str, object] = {
+        "hidden": torch.randn(5, 8, requires_grad=True),
+        "lm_head": head,
+        "labels": torch.arange(5),
+        "mask": torch.tensor([False, True, True, True, False]),
+        "old_logprobs": torch.full((5,), -3.0),
+        "advantages": torch.randn(5),
+    }
+    run_example(op, {}, given)
+    assert head.weight.grad is not None
+    assert bool(head.weight.grad.any())
 
 
 def test_commands_of_the_pages_are_understood() -> None:

@@ -1,4 +1,4 @@
-"""Fused ops for PPO on language models: PyTorch reference, C++ for CPUs, CUDA; needs only torch."""
+"""Fused ops for PPO: PyTorch reference, C++ for CPUs, CUDA C++ and Triton; needs only torch."""
 
 from rlhf_fast_kernels.kl_from_logits import kl_from_logits
 from rlhf_fast_kernels.linear_kl import linear_kl

@@ -15,15 +15,6 @@ from rlhf_fast_kernels.logit_settings import RowSettings, RowStats
 OP = "linear_logprobs"
 
 
-def unavailable(impl: str, compute: torch.dtype) -> str | None:
-    """Why the fused kernel cannot serve a call, or None."""
-    if impl != "triton":
-        return f"fused=True is a Triton kernel, and the implementation of this call is {impl!r}"
-    if compute not in triton_support.DTYPES:
-        return f"fused=True multiplies fp32, bf16 or fp16, and compute_dtype is {compute}"
-    return None
-
-
 def fused_stats(
     hidden: Tensor,
     weight: Tensor,

@@ -47,7 +47,6 @@ from rlhf_fast_kernels.linear_chunks import (
     chunked_stats,
     register_chunked,
 )
-from rlhf_fast_kernels.linear_fused import unavailable
 from rlhf_fast_kernels.linear_head import Head
 from rlhf_fast_kernels.logit_rows import RowStats
 
@@ -309,8 +308,11 @@ def linear_logprobs(
     scale, per_row = temperature_of(OP, temperature, labels)
     compute = compute_dtype_of(hidden, compute_dtype)
     chosen = dispatch.choose(OP, impl, hidden, weight, hidden.new_empty(0, dtype=compute))
-    if fused and (reason := unavailable(chosen.impl, compute)) is not None:
-        raise ValueError(f"{OP}: {reason}")
+    if fused and chosen.impl != "triton":
+        raise ValueError(
+            f"{OP}: fused=True is a Triton kernel, and the implementation of this call is "
+            f"{chosen.impl!r}"
+        )
     flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     compiling = torch.compiler.is_compiling()
     if compiling and group is not None:
