@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rlhf_fast_kernels import native, triton_support
 from rlhf_fast_kernels.kl_settings import KLRowSettings, KLRowStats
-from rlhf_fast_kernels.logit_rows import row_layout
+from rlhf_fast_kernels.logit_rows import Layout, common_layouts
 from rlhf_fast_kernels.reference.common import output_dtype
 from rlhf_fast_kernels.reference.kl_from_logits import kl_gradient, kl_stats
 
@@ -36,30 +36,6 @@ __all__ = [
 ]
 
 OP = "kl_from_logits"
-Layout = tuple[int, int, int, int]
-
-
-# ---- where rows lie -----------------------------------------------------------------------------
-
-
-def _common_layouts(*tensors: Tensor) -> list[Layout] | None:
-    """(outer, inner, outer stride, inner stride) of each, with the same sizes; None if impossible.
-
-    Rows at a single stride can be cut into outer and inner ones anywhere.
-    """
-    found = [row_layout(x) for x in tensors]
-    layouts = [layout for layout in found if layout is not None]
-    if len(layouts) < len(found):
-        return None
-    outer, inner = max(layout[:2] for layout in layouts)
-    common = []
-    for layout in layouts:
-        if layout[0] == 1:
-            layout = (outer, inner, inner * layout[3], layout[3])
-        if layout[:2] != (outer, inner):
-            return None
-        common.append(layout)
-    return common
 
 
 # ---- statistics ---------------------------------------------------------------------------------
@@ -87,7 +63,7 @@ def kl_row_stats(
     Returns:
         `KLRowStats` of shape [...].
     """
-    logits, ref_logits, settings = logits.detach(), ref_logits.detach(), _contiguous(settings)
+    logits, ref_logits, settings = logits.detach(), ref_logits.detach(), settings.ready()
     if impl == "reference":
         return kl_stats(logits, ref_logits, settings, mask=mask, shard=shard)
     shape, device = logits.shape[:-1], logits.device
@@ -97,10 +73,10 @@ def kl_row_stats(
     if kl.numel() == 0:
         return stats
     mask = None if mask is None else mask.contiguous()
-    layouts = _common_layouts(logits, ref_logits)
+    layouts = common_layouts(logits, ref_logits)
     if layouts is None:
         logits, ref_logits = logits.contiguous(), ref_logits.contiguous()
-        layouts = _common_layouts(logits, ref_logits)
+        layouts = common_layouts(logits, ref_logits)
         assert layouts is not None
     if impl == "triton":
         kernels = triton_support.kernels(OP)
@@ -116,12 +92,6 @@ def kl_row_stats(
         native.thread_count(),
     )
     return stats
-
-
-def _contiguous(settings: KLRowSettings) -> KLRowSettings:
-    if settings.temperature is None:
-        return settings
-    return settings._replace(temperature=settings.temperature.to(torch.float32).contiguous())
 
 
 def _rows_for_cpu(x: Tensor, layout: Layout) -> tuple[int, ...]:
@@ -199,7 +169,7 @@ def kl_row_gradient(
         accumulate: add to `out` instead, in fp32.
         mask: rows where it is false have gradient 0, whatever grad_kl holds.
     """
-    logits, ref_logits, settings = logits.detach(), ref_logits.detach(), _contiguous(settings)
+    logits, ref_logits, settings = logits.detach(), ref_logits.detach(), settings.ready()
     if out.numel() == 0:
         return
     if mask is not None:
@@ -210,7 +180,7 @@ def kl_row_gradient(
         return
     grad_kl = grad_kl.to(torch.float32).contiguous()
     stats = KLRowStats(*(x.contiguous() for x in stats))
-    layouts = _common_layouts(logits, ref_logits, out)
+    layouts = common_layouts(logits, ref_logits, out)
     if layouts is None:
         dense = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         if accumulate:

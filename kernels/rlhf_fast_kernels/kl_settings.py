@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from rlhf_fast_kernels.logit_settings import dense_temperature
+
 
 class KLRowSettings(NamedTuple):
     """How logits x become p = softmax(z), and the reference's logits q = softmax(z').
@@ -26,6 +28,10 @@ class KLRowSettings(NamedTuple):
     ref_softcap: float | None
     vocab_start: int = 0
     vocab_size: int | None = None
+
+    def ready(self) -> KLRowSettings:
+        """With temperatures as kernels read them: fp32, side by side."""
+        return self._replace(temperature=dense_temperature(self.temperature))
 
     def columns(self, width: int) -> int:
         """How many of `width` columns belong to the vocabulary."""

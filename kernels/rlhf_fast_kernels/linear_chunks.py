@@ -227,10 +227,9 @@ def chunked_gradients(
     settings = call.settings(head, tokens.temperature)
     bounds = call.bounds(tokens.labels.shape[0], head, hidden.device)
     logits = chunk_workspace(bounds, head.vocab, head.accumulate, hidden.device)
-    separate = head.gradient_dtype != head.accumulate
     grads = (
         chunk_workspace(bounds, head.vocab, head.gradient_dtype, hidden.device)
-        if separate
+        if head.gradient_apart
         else logits
     )
     head = head.rounded()

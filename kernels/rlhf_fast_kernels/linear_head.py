@@ -80,6 +80,11 @@ class Head:
         """Dtype of D."""
         return self.compute if self.mixed else self.accumulate
 
+    @property
+    def gradient_apart(self) -> bool:
+        """Whether D needs memory of its own: it cannot lie over logits of another dtype."""
+        return self.gradient_dtype != self.accumulate
+
     def rounded(self) -> Head:
         """The same with the weight in the compute dtype where the device multiplies that."""
         if not self.mixed:

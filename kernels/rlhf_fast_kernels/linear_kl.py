@@ -64,6 +64,10 @@ class Side:
     hidden: Tensor
     head: Head
 
+    def rounded(self) -> Side:
+        """With the head's weight in the compute dtype where the device multiplies that."""
+        return Side(self.hidden, self.head.rounded())
+
 
 def kl_settings(rows: RowSettings) -> KLRowSettings:
     """The reference under the actor's temperature, softcap and vocabulary."""
@@ -80,10 +84,6 @@ def kl_settings(rows: RowSettings) -> KLRowSettings:
 # ---- chunks -------------------------------------------------------------------------------------
 
 
-def _rounded(side: Side) -> Side:
-    return Side(side.hidden, side.head.rounded())
-
-
 class _Sweep:
     """Both sides' logits, chunk by chunk, in the same memory."""
 
@@ -94,7 +94,7 @@ class _Sweep:
         self._logits = chunk_workspace(self.bounds, head.vocab, head.accumulate, device)
         self._ref_logits = torch.empty_like(self._logits)
         self._settings = call.settings(head, tokens.temperature)
-        self.actor, self._ref = _rounded(actor), _rounded(ref)
+        self.actor, self._ref = actor.rounded(), ref.rounded()
 
     def chunk(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, KLRowSettings]:
         """(actor's operand, its logits, the reference's, settings) of rows [start, stop)."""
@@ -129,14 +129,16 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     sweep = _Sweep(actor, ref, tokens, call)
     head = sweep.actor.head
-    separate = head.gradient_dtype != head.accumulate
     grads = chunk_workspace(
-        sweep.bounds if separate else [0], head.vocab, head.gradient_dtype, grad_kl.device
+        sweep.bounds if head.gradient_apart else [0],
+        head.vocab,
+        head.gradient_dtype,
+        grad_kl.device,
     )
     sink = GradientSink(actor.hidden, head, tokens, needs)
     for start, stop in pairwise(sweep.bounds):
         x, logits, ref_logits, settings = sweep.chunk(start, stop)
-        d = grads[: stop - start] if separate else logits
+        d = grads[: stop - start] if head.gradient_apart else logits
         here = KLRowStats(*(s[start:stop] for s in stats))
         kl_row_gradient(call.impl, logits, ref_logits, settings, here, grad_kl[start:stop], d)
         sink.add(d, x, start, stop)

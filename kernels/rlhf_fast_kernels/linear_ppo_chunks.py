@@ -121,7 +121,7 @@ class _Memory:
         head, device = problem.head, problem.hidden.device
         self.logits = chunk_workspace(bounds, head.vocab, head.accumulate, device)
         # The exact KL reads the logits after the policy's gradient has been written.
-        separate = head.gradient_dtype != head.accumulate or problem.reference is not None
+        separate = head.gradient_apart or problem.reference is not None
         self.d = self.logits
         if wants_gradient and separate:
             self.d = chunk_workspace(bounds, head.vocab, head.gradient_dtype, device)
@@ -143,8 +143,7 @@ def run(problem: Problem, needs: Needs, weight_out: Tensor | None = None) -> Res
     memory = _Memory(problem, bounds, any(needs))
     problem = replace(problem, head=head.rounded())
     if problem.reference is not None:
-        ref = problem.reference
-        problem = replace(problem, reference=Side(ref.hidden, ref.head.rounded()))
+        problem = replace(problem, reference=problem.reference.rounded())
     sink = GradientSink(problem.hidden, problem.head, tokens, needs, weight_out)
     parts = [
         _chunk(problem, memory, sink if any(needs) else None, start, stop)

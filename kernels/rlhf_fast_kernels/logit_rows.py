@@ -26,6 +26,7 @@ from rlhf_fast_kernels.reference.logprobs_from_logits import logit_gradient, log
 __all__ = [
     "RowSettings",
     "RowStats",
+    "common_layouts",
     "gather_shards",
     "merge_shards",
     "row_gradient",
@@ -74,17 +75,24 @@ def _addressable(logits: Tensor) -> tuple[Tensor, Layout]:
     return logits, layout
 
 
-def _common_layouts(one: Layout, other: Layout) -> tuple[Layout, Layout] | None:
-    """Both with the same outer and inner sizes; rows at a single stride can be cut anywhere."""
-    if one[:2] == other[:2]:
-        return one, other
-    if one[0] == 1:
-        outer, inner = other[:2]
-        return (outer, inner, inner * one[3], one[3]), other
-    if other[0] == 1:
-        outer, inner = one[:2]
-        return one, (outer, inner, inner * other[3], other[3])
-    return None
+def common_layouts(*tensors: Tensor) -> list[Layout] | None:
+    """(outer, inner, outer stride, inner stride) of each, with the same sizes; None if impossible.
+
+    Rows at a single stride can be cut into outer and inner ones anywhere.
+    """
+    found = [row_layout(x) for x in tensors]
+    layouts = [layout for layout in found if layout is not None]
+    if len(layouts) < len(found):
+        return None
+    outer, inner = max(layout[:2] for layout in layouts)
+    common = []
+    for layout in layouts:
+        if layout[0] == 1:
+            layout = (outer, inner, inner * layout[3], layout[3])
+        if layout[:2] != (outer, inner):
+            return None
+        common.append(layout)
+    return common
 
 
 # ---- statistics ---------------------------------------------------------------------------------
@@ -115,7 +123,7 @@ def row_stats(
     Returns:
         `RowStats` of labels' shape. A label outside the vocabulary gives NaN.
     """
-    logits, labels, settings = logits.detach(), labels.contiguous(), _contiguous(settings)
+    logits, labels, settings = logits.detach(), labels.contiguous(), settings.ready()
     if impl == "reference":
         if rows is not None:
             logits = logits.reshape(-1, logits.shape[-1])[rows]
@@ -139,12 +147,6 @@ def row_stats(
         native.thread_count(),
     )
     return stats
-
-
-def _contiguous(settings: RowSettings) -> RowSettings:
-    if settings.temperature is None:
-        return settings
-    return settings._replace(temperature=settings.temperature.to(torch.float32).contiguous())
 
 
 def _new_stats(labels: Tensor, with_entropy: bool) -> RowStats:
@@ -242,7 +244,7 @@ def row_gradient(
         slots: int64, one a row of the logits: the position of its label, -1 for a row without,
             whose gradient is 0. None: labels and rows correspond.
     """
-    logits, labels, settings = logits.detach(), labels.contiguous(), _contiguous(settings)
+    logits, labels, settings = logits.detach(), labels.contiguous(), settings.ready()
     if out.numel() == 0:
         return
     if impl == "reference":
@@ -251,9 +253,8 @@ def row_gradient(
         return
     g = None if grad_logprobs is None else grad_logprobs.to(torch.float32).contiguous()
     h = None if grad_entropy is None else grad_entropy.to(torch.float32).contiguous()
-    logits, layout = _addressable(logits)
-    out_layout = row_layout(out)
-    layouts = None if out_layout is None else _common_layouts(layout, out_layout)
+    logits, _ = _addressable(logits)
+    layouts = common_layouts(logits, out)
     if layouts is None:
         dense = torch.empty(logits.shape, dtype=out.dtype, device=out.device)
         row_gradient(impl, logits, labels, settings, stats, g, h, dense, slots=slots)

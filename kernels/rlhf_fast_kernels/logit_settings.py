@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+def dense_temperature(temperature: Tensor | None) -> Tensor | None:
+    """fp32, side by side."""
+    return None if temperature is None else temperature.to(torch.float32).contiguous()
 
 
 class RowSettings(NamedTuple):
@@ -26,6 +32,10 @@ class RowSettings(NamedTuple):
     ignore_index: int = -100
     vocab_start: int = 0
     vocab_size: int | None = None
+
+    def ready(self) -> RowSettings:
+        """With temperatures as kernels read them: fp32, side by side."""
+        return self._replace(temperature=dense_temperature(self.temperature))
 
     def columns(self, width: int) -> int:
         """How many of `width` columns belong to the vocabulary."""

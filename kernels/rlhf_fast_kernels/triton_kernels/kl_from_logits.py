@@ -20,32 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_fast_kernels.kl_settings import KLRowSettings, KLRowStats
+from rlhf_fast_kernels.triton_kernels.logprobs_from_logits import Layout, _row_start, _tanh
 from rlhf_fast_kernels.triton_support import AotCase, launch
 
 LARGEST_BLOCK = 4096  # two logits, and what comes of them, for 16 entries a thread
 FIELDS = 6  # a segment's maxima, sums, difference of their logarithms, and KL
 
-Layout = tuple[int, int, int, int]
-
 
 # ---- parts of kernels ---------------------------------------------------------------------------
-
-
-@triton.jit
-def _row_start(row, inner, outer_stride, inner_stride):
-    row = row.to(tl.int64)
-    return row // inner * outer_stride + row % inner * inner_stride
-
-
-@triton.jit
-def _tanh(u):
-    """An odd polynomial for |u| < 0.5 (minimax, 2e-8), where 1 - 2 / (1 + e^2u) would cancel."""
-    square = u * u
-    p = 0.0171511285 * square - 0.0529941581
-    p = p * square + 0.133249059
-    p = p * square - 0.33333075
-    far = 1.0 - 2.0 / (1.0 + tl.exp2(2.88539008 * u))
-    return tl.where(square < 0.25, p * square * u + u, far)
 
 
 @triton.jit
