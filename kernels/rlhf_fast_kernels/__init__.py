@@ -1,6 +1,7 @@
 """Fused ops for PPO: PyTorch reference, C++ for CPUs, CUDA C++ and Triton; needs only torch."""
 
 from rlhf_fast_kernels.kl_from_logits import kl_from_logits
+from rlhf_fast_kernels.kv_pages import Extension, PageAllocator
 from rlhf_fast_kernels.linear_kl import linear_kl
 from rlhf_fast_kernels.linear_logprobs import linear_logprobs
 from rlhf_fast_kernels.linear_ppo_loss import LinearPPOLossOutput, linear_ppo_loss
@@ -13,8 +14,10 @@ from rlhf_fast_kernels.sample_arguments import SampleOutput
 from rlhf_fast_kernels.whiten import masked_moments, merge_moments, whiten
 
 __all__ = [
+    "Extension",
     "LinearPPOLossOutput",
     "PPOLossOutput",
+    "PageAllocator",
     "RewardsAndGAE",
     "SampleOutput",
     "finalize_metrics",
