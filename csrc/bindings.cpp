@@ -16,7 +16,9 @@
 #include "cpu/logprobs_from_logits.h"
 #include "cpu/ppo_loss.h"
 #include "cpu/rewards_and_gae.h"
+#include "cpu/rms_norm.h"
 #include "cpu/sample.h"
+#include "cpu/silu_mul.h"
 #include "cpu/whiten.h"
 #include "host/cpu_features.h"
 #include "host/kv_pages.h"
@@ -464,6 +466,55 @@ void bind_sample(py::module_& m) {
   });
 }
 
+// ---- rms_norm, silu_mul -----------------------------------------------------------------------
+
+// Below this many elements the call is over before another thread would have got the GIL.
+constexpr int64_t kElementsWithGil = 16384;
+
+template <class Args>
+void run_short(void (*op)(const Args&), const Args& args) {
+  if (args.rows * args.columns <= kElementsWithGil) return op(args);
+  const py::gil_scoped_release release;
+  op(args);
+}
+
+// Called several times a layer and token: plain integers, which cost least to hand over. A RowsView is
+// an address (0: absent) and the strides of [outer, inner].
+void bind_decoder_ops(py::module_& m) {
+  m.def("rms_norm", [](int dtype, int64_t rows, int64_t inner, int64_t columns, uintptr_t x,
+                       int64_t x_outer, int64_t x_inner, uintptr_t weight, uintptr_t residual,
+                       int64_t residual_outer, int64_t residual_inner, uintptr_t out,
+                       int64_t out_outer, int64_t out_inner, float eps, float offset,
+                       int threads) {
+    RmsNormArgs args;
+    args.dtype = static_cast<DType>(dtype);
+    args.rows = rows;
+    args.inner = inner;
+    args.columns = columns;
+    args.x = {reinterpret_cast<void*>(x), x_outer, x_inner};
+    args.weight = reinterpret_cast<const void*>(weight);
+    args.residual = {reinterpret_cast<void*>(residual), residual_outer, residual_inner};
+    args.out = {reinterpret_cast<void*>(out), out_outer, out_inner};
+    args.eps = eps;
+    args.offset = offset;
+    args.threads = threads;
+    run_short(&rms_norm, args);
+  });
+  m.def("silu_mul", [](int dtype, int64_t rows, int64_t columns, uintptr_t gate_up,
+                       int64_t row_stride, uintptr_t out, int64_t out_row_stride, int threads) {
+    SiluMulArgs args;
+    args.dtype = static_cast<DType>(dtype);
+    args.rows = rows;
+    args.columns = columns;
+    args.gate_up = reinterpret_cast<const void*>(gate_up);
+    args.row_stride = row_stride;
+    args.out = reinterpret_cast<void*>(out);
+    args.out_row_stride = out_row_stride;
+    args.threads = threads;
+    run_short(&silu_mul, args);
+  });
+}
+
 // ---- kv_pages ---------------------------------------------------------------------------------
 
 const int64_t* integers(uintptr_t address) { return reinterpret_cast<const int64_t*>(address); }
@@ -557,5 +608,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   rlhf_fast::bind_kl_from_logits(m);
   rlhf_fast::bind_ppo_loss(m);
   rlhf_fast::bind_sample(m);
+  rlhf_fast::bind_decoder_ops(m);
   rlhf_fast::bind_kv_pages(m);
 }

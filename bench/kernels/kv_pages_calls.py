@@ -1,6 +1,6 @@
 """What a call of the page allocator costs, batches as int64 tensors.
 
-    python -m bench.kernels.kv_pages_calls [--sequences 256] [--calls 20000] [--impl cpu]
+python -m bench.kernels.kv_pages_calls [--sequences 256] [--calls 20000] [--impl cpu]
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"extend, {count} sequences, no new page": lambda: pages.extend(handles, lengths),
         f"extend, {count} sequences, a page each, and truncate": grow_and_shrink,
         f"fill_table, {count} sequences": lambda: pages.fill_table(handles, table),
-        f"fill_slots, {count} x 1 token": lambda: pages.fill_slots(
-            handles, starts, ones, slots
-        ),
+        f"fill_slots, {count} x 1 token": lambda: pages.fill_slots(handles, starts, ones, slots),
     }
     for name, call in cases.items():
         print(f"{microseconds(call, options.calls):8.2f} us  {name}")

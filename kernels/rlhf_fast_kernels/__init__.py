@@ -9,8 +9,10 @@ from rlhf_fast_kernels.logprobs_from_logits import logprobs_from_logits
 from rlhf_fast_kernels.ppo_loss import ppo_loss
 from rlhf_fast_kernels.ppo_metrics import PPOLossOutput, finalize_metrics
 from rlhf_fast_kernels.rewards_and_gae import RewardsAndGAE, gae, rewards_and_gae
+from rlhf_fast_kernels.rms_norm import rms_norm
 from rlhf_fast_kernels.sample import sample
 from rlhf_fast_kernels.sample_arguments import SampleOutput
+from rlhf_fast_kernels.silu_mul import silu_mul
 from rlhf_fast_kernels.whiten import masked_moments, merge_moments, whiten
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     "merge_moments",
     "ppo_loss",
     "rewards_and_gae",
+    "rms_norm",
     "sample",
+    "silu_mul",
     "whiten",
 ]
