@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "cpu/kl_from_logits.h"
+#include "cpu/linear_small.h"
 #include "cpu/logprobs_from_logits.h"
 #include "cpu/ppo_loss.h"
 #include "cpu/rewards_and_gae.h"
@@ -466,7 +467,7 @@ void bind_sample(py::module_& m) {
   });
 }
 
-// ---- rms_norm, silu_mul -----------------------------------------------------------------------
+// ---- rms_norm, silu_mul, linear_small ---------------------------------------------------------
 
 // Below this many elements the call is over before another thread would have got the GIL.
 constexpr int64_t kElementsWithGil = 16384;
@@ -512,6 +513,27 @@ void bind_decoder_ops(py::module_& m) {
     args.out_row_stride = out_row_stride;
     args.threads = threads;
     run_short(&silu_mul, args);
+  });
+  m.def("linear_small", [](int64_t rows, int64_t inner, int64_t columns, uintptr_t x,
+                           int64_t x_stride, uintptr_t weight, int64_t weight_stride,
+                           uintptr_t bias, uintptr_t residual, int64_t residual_stride,
+                           uintptr_t out, int64_t out_stride, int threads) {
+    LinearSmallArgs args;
+    args.rows = rows;
+    args.inner = inner;
+    args.columns = columns;
+    args.x = reinterpret_cast<const float*>(x);
+    args.x_stride = x_stride;
+    args.weight = reinterpret_cast<const float*>(weight);
+    args.weight_stride = weight_stride;
+    args.bias = reinterpret_cast<const float*>(bias);
+    args.residual = reinterpret_cast<const float*>(residual);
+    args.residual_stride = residual_stride;
+    args.out = reinterpret_cast<float*>(out);
+    args.out_stride = out_stride;
+    args.threads = threads;
+    const py::gil_scoped_release release;
+    linear_small(args);
   });
 }
 

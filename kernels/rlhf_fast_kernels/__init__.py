@@ -5,6 +5,7 @@ from rlhf_fast_kernels.kv_pages import Extension, PageAllocator
 from rlhf_fast_kernels.linear_kl import linear_kl
 from rlhf_fast_kernels.linear_logprobs import linear_logprobs
 from rlhf_fast_kernels.linear_ppo_loss import LinearPPOLossOutput, linear_ppo_loss
+from rlhf_fast_kernels.linear_small import linear_small
 from rlhf_fast_kernels.logprobs_from_logits import logprobs_from_logits
 from rlhf_fast_kernels.ppo_loss import ppo_loss
 from rlhf_fast_kernels.ppo_metrics import PPOLossOutput, finalize_metrics
@@ -28,6 +29,7 @@ __all__ = [
     "linear_kl",
     "linear_logprobs",
     "linear_ppo_loss",
+    "linear_small",
     "logprobs_from_logits",
     "masked_moments",
     "merge_moments",

@@ -1,0 +1,313 @@
+// Two ways, by the number of rows. Few rows: dot products along k, kDots weight rows at a time, which
+// read the weights once from whichever cache holds them. Otherwise x is transposed into panels of
+// kLanes rows, so that a lane is a row of x, and a tile of kLanes weight rows multiplies a panel by
+// broadcast: no sums across lanes. The weights are read as they lie; nothing of them is copied.
+//
+// A thread takes whole blocks of weight rows, so the bits do not depend on the number of threads. They
+// do depend on which of the two ways is taken, and on nothing else outside the row.
+#include "cpu/linear_small.h"
+
+#include <stdlib.h>
+
+#include "cpu/vec_math.h"
+#include "host/parallel.h"
+
+namespace rlhf_fast {
+namespace RLHF_FAST_ISA {
+namespace {
+
+constexpr int64_t kFewRows = 8;  // from here on panels
+constexpr int kDots = kLanes < 8 ? kLanes : 8;
+constexpr int kSteps = 4;  // of k that a tile takes at a time
+// Multiplications of a chunk: about 10 us of one core for few rows, less for many.
+constexpr int64_t kChunk = 1 << 17;
+
+// Loops over vectors that must stay in registers are unrolled in full; GCC leaves long ones rolled,
+// with the vectors in memory.
+#if defined(__clang__)
+#define RLHF_FAST_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define RLHF_FAST_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#if defined(__clang__)
+#define RLHF_FAST_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define RLHF_FAST_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vint{__VA_ARGS__})
+#endif
+
+// a0 b0 a1 b1 ... of the lower and of the upper halves.
+#if defined(__AVX512F__)
+inline vfloat low_pairs(vfloat a, vfloat b) {
+  return RLHF_FAST_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+inline vfloat high_pairs(vfloat a, vfloat b) {
+  return RLHF_FAST_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#elif defined(__AVX2__)
+inline vfloat low_pairs(vfloat a, vfloat b) {
+  return RLHF_FAST_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+inline vfloat high_pairs(vfloat a, vfloat b) {
+  return RLHF_FAST_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+#else
+inline vfloat low_pairs(vfloat a, vfloat b) { return RLHF_FAST_SHUFFLE(a, b, 0, 4, 1, 5); }
+inline vfloat high_pairs(vfloat a, vfloat b) { return RLHF_FAST_SHUFFLE(a, b, 2, 6, 3, 7); }
+#endif
+
+// Rows to columns: as many perfect shuffles as a lane number has bits.
+inline void transpose(vfloat (&rows)[kLanes]) {
+  RLHF_FAST_UNROLL
+  for (int bit = 1; bit < kLanes; bit *= 2) {
+    vfloat next[kLanes];
+    RLHF_FAST_UNROLL
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = low_pairs(rows[i], rows[i + kLanes / 2]);
+      next[2 * i + 1] = high_pairs(rows[i], rows[i + kLanes / 2]);
+    }
+    RLHF_FAST_UNROLL
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
+
+// The sums of kDots vectors, in order: each step halves both the vectors and the terms of a sum.
+inline void add_each(vfloat (&sums)[kDots], float (&out)[kDots]) {
+  RLHF_FAST_UNROLL
+  for (int half = kDots / 2; half > 0; half /= 2) {
+    RLHF_FAST_UNROLL
+    for (int i = 0; i < half; ++i) {
+      sums[i] = low_pairs(sums[i], sums[i + half]) + high_pairs(sums[i], sums[i + half]);
+    }
+  }
+  for (int i = 0; i < kDots; ++i) {
+    out[i] = sums[0][i];
+    for (int more = i + kDots; more < kLanes; more += kDots) out[i] += sums[0][more];
+  }
+}
+
+// splat() adds to zero, which costs an addition where the value is not a constant.
+inline vfloat broadcast(const float* address) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_set1_ps(*address);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_set1_ps(*address);
+#else
+  return splat(*address);
+#endif
+}
+
+// The first `count` < kLanes elements, then zeros.
+inline vfloat load_part(const float* address, int64_t count) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), address);
+#else
+  vfloat value = {};
+  for (int64_t i = 0; i < count; ++i) value[i] = address[i];
+  return value;
+#endif
+}
+
+template <int kCount>
+inline void write(const LinearSmallArgs& args, int64_t row, int64_t column, const float* sums) {
+  float* out = args.out + row * args.out_stride + column;
+  const int64_t left = args.columns - column;
+  const int64_t count = left < kCount ? left : kCount;
+  float y[kCount];
+  std::memcpy(y, sums, sizeof(y));
+  if (args.bias != nullptr) {
+    for (int64_t i = 0; i < count; ++i) y[i] += args.bias[column + i];
+  }
+  if (args.residual != nullptr) {
+    const float* residual = args.residual + row * args.residual_stride + column;
+    for (int64_t i = 0; i < count; ++i) y[i] += residual[i];
+  }
+  if (count == kCount) {
+    std::memcpy(out, y, sizeof(y));
+  } else {
+    std::memcpy(out, y, count * sizeof(float));
+  }
+}
+
+// Weight rows from `column`; those past the end repeat the last. Where none is past the end the
+// addresses are multiples of the stride, which takes fewer registers than a pointer each.
+template <int kRows, bool kWhole>
+struct WeightRows {
+  const float* base;
+  int64_t stride;
+  const float* row[kWhole ? 1 : kRows];
+
+  WeightRows(const LinearSmallArgs& args, int64_t column)
+      : base(args.weight + column * args.weight_stride), stride(args.weight_stride) {
+    for (int j = 0; !kWhole && j < kRows; ++j) {
+      row[j] = args.weight + smaller(column + j, args.columns - 1) * stride;
+    }
+  }
+  const float* at(int j) const { return kWhole ? base + j * stride : row[j]; }
+};
+
+// ---- few rows ---------------------------------------------------------------------------------
+
+// kRows rows of x from `row` with kDots weight rows from `column`.
+template <int kRows, bool kWhole>
+void dots(const LinearSmallArgs& args, int64_t row, int64_t column) {
+  const WeightRows<kDots, kWhole> weight(args, column);
+  const float* x = args.x + row * args.x_stride;
+  vfloat sums[kRows][kDots] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= args.inner; k += kLanes) {
+    vfloat of_x[kRows];
+    RLHF_FAST_UNROLL
+    for (int r = 0; r < kRows; ++r) of_x[r] = load(x + r * args.x_stride + k);
+    RLHF_FAST_UNROLL
+    for (int j = 0; j < kDots; ++j) {
+      const vfloat w = load(weight.at(j) + k);
+      RLHF_FAST_UNROLL
+      for (int r = 0; r < kRows; ++r) sums[r][j] = fma(w, of_x[r], sums[r][j]);
+    }
+  }
+  if (k < args.inner) {
+    RLHF_FAST_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const vfloat of_x = load_part(x + r * args.x_stride + k, args.inner - k);
+      RLHF_FAST_UNROLL
+      for (int j = 0; j < kDots; ++j) {
+        sums[r][j] = fma(load_part(weight.at(j) + k, args.inner - k), of_x, sums[r][j]);
+      }
+    }
+  }
+  RLHF_FAST_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    float total[kDots];
+    add_each(sums[r], total);
+    write<kDots>(args, row + r, column, total);
+  }
+}
+
+template <bool kWhole>
+void few_rows(const LinearSmallArgs& args, int64_t column) {
+  int64_t row = 0;
+  for (; row + 2 <= args.rows; row += 2) dots<2, kWhole>(args, row, column);
+  if (row < args.rows) dots<1, kWhole>(args, row, column);
+}
+
+// ---- panels -----------------------------------------------------------------------------------
+
+// Memory of the calling thread for the panels of x; grows and stays.
+struct Scratch {
+  float* data = nullptr;
+  int64_t size = 0;
+  ~Scratch() { free(data); }
+  float* reserve(int64_t wanted) {
+    if (wanted > size) {
+      free(data);
+      data = static_cast<float*>(malloc(wanted * sizeof(float)));
+      size = data == nullptr ? 0 : wanted;
+    }
+    return data;
+  }
+};
+
+// [rows, inner] as panels [inner, kLanes]; rows that do not exist are 0.
+void pack(const LinearSmallArgs& args, float* panels) {
+  for (int64_t first = 0; first < args.rows; first += kLanes) {
+    const float* x = args.x + first * args.x_stride;
+    const int64_t rows = smaller(kLanes, args.rows - first);
+    for (int64_t k = 0; k < args.inner; k += kLanes) {
+      const int64_t count = smaller(kLanes, args.inner - k);
+      vfloat tile[kLanes] = {};
+      if (count == kLanes && rows == kLanes) {
+        RLHF_FAST_UNROLL
+        for (int r = 0; r < kLanes; ++r) tile[r] = load(x + r * args.x_stride + k);
+        transpose(tile);
+        RLHF_FAST_UNROLL
+        for (int i = 0; i < kLanes; ++i) store(panels + (k + i) * kLanes, tile[i]);
+        continue;
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* source = x + r * args.x_stride + k;
+        tile[r] = count == kLanes ? load(source) : load_part(source, count);
+      }
+      transpose(tile);
+      for (int64_t i = 0; i < count; ++i) store(panels + (k + i) * kLanes, tile[i]);
+    }
+    panels += args.inner * kLanes;
+  }
+}
+
+// One panel with kLanes weight rows from `column`.
+template <bool kWhole>
+void tile_of_panel(const LinearSmallArgs& args, const float* panel, int64_t row, int64_t column) {
+  const WeightRows<kLanes, kWhole> weight(args, column);
+  vfloat sums[kLanes] = {};
+  int64_t k = 0;
+  for (; k + kSteps <= args.inner; k += kSteps) {  // an address serves that many products
+    RLHF_FAST_UNROLL
+    for (int j = 0; j < kLanes; ++j) {
+      const float* w = weight.at(j) + k;
+      RLHF_FAST_UNROLL
+      for (int u = 0; u < kSteps; ++u) {
+        sums[j] = fma(broadcast(w + u), load(panel + (k + u) * kLanes), sums[j]);
+      }
+    }
+  }
+  for (; k < args.inner; ++k) {
+    const vfloat x = load(panel + k * kLanes);
+    RLHF_FAST_UNROLL
+    for (int j = 0; j < kLanes; ++j) sums[j] = fma(broadcast(weight.at(j) + k), x, sums[j]);
+  }
+  transpose(sums);
+  float totals[kLanes][kLanes];
+  RLHF_FAST_UNROLL
+  for (int r = 0; r < kLanes; ++r) store(totals[r], sums[r]);
+  const int64_t rows = smaller(kLanes, args.rows - row);
+  for (int64_t r = 0; r < rows; ++r) write<kLanes>(args, row + r, column, totals[r]);
+}
+
+template <bool kWhole>
+void many_rows(const LinearSmallArgs& args, const float* panels, int64_t column) {
+  for (int64_t row = 0; row < args.rows; row += kLanes) {
+    tile_of_panel<kWhole>(args, panels + row * args.inner, row, column);
+  }
+}
+
+// Blocks of `width` weight rows, as chunks for the threads.
+template <class Whole, class Part>
+void for_blocks(const LinearSmallArgs& args, int64_t width, const Whole& whole, const Part& part) {
+  const int64_t blocks = (args.columns + width - 1) / width;
+  const int64_t grain = larger(1, kChunk / larger(1, width * args.inner * args.rows));
+  parallel_for(blocks, grain, args.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t column = block * width;
+      if (column + width <= args.columns) {
+        whole(column);
+      } else {
+        part(column);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void linear_small(const LinearSmallArgs& args) {
+  float* panels = nullptr;
+  if (args.rows >= kFewRows) {
+    static thread_local Scratch scratch;
+    const int64_t count = (args.rows + kLanes - 1) / kLanes;
+    panels = scratch.reserve(larger(1, count * kLanes * args.inner));
+  }
+  if (panels == nullptr) {  // or no memory for them
+    for_blocks(
+        args, kDots, [&args](int64_t column) { few_rows<true>(args, column); },
+        [&args](int64_t column) { few_rows<false>(args, column); });
+    return;
+  }
+  pack(args, panels);
+  for_blocks(
+      args, kLanes, [&args, panels](int64_t column) { many_rows<true>(args, panels, column); },
+      [&args, panels](int64_t column) { many_rows<false>(args, panels, column); });
+}
+
+}  // namespace RLHF_FAST_ISA
+}  // namespace rlhf_fast
