@@ -4,7 +4,7 @@
                                               [--device cpu] [--threads 2] [--repeats 9] [--quick]
                                               [--json FILE]
 
-A shape is ROWSxCOLUMNS of the output. On one row nothing but the call is timed. Contenders:
+A shape is ROWSxCOLUMNS of the output. On one row the call is nearly all that is timed. Contenders:
 
     cpu, triton       the public function with `out=`
     unchecked         C++ without checks and choice of the implementation, as an engine calls it
@@ -38,6 +38,7 @@ SHAPES = ("1x128", "64x256", "64x4096")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EPS = 1e-6
 ROTATED_BYTES = 64 << 20
+SHORT_ELEMENTS = 1 << 15  # many calls a turn below
 
 Run = Callable[[int], Any]
 
@@ -141,7 +142,12 @@ def run_case(
         contenders.append(harness.Contender(name, run, error, limit, ours=ours))
     session.add(
         harness.measure(
-            label, contenders, sets=len(sets), bytes_moved=bytes_moved, **session.limits()
+            label,
+            contenders,
+            sets=len(sets),
+            bytes_moved=bytes_moved,
+            calls=100 if out.numel() <= SHORT_ELEMENTS else 1,
+            **session.limits(),
         )
     )
 
