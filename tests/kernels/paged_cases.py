@@ -137,7 +137,7 @@ def assert_close(got: Tensor, cache: Cache, **settings: float | None) -> None:
     exact = truth(cache, **settings)  # type: ignore[arg-type]
     eager = truth(cache, dtype=cache.q.dtype, **settings)  # type: ignore[arg-type]
     allowed = (eager.double() - exact).abs().max() if exact.numel() else torch.tensor(0.0)
-    epsilon = 3e-6 if cache.q.dtype == torch.float32 else 4e-3
+    epsilon = 5e-6 if cache.q.dtype == torch.float32 else 4e-3
     assert got.dtype == cache.q.dtype
     assert got.shape == cache.q.shape
     torch.testing.assert_close(got.double(), exact, rtol=0, atol=float(allowed) + epsilon)

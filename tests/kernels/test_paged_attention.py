@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from rlhf_fast_kernels import PagedAttention, paged_attention
 from tests.kernels.paged_cases import EVERY, FAST, assert_close, draw, needs_cpu
 
+# The interpreter computes in numpy, which warns where a processor does not.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 CONTEXTS = (1, 0, 16, 17, 40, 150)
 
 
@@ -44,7 +46,7 @@ def test_prefilling_whole_chunks_and_single_tokens(
 
 
 @pytest.mark.parametrize("impl", EVERY)
-@pytest.mark.parametrize("queries", [None, [1, 0, 16, 5, 40, 90]])
+@pytest.mark.parametrize("queries", [None, [1, 0, 16, 5, 40, 33]])
 @pytest.mark.parametrize(
     "options",
     [
@@ -58,7 +60,7 @@ def test_prefilling_whole_chunks_and_single_tokens(
 def test_window_softcap_and_scale(
     impl: str, queries: list[int] | None, options: dict[str, Any]
 ) -> None:
-    cache = draw(CONTEXTS, queries, heads=(4, 4))
+    cache = draw(CONTEXTS, queries, heads=(4, 2))
     assert_close(paged_attention(*cache.arguments(), **options, impl=impl), cache, **options)
 
 
@@ -111,7 +113,7 @@ def test_any_shape(data: st.DataObject) -> None:
 @pytest.mark.parametrize("queries", [None, [1, 0, 16, 17, 30, 10]])
 def test_bits_do_not_depend_on_the_batch(impl: str, queries: list[int] | None) -> None:
     contexts = (1, 0, 16, 17, 40, 600)
-    cache = draw(contexts, queries, heads=(4, 2))
+    cache = draw(contexts, queries, heads=(2, 1))
     whole = paged_attention(*cache.arguments(), impl=impl)
     parts = [cache.only(s) for s in range(len(contexts))]
     alone = [paged_attention(*part.arguments(), impl=impl) for part in parts]
