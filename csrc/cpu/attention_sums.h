@@ -18,45 +18,74 @@ struct KeyRange {
   bool empty() const { return begin >= end; }
 };
 
-// ---- the sums of kLanes vectors as one vector ------------------------------------------------------
+// ---- across lanes ----------------------------------------------------------------------------------
 
-// Lane l holds a[l] + a[l ^ W] where bit W of l is clear, b[l] + b[l ^ W] where it is set.
+// blend<W>: a where bit W of the lane's number is clear, b where it is set. swap<W>: lane l holds x[l ^ W].
 #if defined(__AVX512F__)
 template <int W>
-inline vfloat fold(vfloat a, vfloat b) {
+inline vfloat blend(vfloat a, vfloat b) {
   constexpr __mmask16 upper = W == 1 ? 0xAAAA : W == 2 ? 0xCCCC : W == 4 ? 0xF0F0 : 0xFF00;
-  const __m512 kept = _mm512_mask_blend_ps(upper, (__m512)a, (__m512)b);
-  const __m512 moved = _mm512_mask_blend_ps(upper, (__m512)b, (__m512)a);
+  return (vfloat)_mm512_mask_blend_ps(upper, (__m512)a, (__m512)b);
+}
+template <int W>
+inline vfloat swap(vfloat x) {
   if constexpr (W <= 2) {
-    return (vfloat)kept + (vfloat)_mm512_maskz_permute_ps(kAll, moved, W == 1 ? 0xB1 : 0x4E);
+    return (vfloat)_mm512_maskz_permute_ps(kAll, (__m512)x, W == 1 ? 0xB1 : 0x4E);
   } else {
-    return (vfloat)kept +
-           (vfloat)_mm512_maskz_shuffle_f32x4(kAll, moved, moved, W == 4 ? 0xB1 : 0x4E);
+    return (vfloat)_mm512_maskz_shuffle_f32x4(kAll, (__m512)x, (__m512)x, W == 4 ? 0xB1 : 0x4E);
   }
 }
 #elif defined(__AVX2__)
 template <int W>
-inline vfloat fold(vfloat a, vfloat b) {
-  constexpr int upper = W == 1 ? 0xAA : W == 2 ? 0xCC : 0xF0;
-  const __m256 kept = _mm256_blend_ps((__m256)a, (__m256)b, upper);
-  const __m256 moved = _mm256_blend_ps((__m256)b, (__m256)a, upper);
+inline vfloat blend(vfloat a, vfloat b) {
+  return (vfloat)_mm256_blend_ps((__m256)a, (__m256)b, W == 1 ? 0xAA : W == 2 ? 0xCC : 0xF0);
+}
+template <int W>
+inline vfloat swap(vfloat x) {
   if constexpr (W <= 2) {
-    return (vfloat)kept + (vfloat)_mm256_permute_ps(moved, W == 1 ? 0xB1 : 0x4E);
+    return (vfloat)_mm256_permute_ps((__m256)x, W == 1 ? 0xB1 : 0x4E);
   } else {
-    return (vfloat)kept + (vfloat)_mm256_permute2f128_ps(moved, moved, 1);
+    return (vfloat)_mm256_permute2f128_ps((__m256)x, (__m256)x, 1);
   }
 }
 #else
 template <int W>
-inline vfloat fold(vfloat a, vfloat b) {
-  vfloat sum;
-  for (int l = 0; l < kLanes; ++l) {
-    const vfloat& from = (l & W) == 0 ? a : b;
-    sum[l] = from[l] + from[l ^ W];
-  }
-  return sum;
+inline vfloat blend(vfloat a, vfloat b) {
+  vfloat x;
+  for (int l = 0; l < kLanes; ++l) x[l] = (l & W) == 0 ? a[l] : b[l];
+  return x;
+}
+template <int W>
+inline vfloat swap(vfloat x) {
+  vfloat y;
+  for (int l = 0; l < kLanes; ++l) y[l] = x[l ^ W];
+  return y;
 }
 #endif
+
+// Lane l holds a[l] + a[l ^ W] where bit W of l is clear, b[l] + b[l ^ W] where it is set.
+template <int W>
+inline vfloat fold(vfloat a, vfloat b) {
+  return blend<W>(a, b) + swap<W>(blend<W>(b, a));
+}
+
+template <int W = 1>
+inline float sum_of_lanes(vfloat x) {
+  if constexpr (W == kLanes) {
+    return x[0];
+  } else {
+    return sum_of_lanes<2 * W>(x + swap<W>(x));
+  }
+}
+
+template <int W = 1>
+inline float max_of_lanes(vfloat x) {
+  if constexpr (W == kLanes) {
+    return x[0];
+  } else {
+    return max_of_lanes<2 * W>(vmax(x, swap<W>(x)));
+  }
+}
 
 // Lane l: the sum of x[l]. The tree is the same for every lane.
 template <int W = 1>
@@ -100,19 +129,10 @@ inline vint lane_numbers() {
   return numbers;
 }
 
-inline float sum_lanes(vfloat x) {
-  float part[kLanes];
-  store(part, x);
-  for (int w = kLanes / 2; w > 0; w /= 2) {
-    for (int l = 0; l < w; ++l) part[l] += part[l + w];
-  }
-  return part[0];
-}
-
 inline float exp2_of(float x) { return exp2_normal(vmax(splat(kLowestExponent), splat(x)))[0]; }
 
 // Turns scores (in units of log2) into weights relative to the new maximum, adds them to the row's mass
-// and returns what earlier sums must be multiplied by.
+// and returns what earlier sums must be multiplied by (1 if there are none).
 inline float soften(float* score, KeyRange range, float& best, float& mass) {
   const vint lanes = lane_numbers();
   const vfloat lowest = splat(-__builtin_inff());
@@ -126,8 +146,8 @@ inline float soften(float* score, KeyRange range, float& best, float& mass) {
     store(score + j, x);
     top = vmax(x, top);
   }
-  const float now = max_lanes(top);
-  const float factor = now == best ? 1.0f : exp2_of(best - now);
+  const float now = max_of_lanes(top);
+  const float factor = now == best || best == -__builtin_inff() ? 1.0f : exp2_of(best - now);
   vfloat sum = splat(0.0f);
   for (int64_t j = start; j < range.end; j += kLanes) {
     const vfloat x = load(score + j);
@@ -137,7 +157,7 @@ inline float soften(float* score, KeyRange range, float& best, float& mass) {
     sum += kept;
   }
   best = now;
-  mass = mass * factor + sum_lanes(sum);
+  mass = mass * factor + sum_of_lanes(sum);
   return factor;
 }
 

@@ -26,6 +26,17 @@ int64_t first_query(const PagedAttentionArgs& args, int64_t s) {
   return args.cu_queries == nullptr ? s : args.cu_queries[s];
 }
 
+// Which query of the sequence, and which head of the group.
+struct RowNumber {
+  int64_t query;
+  int64_t member;
+  void next(int64_t group) {
+    if (++member < group) return;
+    member = 0;
+    ++query;
+  }
+};
+
 // What the rows of a task share, and their state.
 struct Task {
   alignas(64) float q[kRows * kWidth];    // times scale and, without softcap, log2(e)
@@ -83,17 +94,17 @@ void start_rows(const PagedAttentionArgs& args, Task& task, int64_t s, int64_t h
   const int64_t begin = first_query(args, s);
   const int64_t queries = first_query(args, s + 1) - begin;
   const float scale = static_cast<float>(args.scale * (args.softcap > 0.0f ? 1.0 : kLog2E));
-  for (int64_t r = 0; r < task.rows; ++r) {
-    const int64_t query = (first_row + r) / group;
-    const int64_t query_head = head * group + (first_row + r) % group;
-    const int64_t at = (begin + query) * args.q_strides[0] + query_head * args.q_strides[1];
+  RowNumber row = {first_row / group, first_row % group};
+  for (int64_t r = 0; r < task.rows; ++r, row.next(group)) {
+    const int64_t query_head = head * group + row.member;
+    const int64_t at = (begin + row.query) * args.q_strides[0] + query_head * args.q_strides[1];
     float* q = task.q + r * task.width;
     load_row(args.q, args.dtype, at, args.head_dim, task.width, q);
     for (int64_t i = 0; i < task.width; ++i) q[i] *= scale;
     for (int64_t i = 0; i < task.width; ++i) task.acc[r * task.width + i] = 0.0f;
     task.best[r] = -__builtin_inff();
     task.mass[r] = 0.0f;
-    task.high[r] = larger(0, args.context_lengths[s] - queries + query + 1);
+    task.high[r] = larger(0, args.context_lengths[s] - queries + row.query + 1);
     task.low[r] = args.window > 0 ? larger(0, task.high[r] - args.window) : 0;
   }
 }
@@ -101,10 +112,11 @@ void start_rows(const PagedAttentionArgs& args, Task& task, int64_t s, int64_t h
 void finish_rows(const PagedAttentionArgs& args, const Task& task, int64_t s, int64_t head,
                  int64_t first_row) {
   const int64_t group = args.query_heads / args.kv_heads;
-  for (int64_t r = 0; r < task.rows; ++r) {
-    const int64_t query = first_query(args, s) + (first_row + r) / group;
-    const int64_t query_head = head * group + (first_row + r) % group;
-    const int64_t at = query * args.out_strides[0] + query_head * args.out_strides[1];
+  const int64_t begin = first_query(args, s);
+  RowNumber row = {first_row / group, first_row % group};
+  for (int64_t r = 0; r < task.rows; ++r, row.next(group)) {
+    const int64_t query_head = head * group + row.member;
+    const int64_t at = (begin + row.query) * args.out_strides[0] + query_head * args.out_strides[1];
     const float* acc = task.acc + r * task.width;
     const float inverse = task.high[r] > 0 ? 1.0f / task.mass[r] : 0.0f;
     if (args.dtype == DType::f32) {
