@@ -7,10 +7,12 @@ from rlhf_fast_kernels.linear_logprobs import linear_logprobs
 from rlhf_fast_kernels.linear_ppo_loss import LinearPPOLossOutput, linear_ppo_loss
 from rlhf_fast_kernels.linear_small import linear_small
 from rlhf_fast_kernels.logprobs_from_logits import logprobs_from_logits
+from rlhf_fast_kernels.paged_attention import PagedAttention, paged_attention
 from rlhf_fast_kernels.ppo_loss import ppo_loss
 from rlhf_fast_kernels.ppo_metrics import PPOLossOutput, finalize_metrics
 from rlhf_fast_kernels.rewards_and_gae import RewardsAndGAE, gae, rewards_and_gae
 from rlhf_fast_kernels.rms_norm import rms_norm
+from rlhf_fast_kernels.rope_and_store import RopeAndStore, rope_and_store
 from rlhf_fast_kernels.sample import sample
 from rlhf_fast_kernels.sample_arguments import SampleOutput
 from rlhf_fast_kernels.silu_mul import silu_mul
@@ -21,7 +23,9 @@ __all__ = [
     "LinearPPOLossOutput",
     "PPOLossOutput",
     "PageAllocator",
+    "PagedAttention",
     "RewardsAndGAE",
+    "RopeAndStore",
     "SampleOutput",
     "finalize_metrics",
     "gae",
@@ -33,9 +37,11 @@ __all__ = [
     "logprobs_from_logits",
     "masked_moments",
     "merge_moments",
+    "paged_attention",
     "ppo_loss",
     "rewards_and_gae",
     "rms_norm",
+    "rope_and_store",
     "sample",
     "silu_mul",
     "whiten",

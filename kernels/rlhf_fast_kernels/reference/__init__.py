@@ -7,8 +7,10 @@ from rlhf_fast_kernels.reference.common import KL_ESTIMATORS, kl_estimate, outpu
 from rlhf_fast_kernels.reference.kl_from_logits import kl_from_logits
 from rlhf_fast_kernels.reference.linear import linear_kl, linear_logprobs, linear_ppo_loss
 from rlhf_fast_kernels.reference.logprobs_from_logits import logprobs_from_logits
+from rlhf_fast_kernels.reference.paged_attention import paged_attention
 from rlhf_fast_kernels.reference.ppo_loss import PPO_SUM_NAMES, ppo_loss
 from rlhf_fast_kernels.reference.rewards_and_gae import gae, last_true, rewards_and_gae
+from rlhf_fast_kernels.reference.rope_and_store import rope_and_store
 from rlhf_fast_kernels.reference.sample import sample
 from rlhf_fast_kernels.reference.whiten import (
     masked_moments,
@@ -35,8 +37,10 @@ __all__ = [
     "merge_moments",
     "moments_dtype",
     "output_dtype",
+    "paged_attention",
     "ppo_loss",
     "rewards_and_gae",
+    "rope_and_store",
     "row_moments",
     "sample",
     "whiten",
