@@ -175,6 +175,29 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class EngineConfig:
+    """How responses are generated; nothing here changes what is sampled."""
+
+    path: str = setting(
+        "auto",
+        "what runs the model: fused forward, its modules over pages, padded batches; auto takes "
+        "the first that can",
+        choices=("auto", "fused", "modules", "padded"),
+    )
+    kv_gb: float = setting(
+        0.0,
+        "GB (1e9 bytes) of key-value memory at most; 0: 80 % of a GPU's free memory, 25 % of the "
+        "host's. Samples that do not fit wait, or give way and are recomputed",
+        low=0,
+    )
+    page_size: int = setting(0, "tokens of a page; 0: 16 on a CPU, 256 on a GPU", low=0)
+    prefill_tokens: int = setting(8192, "prompt tokens of one forward", low=1)
+    burst: int = setting(
+        0, "decoding steps between two looks of the host; 0: 1 on a CPU, 8 on a GPU", low=0
+    )
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """From raw scores to what GAE sees."""
 
@@ -285,6 +308,7 @@ class PPOConfig:
     run: RunConfig = field(default_factory=lambda: RunConfig(save_every=10))
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     kl: KLConfig = field(default_factory=KLConfig)
@@ -312,6 +336,7 @@ class EvalConfig:
     samples_per_prompt: int = setting(1, "samples a prompt", low=1)
     best_of: list[int] = setting([], "n of best-of-n to report; each at most samples_per_prompt")
     max_batch: int = setting(256, "sequences decoded side by side", low=1)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     microbatch_tokens: int = setting(8192, "tokens of one forward", low=1)
 
 

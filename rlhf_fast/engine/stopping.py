@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_fast.errors import GenerationError
 
 Decode = Callable[[list[list[int]]], list[str]]
+
+
+def stops_of(module: nn.Module, tokenizer: Any) -> tuple[list[int], Decode]:
+    """(ids that end a response, how to decode) of a model and its tokenizer.
+
+    Chat models end their turn with another token than the tokenizer's EOS and name it in their
+    generation config, so both are read.
+    """
+    config = getattr(module, "generation_config", None)
+    named = (tokenizer.eos_token_id, getattr(config, "eos_token_id", None))
+    ids = [i for entry in named for i in (entry if isinstance(entry, list) else [entry])]
+
+    def decode(batch: list[list[int]]) -> list[str]:
+        return tokenizer.batch_decode(
+            batch, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    return [i for i in ids if i is not None], decode
 
 
 class StopRule:

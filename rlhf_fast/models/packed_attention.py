@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from rlhf_fast.models.attention_mode import attention_configs, attention_mode
 from rlhf_fast.types import PackedSequences
 
 PACKED_ATTENTION = "rlhf_fast_packed"
@@ -276,15 +277,11 @@ _active: ContextVar[tuple[Any, ...]] = ContextVar("rlhf_fast_packed_configs", de
 
 @contextmanager
 def _switched(configs: tuple[Any, ...]) -> Iterator[None]:
-    previous = [config._attn_implementation for config in configs]
     token = _active.set(configs)
     try:
-        for config in configs:
-            config._attn_implementation = PACKED_ATTENTION
-        yield
+        with attention_mode(configs, PACKED_ATTENTION):
+            yield
     finally:
-        for config, name in zip(configs, previous, strict=True):
-            config._attn_implementation = name
         _active.reset(token)
 
 
@@ -294,8 +291,7 @@ def packed_attention_mode(module: nn.Module) -> AbstractContextManager[None]:
     The implementation is switched in each config object that a submodule holds, sub-configs
     included, and put back afterwards: generation over the same module keeps its own.
     """
-    configs = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}
-    return _switched(tuple(c for c in configs.values() if hasattr(c, "_attn_implementation")))
+    return _switched(attention_configs(module))
 
 
 def recompute_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

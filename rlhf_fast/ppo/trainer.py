@@ -62,6 +62,7 @@ class Roles:
     critic_optimizer: GuardedOptimizer | None
     pretraining: PretrainingSource | None = None
     on_update: Callable[[], object] = field(default=lambda: None)
+    scoring: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ class PPOLearner:
     Args:
         config: the PPO stage's config.
         roles: models and optimizers; `roles.on_update` runs after every optimizer step of the
-            actor (it bumps the weight version).
+            actor (it bumps the weight version); `roles.scoring` surrounds scoring (the engine
+            forbids steps in it).
         phase: `with phase("generate"): ...` times a phase.
 
     Raises:
@@ -119,7 +121,7 @@ class PPOLearner:
         """One rollout batch: sample, score, estimate advantages, update both models."""
         with self.phase("generate"):
             rollout = self.generate(prompts)
-        with self.phase("score"):
+        with self.phase("score"), self.roles.scoring():
             scored = self.score(rollout)
         with self.phase("prepare"):
             experience, shaped = self.prepare(scored)

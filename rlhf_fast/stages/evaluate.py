@@ -31,7 +31,8 @@ from rlhf_fast.data import (
 )
 from rlhf_fast.distributed.durable import storage_fault, write_atomically
 from rlhf_fast.engine.best_of_n import best_of_n_curve
-from rlhf_fast.engine.generator import HFGenerator, Progress
+from rlhf_fast.engine.hybrid import HybridEngine, engine_settings
+from rlhf_fast.engine.requests import Progress
 from rlhf_fast.models.checks import check_context, check_vocabulary
 from rlhf_fast.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 from rlhf_fast.models.reward_function import (
@@ -182,6 +183,11 @@ class EvalStage:
         self._advise()
         check_tokenizers(self.tokenizer, reference=config.reference)
         self.policy = self._load_policy(config.model)
+        self.engine = HybridEngine.from_tokenizer(
+            self.policy.module,
+            self.tokenizer,
+            settings=engine_settings(config.engine, config.max_batch),
+        )
         self.reference = self._load_policy(config.reference) if config.reference else None
         self.rewards = self._load_rewards(config.reward)
         self._check_lengths()
@@ -251,18 +257,14 @@ class EvalStage:
         def show(progress: Progress) -> None:
             bar.advance(before + progress.finished - bar.completed)
 
-        generator = HFGenerator.from_tokenizer(
-            self.policy.module,
-            self.tokenizer,
-            max_batch=self.config.max_batch,
-            autocast_dtype=torch.bfloat16 if self.config.run.dtype == "bfloat16" else None,
-            on_progress=show,
-        )
+        self.engine.on_progress = show
         group = self.config.samples_per_prompt
         seed = self.config.run.seed
         seeds = [derive_seed(seed, 0, uid, g) for uid in prompts.uid for g in range(group)]
         with self.run.phase("generate"):
-            return generator.generate(prompts, self.sampling, samples_per_prompt=group, seeds=seeds)
+            return self.engine.generate(
+                prompts, self.sampling, samples_per_prompt=group, seeds=seeds
+            )
 
     def measure(self, rollout: Rollout) -> Samples:
         """Scores, KL, entropy, length and ended flag of each sample of a rollout."""

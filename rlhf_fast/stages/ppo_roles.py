@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data import EpochSampler, pack_sft
 from rlhf_fast.data.examples import SFTExample
-from rlhf_fast.engine.generator import HFGenerator
+from rlhf_fast.engine.hybrid import HybridEngine, engine_settings
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.models.checks import check_context, check_same_tokenizer, check_vocabulary
 from rlhf_fast.models.forward import ComputeDtype, enable_gradient_checkpointing
@@ -254,7 +254,14 @@ def build_roles(
         )
     value_model = build_critic(config, actor, critic=critic, reward=reward_model)
     policy = Actor(actor.to(device))
+    engine = HybridEngine.from_tokenizer(
+        actor,
+        tokenizer,
+        weight_version=lambda: policy.weight_version,
+        settings=engine_settings(config.engine, config.rollout.max_batch),
+    )
     actor_optimizer = build_optimizer(config, actor, "actor")
+    engine.guard(actor_optimizer.optimizer)
     critic_optimizer = None
     if value_model is not None:
         critic_optimizer = build_optimizer(config, value_model.module.to(device), "critic")
@@ -270,15 +277,10 @@ def build_roles(
             model_tokenizer=reward_tokenizer,
             function=reward_function,
         ),
-        generator=HFGenerator.from_tokenizer(
-            actor,
-            tokenizer,
-            weight_version=lambda: policy.weight_version,
-            max_batch=config.rollout.max_batch,
-            autocast_dtype=torch.bfloat16 if compute_type(config.run) == "bfloat16" else None,
-        ),
+        generator=engine,
         actor_optimizer=actor_optimizer,
         critic_optimizer=critic_optimizer,
         pretraining=pretraining,
         on_update=lambda: policy.bump_version(),
+        scoring=engine.scoring,
     )

@@ -1,4 +1,8 @@
-"""The generator against transformers' `generate`, against itself in other batches, and abused."""
+"""Generation against transformers' `generate`, against itself in other batches, and abused.
+
+Every path of the engine meets the same contract: the fused forward, the modules over pages, and the
+padded generator.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,24 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -25,8 +39,10 @@ from transformers import (
 )
 
 from rlhf_fast.engine.batching import pad_left, plan_batches
-from rlhf_fast.engine.generator import HFGenerator, Progress
+from rlhf_fast.engine.hybrid import EngineSettings, HybridEngine
+from rlhf_fast.engine.requests import Progress
 from rlhf_fast.errors import GenerationError
+from rlhf_fast.models.forward import set_compute_dtype
 from rlhf_fast.protocols import Generator
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import PackedSequences, PromptBatch, Rollout, SamplingParams
@@ -45,19 +61,71 @@ SIZES = {
     "bos_token_id": 1,
     "pad_token_id": 0,
 }
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)),
+    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "llama-bias": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3_ROPE)
+    ),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=POSITIONS,
             initializer_range=0.3, eos_token_id=EOS, bos_token_id=1, pad_token_id=0,
         )
     ),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(**{**SIZES, "num_key_value_heads": 4}, rotary_pct=0.5)
+    ),
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(
+            vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=2, dropout=0.0,
+            num_attention_heads=4, max_position_embeddings=POSITIONS, init_std=0.3,
+            word_embed_proj_dim=32, eos_token_id=EOS, bos_token_id=1, pad_token_id=0,
+        )
+    ),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SIZES, head_dim=8)),
+    # Windows, softcaps of scores and logits, norms on both sides of a block.
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(
+            **SIZES, head_dim=8, sliding_window=5, attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0, query_pre_attn_scalar=8,
+        )
+    ),
+    # Two rotary tables: one for windows, one for full attention.
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **SIZES, head_dim=8, sliding_window=5,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
     # A window shorter than the prompts: transformers' own cache layers carry it.
-    "mistral-sliding": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5)),
 }  # fmt: skip
+
+
+FUSED = ("llama", "llama-bias", "mistral", "qwen2", "qwen2-tied", "qwen3")
+# (path, family): what each path can run, without repeating all of it on the slower ones.
+RUNS = [
+    *(("fused", name) for name in FUSED),
+    *(("modules", name) for name in FAMILIES if name != "llama-bias"),
+    *(("padded", name) for name in ("llama", "mistral", "gpt2")),
+]
+PATHS = ("fused", "modules", "padded")
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def build(name: str = "llama", seed: int = 0) -> Any:
@@ -91,9 +159,12 @@ def run(
     prompts: list[list[int]],
     sampling: SamplingParams,
     group: int = 1,
+    path: str = "auto",
+    settings: dict[str, Any] | None = None,
     **options: Any,
 ) -> Rollout:
-    generator = HFGenerator(module, **{"eos_ids": [EOS], **options})
+    chosen = EngineSettings(path=path, page_size=4, poison=True, **(settings or {}))
+    generator = HybridEngine(module, **{"eos_ids": [EOS], "settings": chosen, **options})
     return generator.generate(
         batch_of(prompts),
         sampling,
@@ -114,11 +185,17 @@ def trainer_logprobs(module: Any, rollout: Rollout, temperature: float = 1.0) ->
     return rows
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("path", "name"), RUNS)
 @pytest.mark.parametrize("max_batch", [256, 4])
-def test_greedy_equals_transformers_generate(name: str, max_batch: int) -> None:
+def test_greedy_equals_transformers_generate(path: str, name: str, max_batch: int) -> None:
     module, prompts = build(name), ragged()
-    rollout = run(module, prompts, SamplingParams(20, temperature=0.0), max_batch=max_batch)
+    rollout = run(
+        module,
+        prompts,
+        SamplingParams(20, temperature=0.0),
+        path=path,
+        settings={"max_batch": max_batch},
+    )
     padded = pad_left(batch_of(prompts).sequences, range(len(prompts)), torch.device("cpu"))
     expected = module.eval().generate(
         padded.ids,
@@ -135,12 +212,14 @@ def test_greedy_equals_transformers_generate(name: str, max_batch: int) -> None:
         assert bool(rollout.ended[row]) == (EOS in theirs)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
+@pytest.mark.parametrize(("path", "name"), RUNS)
+def test_a_sample_does_not_depend_on_its_batch(path: str, name: str) -> None:
     module, prompts = build(name), ragged(5)
     sampling = SamplingParams(16, temperature=0.9)
-    together = run(module, prompts, sampling, group=3, max_batch=64)
-    alone = run(module, prompts, sampling, group=3, max_batch=1)
+    together, alone = (
+        run(module, prompts, sampling, group=3, path=path, settings={"max_batch": size})
+        for size in (64, 1)
+    )
     assert together.response_ids() == alone.response_ids()
     torch.testing.assert_close(
         together.rollout_logprobs, alone.rollout_logprobs, atol=2e-5, rtol=1e-4
@@ -148,9 +227,9 @@ def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
     assert len({tuple(r) for r in together.response_ids()}) > 10  # seeds do differ
 
 
-def test_order_of_prompts_changes_nothing() -> None:
+def test_order_of_prompts_changes_nothing(path: str) -> None:
     module, prompts = build(), ragged(8)
-    generator = HFGenerator(module, eos_ids=[EOS], max_batch=3)
+    generator = HybridEngine(module, eos_ids=[EOS], settings=EngineSettings(path=path, max_batch=3))
     order = [5, 2, 7, 0, 1, 6, 4, 3]
     sampling, seeds = SamplingParams(12), seeds_for(8)
     straight = generator.generate(
@@ -165,27 +244,29 @@ def test_order_of_prompts_changes_nothing() -> None:
     assert shuffled == [straight[i] for i in order]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_rollout_logprobs_equal_the_trainers(name: str) -> None:
+@pytest.mark.parametrize(("path", "name"), RUNS)
+def test_rollout_logprobs_equal_the_trainers(path: str, name: str) -> None:
     module = build(name)
     sampling = SamplingParams(14, temperature=0.7, top_k=20, top_p=0.9, min_p=0.01)
-    rollout = run(module, ragged(), sampling, group=2)
+    rollout = run(module, ragged(), sampling, group=2, path=path)
     for s, expected in enumerate(trainer_logprobs(module, rollout, 0.7)):
         got = rollout.rollout_logprobs[s, : len(expected)].tolist()
-        assert got == pytest.approx(expected, abs=3e-5)
+        assert got == pytest.approx(expected, abs=1e-5)
 
 
-def test_bfloat16_autocast_stays_near_float32() -> None:
+def test_bfloat16_autocast_stays_near_float32(path: str) -> None:
     module = build()
-    rollout = run(module, ragged(), SamplingParams(12), group=2, autocast_dtype=torch.bfloat16)
-    flat = [x for row in trainer_logprobs(module, rollout) for x in row]
+    set_compute_dtype(module, "bfloat16")
+    path = "modules" if path == "fused" else path  # its weights are fp32
+    rollout = run(module, ragged(), SamplingParams(12), group=2, path=path)
+    flat = [x for row in trainer_logprobs(build(), rollout) for x in row]
     gap = (rollout.rollout_logprobs[rollout.response_mask] - torch.tensor(flat)).abs()
     assert 0 < float(gap.mean()) < 0.1  # bf16 was really used, and is near
 
 
-def test_shape_and_mask_contract() -> None:
+def test_shape_and_mask_contract(path: str) -> None:
     module = build()
-    rollout = run(module, ragged(10), SamplingParams(30, temperature=1.5), group=4)
+    rollout = run(module, ragged(10), SamplingParams(30, temperature=1.5), group=4, path=path)
     assert rollout.lengths.max() == rollout.responses.shape[1]
     assert 0 < int(rollout.ended.sum()) < len(rollout)
     for s, n in enumerate(rollout.lengths.tolist()):
@@ -209,22 +290,24 @@ def _always(module: Any, token: int) -> Any:
     return module
 
 
-def test_eos_first_gives_a_response_of_length_one() -> None:
-    rollout = run(_always(build(), EOS), ragged(3), SamplingParams(10), group=2)
+def test_eos_first_gives_a_response_of_length_one(path: str) -> None:
+    rollout = run(_always(build(), EOS), ragged(3), SamplingParams(10), group=2, path=path)
     assert rollout.responses.tolist() == [[EOS]] * 6
     assert rollout.lengths.tolist() == [1] * 6
     assert bool(rollout.ended.all())
     assert bool(rollout.rollout_logprobs.isfinite().all())
 
 
-def test_no_eos_runs_to_the_limit_and_is_not_ended() -> None:
-    rollout = run(_always(build(), 9), ragged(3), SamplingParams(10))
+def test_no_eos_runs_to_the_limit_and_is_not_ended(path: str) -> None:
+    rollout = run(_always(build(), 9), ragged(3), SamplingParams(10), path=path)
     assert rollout.lengths.tolist() == [10] * 3
     assert not bool(rollout.ended.any())
 
 
-def test_stop_token_ids_end_a_response_and_stay_in_it() -> None:
-    rollout = run(_always(build(), 9), ragged(3), SamplingParams(10, stop_token_ids=(9,)))
+def test_stop_token_ids_end_a_response_and_stay_in_it(path: str) -> None:
+    rollout = run(
+        _always(build(), 9), ragged(3), SamplingParams(10, stop_token_ids=(9,)), path=path
+    )
     assert rollout.responses.tolist() == [[9]] * 3
     assert bool(rollout.ended.all())
 
@@ -233,13 +316,13 @@ def _letters(batch: list[list[int]]) -> list[str]:
     return ["".join(chr(ord("a") + i % 26) * (1 + i % 2) for i in ids) for ids in batch]
 
 
-def test_stop_strings_cut_right_after_the_completing_token() -> None:
+def test_stop_strings_cut_right_after_the_completing_token(path: str) -> None:
     module, prompts = build(), ragged(8)
-    free = run(module, prompts, SamplingParams(25, temperature=1.2), eos_ids=[])
+    free = run(module, prompts, SamplingParams(25, temperature=1.2), eos_ids=[], path=path)
     text = _letters(free.response_ids())
     stop = text[0][9:12]  # spans several tokens, ends anywhere inside one
     sampling = SamplingParams(25, temperature=1.2, stop_strings=("nowhere", stop))
-    rollout = run(module, prompts, sampling, eos_ids=[], decode=_letters)
+    rollout = run(module, prompts, sampling, eos_ids=[], decode=_letters, path=path)
     assert bool(rollout.ended[0])
     for row, ids in enumerate(free.response_ids()):
         cuts = [t for t in range(1, 26) if stop in _letters([ids[:t]])[0]]
@@ -248,12 +331,12 @@ def test_stop_strings_cut_right_after_the_completing_token() -> None:
         assert bool(rollout.ended[row]) == bool(cuts)
 
 
-def test_stop_strings_without_a_decoder_are_refused() -> None:
+def test_stop_strings_without_a_decoder_are_refused(path: str) -> None:
     with pytest.raises(GenerationError, match="RF4002"):
-        run(build(), ragged(1), SamplingParams(3, stop_strings=("x",)))
+        run(build(), ragged(1), SamplingParams(3, stop_strings=("x",)), path=path)
 
 
-def test_modes_come_back_even_after_an_exception() -> None:
+def test_modes_come_back_even_after_an_exception(path: str) -> None:
     module = build()
     module.train()
     module.model.layers[0].eval()
@@ -262,77 +345,107 @@ def test_modes_come_back_even_after_an_exception() -> None:
     def fail(progress: Progress) -> None:
         raise KeyboardInterrupt
 
-    run(module, ragged(2), SamplingParams(3))
+    run(module, ragged(2), SamplingParams(3), path=path)
     assert [part.training for part in module.modules()] == before
     with pytest.raises(KeyboardInterrupt):
-        run(module, ragged(2), SamplingParams(3), on_progress=fail)
+        run(module, ragged(2), SamplingParams(3), on_progress=fail, path=path)
     assert [part.training for part in module.modules()] == before
 
 
-def test_dropout_is_off() -> None:
+def test_dropout_is_off(path: str) -> None:
     config = LlamaConfig(**SIZES, attention_dropout=0.5)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = LlamaForCausalLM(config)
     module.train()
-    first = run(module, ragged(3), SamplingParams(8))
-    assert first.response_ids() == run(module, ragged(3), SamplingParams(8)).response_ids()
+    first = run(module, ragged(3), SamplingParams(8), path=path)
+    assert (
+        first.response_ids() == run(module, ragged(3), SamplingParams(8), path=path).response_ids()
+    )
 
 
-def test_training_works_after_generating_under_inference_mode_and_outer_autocast() -> None:
+def test_training_works_after_generating_under_inference_mode_and_outer_autocast(path: str) -> None:
     module = build()
     with torch.inference_mode():
-        run(module, ragged(2), SamplingParams(3))
+        run(module, ragged(2), SamplingParams(3), path=path)
+    set_compute_dtype(module, "bfloat16")
+    path = "modules" if path == "fused" else path
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        run(module, ragged(2), SamplingParams(3), autocast_dtype=torch.bfloat16)
+        run(module, ragged(2), SamplingParams(3), path=path)
         module(input_ids=torch.tensor([[3, 4, 5]])).logits.float().sum().backward()
     assert all(p.grad is not None for p in module.parameters())
 
 
-def test_generation_sees_every_weight_change_inside_one_autocast() -> None:
-    module = build()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        old = run(module, ragged(2), SamplingParams(6, temperature=0.0), eos_ids=[])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_generation_sees_every_weight_change(path: str, dtype: Any) -> None:
+    path = "modules" if (path, dtype) == ("fused", "bfloat16") else path
+    greedy = SamplingParams(6, temperature=0.0)
+
+    def negated(module: Any) -> Any:
         with torch.no_grad():
             for p in module.parameters():
                 p.mul_(-1.0)
-        new = run(module, ragged(2), SamplingParams(6, temperature=0.0), eos_ids=[])
-    fresh = build()
-    with torch.no_grad():
-        for p in fresh.parameters():
-            p.mul_(-1.0)
-    expected = run(
-        fresh, ragged(2), SamplingParams(6, temperature=0.0), eos_ids=[],
-        autocast_dtype=torch.bfloat16,
-    )  # fmt: skip
-    assert new.response_ids() == expected.response_ids() != old.response_ids()
+        return module
+
+    module, fresh = build(), negated(build())
+    for each in (module, fresh):
+        set_compute_dtype(each, dtype)
+    engine = HybridEngine(module, eos_ids=[], settings=EngineSettings(path=path))
+
+    def ids() -> list[list[int]]:
+        prompts = batch_of(ragged(2))
+        rollout = engine.generate(prompts, greedy, samples_per_prompt=1, seeds=[0, 0])
+        return rollout.response_ids()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        old = ids()
+        negated(module)
+        new = ids()
+    expected = run(fresh, ragged(2), greedy, eos_ids=[], path=path).response_ids()
+    assert new == expected != old
 
 
-def test_global_random_state_is_untouched() -> None:
+def test_global_random_state_is_untouched(path: str) -> None:
     state = torch.get_rng_state()
-    run(build(), ragged(2), SamplingParams(5))
+    run(build(), ragged(2), SamplingParams(5), path=path)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_progress_counts_up_to_everything() -> None:
+def test_progress_counts_up_to_everything(path: str) -> None:
     seen: list[Progress] = []
-    rollout = run(build(), ragged(5), SamplingParams(20, temperature=1.5), group=2, max_batch=4,
-                  on_progress=seen.append)  # fmt: skip
+    rollout = run(
+        build(),
+        ragged(5),
+        SamplingParams(20, temperature=1.5),
+        group=2,
+        path=path,
+        settings={"max_batch": 4},
+        on_progress=seen.append,
+    )
     assert [p.finished for p in seen] == sorted(p.finished for p in seen)
-    assert seen[-1] == (10, 10, int(rollout.lengths.sum()))
+    assert seen[-1][:3] == (10, 10, int(rollout.lengths.sum()))
+    if path != "padded":
+        assert max(p.running for p in seen) == 4
+        assert (seen[0].waiting, seen[-1].waiting) == (6, 0)
+        assert 0 < max(p.cache_use for p in seen) <= 1
+        assert seen[-1].cache_use == 0
 
 
-def test_from_tokenizer_reads_both_sources_of_eos() -> None:
+def test_from_tokenizer_reads_both_sources_of_eos(path: str) -> None:
     class Tokenizer:
         eos_token_id = 7
 
     module = build()
     module.generation_config.eos_token_id = [2, 5]
-    assert HFGenerator.from_tokenizer(module, Tokenizer()).eos_ids == (2, 5, 7)
+    assert HybridEngine.from_tokenizer(
+        module, Tokenizer(), settings=EngineSettings(path=path)
+    ).eos_ids == (2, 5, 7)
 
 
-def test_satisfies_the_protocol_and_stamps_the_weight_version() -> None:
-    generator = HFGenerator(build(), eos_ids=[EOS], weight_version=lambda: 41)
+def test_satisfies_the_protocol_and_stamps_the_weight_version(path: str) -> None:
+    generator = HybridEngine(
+        build(), eos_ids=[EOS], weight_version=lambda: 41, settings=EngineSettings(path=path)
+    )
     assert isinstance(generator, Generator)
     rollout = generator.generate(
         batch_of([[3]]), SamplingParams(2), samples_per_prompt=1, seeds=[5]
@@ -340,37 +453,37 @@ def test_satisfies_the_protocol_and_stamps_the_weight_version() -> None:
     assert rollout.weight_version == 41
 
 
-def test_weights_changed_during_a_rollout_are_an_error() -> None:
+def test_weights_changed_during_a_rollout_are_an_error(path: str) -> None:
     versions = iter(range(100))
     with pytest.raises(GenerationError, match="RF4008"):
-        run(build(), ragged(2), SamplingParams(2), weight_version=lambda: next(versions))
+        run(build(), ragged(2), SamplingParams(2), path=path, weight_version=lambda: next(versions))
 
 
-def test_an_empty_batch_is_legal() -> None:
-    rollout = run(build(), [], SamplingParams(5))
+def test_an_empty_batch_is_legal(path: str) -> None:
+    rollout = run(build(), [], SamplingParams(5), path=path)
     assert len(rollout) == 0
 
 
-def test_non_finite_weights_abort_with_the_prompt_and_the_parameter() -> None:
+def test_non_finite_weights_abort_with_the_prompt_and_the_parameter(path: str) -> None:
     module = build()
     with torch.no_grad():
         module.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
     with pytest.raises(GenerationError) as caught:
-        run(module, ragged(3), SamplingParams(5), group=2)
+        run(module, ragged(3), SamplingParams(5), group=2, path=path)
     message = str(caught.value)
     assert caught.value.code == "RF4010"
     for part in ("model.layers.1.mlp.up_proj.weight", "response token 0", "uid 10", "text of"):
         assert part in message
 
 
-def test_non_finite_logits_of_one_token_abort_at_its_step() -> None:
+def test_non_finite_logits_of_one_token_abort_at_its_step(path: str) -> None:
     # Token 9 leads to a NaN embedding: the first step is sound, the second is not.
     module = _always(build(), 9)
     module.model.norm.weight.data.fill_(1.0)
     module.lm_head.weight.data.mul_(1e-3)
     module.model.embed_tokens.weight.data[9] = math.nan
     with pytest.raises(GenerationError, match="response token 1"):
-        run(module, [[3, 4]], SamplingParams(5))
+        run(module, [[3, 4]], SamplingParams(5), path=path)
 
 
 @pytest.mark.parametrize(
@@ -384,7 +497,7 @@ def test_non_finite_logits_of_one_token_abort_at_its_step() -> None:
         ("RF4009", {"prompts": batch_of([[3], [4, VOCAB]])}),
     ],
 )
-def test_bad_requests_name_themselves(code: str, arguments: dict[str, Any]) -> None:
+def test_bad_requests_name_themselves(path: str, code: str, arguments: dict[str, Any]) -> None:
     request: dict[str, Any] = {
         "prompts": batch_of([[3], [4]]),
         "sampling": SamplingParams(5),
@@ -393,7 +506,7 @@ def test_bad_requests_name_themselves(code: str, arguments: dict[str, Any]) -> N
         **arguments,
     }
     with pytest.raises(GenerationError) as caught:
-        HFGenerator(build(), eos_ids=[EOS]).generate(**request)
+        HybridEngine(build(), eos_ids=[EOS], settings=EngineSettings(path=path)).generate(**request)
     assert caught.value.code == code
     if code in ("RF4005", "RF4006", "RF4009"):
         assert "prompt 1 (uid 101): 'text of prompt 1'" in str(caught.value)
@@ -402,11 +515,11 @@ def test_bad_requests_name_themselves(code: str, arguments: dict[str, Any]) -> N
 def test_an_architecture_without_key_value_cache_is_refused_by_name() -> None:
     config = MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)
     with pytest.raises(GenerationError, match="MambaForCausalLM"):
-        HFGenerator(MambaForCausalLM(config), eos_ids=[EOS])
+        HybridEngine(MambaForCausalLM(config), eos_ids=[EOS])
 
 
-def test_prompt_of_exactly_the_model_length_is_accepted() -> None:
-    rollout = run(build(), [[5] * (POSITIONS - 6)], SamplingParams(6), eos_ids=[])
+def test_prompt_of_exactly_the_model_length_is_accepted(path: str) -> None:
+    rollout = run(build(), [[5] * (POSITIONS - 6)], SamplingParams(6), eos_ids=[], path=path)
     assert rollout.lengths.tolist() == [6]
 
 

@@ -20,7 +20,7 @@ from rlhf_fast.config import (
     RunConfig,
     SamplingConfig,
 )
-from rlhf_fast.engine.generator import HFGenerator
+from rlhf_fast.engine.hybrid import EngineSettings, HybridEngine
 from rlhf_fast.models.loading import critic_from
 from rlhf_fast.models.roles import Actor, Critic, Reference
 from rlhf_fast.optim import GuardedOptimizer
@@ -85,11 +85,11 @@ def build_learner(
             reference=Reference(build_policy(seed)),
             critic=critic,
             reward=TaskReward(task),
-            generator=HFGenerator(
+            generator=HybridEngine(
                 actor.module,
                 eos_ids=(),
                 weight_version=lambda: actor.weight_version,
-                max_batch=PROMPTS,
+                settings=EngineSettings(max_batch=PROMPTS),
             ),
             actor_optimizer=GuardedOptimizer(actor.module, config.actor_optim, updates),
             critic_optimizer=GuardedOptimizer(critic.module, config.critic_optim, updates),

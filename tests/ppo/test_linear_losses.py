@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from rlhf_fast.config import AlgorithmConfig, KLConfig
 from rlhf_fast.data.collate import PackedBatch
-from rlhf_fast.engine.generator import HFGenerator
+from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.models.dropout import disable_dropout
 from rlhf_fast.models.vocabulary import likeliest_tokens
 from rlhf_fast.ppo.exact_kl import read_both
@@ -241,7 +241,7 @@ def update(ppo, rollout):
 
 
 def generate(ppo, rollout):
-    HFGenerator(ppo.roles.actor.module, eos_ids=[]).generate(
+    HybridEngine(ppo.roles.actor.module, eos_ids=[]).generate(
         rollout.prompts, ppo.sampling, samples_per_prompt=2, seeds=range(16)
     )
 

@@ -1,0 +1,139 @@
+"""A decoding step of the fused forward, laid out once: buffers, and calls without arguments.
+
+A step of a small model is bounded by what surrounds its kernels. Here nothing is allocated, checked
+or chosen while it runs: the rows of a batch keep their places until one of them ends, so every call
+is bound to its buffers when their number changes, and a step is one loop over those calls. On a GPU
+the same fixed addresses are what a CUDA graph needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf_fast_kernels import PagedAttention, RopeAndStore, dispatch, rms_norm, silu_mul
+from rlhf_fast_kernels.linear_small import prepare as prepare_linear
+from rlhf_fast_kernels.rms_norm import prepare as prepare_norm
+from rlhf_fast_kernels.silu_mul import prepare as prepare_silu_mul
+
+if TYPE_CHECKING:
+    from rlhf_fast.engine.fused_forward import FusedForward, Layer
+    from rlhf_fast.engine.paged_batch import PagedBatch
+
+Call = Callable[[], object]
+# Up to here our product of few rows beats the library's on a CPU (docs/kernels/linear_small.md).
+FEW_ROWS = 64
+
+
+class DecodePlan:
+    """One decoding step of `batch.ids.numel()` rows.
+
+    Args:
+        model: the parameters.
+        batch: its tensors are read at every step, so they have to stay where they are.
+    """
+
+    def __init__(self, model: FusedForward, batch: PagedBatch) -> None:
+        self.batch = batch
+        self._model = model
+        rows, shape = batch.ids.numel(), model.cache_shape
+        first = model.layers[0]
+        new = partial(torch.empty, dtype=shape.dtype, device=batch.ids.device)
+        self._residual = new(rows, model.embedding.shape[1])
+        self._hidden = torch.empty_like(self._residual)
+        self._update = torch.empty_like(self._residual)
+        self._qkv = new(rows, first.qkv.shape[0])
+        self._attended = new(rows, model.heads, shape.head_dim)
+        self._gate_up = new(rows, first.gate_up.shape[0])
+        self._activated = new(rows, first.gate_up.shape[0] // 2)
+        self.logits = new(rows, model.head.shape[0])
+        heads = self._qkv.view(rows, -1, shape.head_dim)
+        self._q, self._k, self._v = heads.split((model.heads, shape.heads, shape.heads), 1)
+        self._attend: dict[tuple[float, int | None], PagedAttention] = {}
+        self._store = self._prepared_store(first)
+        self._calls = [self._norm(self._residual, first.input_norm, None)]
+        for index, layer in enumerate(model.layers):
+            self._calls += self._layer(index, layer)
+        self._calls.append(_product(self._hidden, model.head, model.head_bias, self.logits))
+
+    def run(self) -> Tensor:
+        """[rows, V] logits, in a buffer that the next step overwrites."""
+        torch.index_select(self._model.embedding, 0, self.batch.ids, out=self._residual)
+        for call in self._calls:
+            call()
+        return self.logits
+
+    def _layer(self, index: int, layer: Layer) -> list[Call]:
+        model = self._model
+        last = index + 1 == len(model.layers)
+        following = model.final_norm if last else model.layers[index + 1].input_norm
+        keys, values = self.batch.cache.layer(index)
+        norms = (layer.q_norm, layer.k_norm)
+        attend = self._prepared_attention(layer, keys, values)
+        return [
+            _product(self._hidden, layer.qkv, layer.qkv_bias, self._qkv),
+            partial(self._store, self._q, self._k, self._v, keys, values, *norms),
+            partial(attend, self._q, keys, values, self._attended),
+            _product(self._attended.flatten(1), layer.out, layer.out_bias, self._update),
+            self._norm(self._update, layer.post_norm, self._residual),
+            _product(self._hidden, layer.gate_up, layer.gate_up_bias, self._gate_up),
+            _silu_mul(self._gate_up, self._activated),
+            _product(self._activated, layer.down, layer.down_bias, self._update),
+            self._norm(self._update, following, self._residual),
+        ]
+
+    def _prepared_store(self, layer: Layer) -> RopeAndStore:
+        """One for all layers: they differ in addresses alone."""
+        batch, model = self.batch, self._model
+        keys, values = batch.cache.layer(0)
+        return RopeAndStore(
+            *(self._q, self._k, self._v, keys, values, batch.slots),
+            positions=batch.positions,
+            cos=model.cos,
+            sin=model.sin,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            norm_eps=model.eps,
+            validate=False,
+        )
+
+    def _prepared_attention(self, layer: Layer, keys: Tensor, values: Tensor) -> PagedAttention:
+        """One for all layers of the same window."""
+        kind, batch = (layer.scale, layer.window), self.batch
+        if kind not in self._attend:
+            self._attend[kind] = PagedAttention(
+                *(self._q, keys, values),
+                *(batch.page_table, batch.context_lengths),
+                scale=layer.scale,
+                window=layer.window,
+                out=self._attended,
+                max_context=batch.max_context,
+                max_query=1,
+                validate=False,
+            )
+        return self._attend[kind]
+
+    def _norm(self, x: Tensor, weight: Tensor, residual: Tensor | None) -> Call:
+        eps = self._model.eps
+        if dispatch.choose("rms_norm", None, x, weight).impl == "cpu":
+            return prepare_norm(x, weight, eps, residual, 0.0, self._hidden)
+        return partial(rms_norm, x, weight, eps, residual=residual, out=self._hidden)
+
+
+def _silu_mul(gate_up: Tensor, out: Tensor) -> Call:
+    if dispatch.choose("silu_mul", None, gate_up).impl == "cpu":
+        return prepare_silu_mul(gate_up, out)
+    return partial(silu_mul, gate_up, out=out)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Call:
+    few = x.shape[0] <= FEW_ROWS and dispatch.choose("linear_small", None, x, weight).impl == "cpu"
+    if few:
+        return prepare_linear(x, weight, bias, None, out)
+    if bias is None:
+        return partial(torch.mm, x, weight.t(), out=out)
+    return partial(torch.addmm, bias, x, weight.t(), out=out)

@@ -1,0 +1,56 @@
+"""What one forward of the runner reads: ragged queries over paged keys and values."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from rlhf_fast.engine.paged_cache import CacheShape, PagedCache
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """N query tokens of S sequences; decoding has one query a sequence.
+
+    Args:
+        ids: [N] int64 token ids.
+        positions: [N] int64 position of each in its sequence.
+        slots: [N] int64 place of its key and value: page * page size + offset; -1: not stored.
+        page_table: [S, T] int32 pages of each sequence; entries beyond its context are never read.
+        context_lengths: [S] int32 tokens of each sequence, these queries included; 0: padding row.
+        cu_queries: [S+1] int32 bounds of each sequence's queries; None: one a sequence.
+        rows: int64 positions among the N whose logits are wanted; None: all of them.
+        max_query, max_context: bounds of the above that the host knows.
+        cache: the pages.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    page_table: Tensor
+    context_lengths: Tensor
+    cu_queries: Tensor | None
+    rows: Tensor | None
+    max_query: int
+    max_context: int
+    cache: PagedCache
+
+
+class PagedForward(Protocol):
+    """A model's forward over pages."""
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        """What a token costs in pages."""
+        ...
+
+    def running(self, max_context: int) -> AbstractContextManager[None]:
+        """Surrounds a run: weights are checked, no sequence grows beyond `max_context` tokens."""
+        ...
+
+    def logits(self, batch: PagedBatch) -> Tensor:
+        """[rows, V] logits of the rows asked for; keys and values of all tokens are stored."""
+        ...

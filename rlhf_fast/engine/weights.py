@@ -1,0 +1,161 @@
+"""Weight views: how generation sees the parameters that training updates.
+
+`AliasedWeights` is the view of one device: every parameter of the model becomes a view of one flat
+buffer per dtype, and projections that read the same input lie side by side (q|k|v, gate|up). Their
+concatenation, which a fused product reads, is then a view too: generation uses the very bytes the
+optimizer writes, and a switch between the two costs nothing. Parameters stay the objects they were,
+so optimizers, checkpoints and hooks do not notice.
+
+Other views (shards that are tensor-parallel slices, a gathered buffer) will answer the same three
+questions: `linear(...)`, `check()`, `nbytes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast.errors import GenerationError
+
+# Projections of one input, in the order in which a fused product returns them.
+ADJACENT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Groups start on a cache line and on a vector of any width; GPU products want 16 bytes.
+_ALIGNMENT_BYTES = 256
+
+
+def base_linear(module: Any) -> Any:
+    """The plain layer under a peft adapter, or the module itself."""
+    return getattr(module, "base_layer", module)
+
+
+def _adjacent_groups(module: nn.Module) -> Iterable[list[nn.Parameter]]:
+    """Parameters that must lie side by side: weights of fused projections, then their biases."""
+    for part in module.modules():
+        for names in ADJACENT:
+            layers = [base_linear(getattr(part, name, None)) for name in names]
+            if not all(isinstance(layer, nn.Linear) for layer in layers):
+                continue
+            yield [layer.weight for layer in layers]
+            if all(layer.bias is not None for layer in layers):
+                yield [layer.bias for layer in layers]
+
+
+# One view a module, whoever asks; a second layout would pull the bytes away from the first.
+_views: WeakKeyDictionary[nn.Module, AliasedWeights] = WeakKeyDictionary()
+
+
+class AliasedWeights:
+    """All parameters of a module as views of one flat buffer per dtype.
+
+    Args:
+        module: its parameters move into new storage, once; gradients must not exist yet.
+
+    Raises:
+        GenerationError: RF4030, a parameter is no ordinary dense tensor.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = ref(module)
+        self._places: list[tuple[str, nn.Parameter, int]] = []
+        self._buffers: dict[torch.dtype, Tensor] = {}
+        names = {id(p): name for name, p in module.named_parameters()}
+        groups = [g for g in _adjacent_groups(module) if len({p.dtype for p in g}) == 1]
+        grouped = {id(p) for group in groups for p in group}
+        groups += [[p] for p in module.parameters() if id(p) not in grouped]
+        for parameter in module.parameters():
+            if type(parameter.data) is not Tensor or not parameter.is_contiguous():
+                raise GenerationError(
+                    "RF4030",
+                    f"parameter {names[id(parameter)]} is not an ordinary dense tensor",
+                    expected="dense, contiguous parameters on one device",
+                    remedy="use engine.path=modules for this model",
+                )
+        for dtype in dict.fromkeys(p.dtype for p in module.parameters()):
+            self._lay_out([g for g in groups if g[0].dtype == dtype], dtype, names)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> AliasedWeights:
+        """The view of this module: the one it has, if its parameters still lie there."""
+        known = _views.get(module)
+        if known is not None and known.holds:
+            return known
+        made = cls(module)
+        _views[module] = made
+        return made
+
+    def _lay_out(
+        self, groups: Sequence[list[nn.Parameter]], dtype: torch.dtype, names: dict[int, str]
+    ) -> None:
+        step = _ALIGNMENT_BYTES // dtype.itemsize
+        starts, total = [], 0
+        for group in groups:
+            starts.append(total)
+            total += -(-sum(p.numel() for p in group) // step) * step
+        device = groups[0][0].device
+        # A storage of its own, to the byte: what lies between groups is never read.
+        # A caller's inference mode would leave parameters that can never be trained.
+        with torch.inference_mode(False), torch.no_grad():
+            buffer = torch.zeros(total, dtype=dtype, device=device)
+            for group, start in zip(groups, starts, strict=True):
+                for parameter in group:
+                    view = buffer[start : start + parameter.numel()].view(parameter.shape)
+                    view.copy_(parameter)
+                    parameter.data = view
+                    self._places.append((names[id(parameter)], parameter, view.data_ptr()))
+                    start += parameter.numel()
+        self._buffers[dtype] = buffer
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the flat buffers."""
+        return sum(b.numel() * b.itemsize for b in self._buffers.values())
+
+    @property
+    def holds(self) -> bool:
+        """Whether every parameter still lies where it was put."""
+        module = self._module()
+        present = {} if module is None else dict(module.named_parameters())
+        return all(present.get(n) is p and p.data_ptr() == a for n, p, a in self._places)
+
+    def check(self) -> None:
+        """Refuse to generate from memory that training no longer updates.
+
+        Raises:
+            GenerationError: RF4031, a parameter was moved, cast or replaced.
+        """
+        if not self.holds:
+            raise GenerationError(
+                "RF4031",
+                "parameters no longer lie where generation reads them",
+                expected="a model that is not moved, cast or re-assigned after the engine was made",
+                remedy="move the model to its device and dtype first, then make the engine",
+            )
+
+    def concatenated(self, parameters: Sequence[Tensor]) -> Tensor | None:
+        """[sum of rows, ...] view over parameters that lie side by side; None if they do not."""
+        first = parameters[0]
+        end = first.data_ptr()
+        for parameter in parameters:
+            if (
+                parameter.data_ptr() != end
+                or parameter.dtype != first.dtype
+                or parameter.shape[1:] != first.shape[1:]
+            ):
+                return None
+            end += parameter.numel() * parameter.itemsize
+        rows = sum(p.shape[0] for p in parameters)
+        shape = (rows, *first.shape[1:])
+        return first.detach().as_strided(shape, first.stride(), first.storage_offset())
+
+    def digest(self) -> str:
+        """SHA-256 of the bytes of all parameters; for tests that nothing has touched them."""
+        total = hashlib.sha256()
+        for name, parameter, _ in sorted(self._places, key=lambda place: place[0]):
+            total.update(name.encode())
+            total.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
