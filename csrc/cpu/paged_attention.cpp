@@ -176,6 +176,31 @@ void run_task(const PagedAttentionArgs& args, int64_t s, int64_t head, int64_t f
   finish_rows(args, task, s, head, first_row);
 }
 
+// Asks for the first block of a task while the one before it is worked on: short sequences lie scattered,
+// and the processor's own prefetching ends with each page.
+void fetch_task(const PagedAttentionArgs& args, int64_t s, int64_t head) {
+  constexpr int64_t kLine = 64;  // bytes
+  const int64_t itemsize = args.dtype == DType::f32 ? 4 : 2;
+  const int64_t context = args.context_lengths[s];
+  const int64_t start = args.window > 0 ? larger(0, context - args.window) : 0;
+  const int64_t stop = smaller(context, start + kBlock);
+  const int32_t* table = args.page_table + s * args.table_stride;
+  for (int64_t t = start; t < stop; ++t) {
+    const int64_t page = table[t / args.page_size];
+    const int64_t slot = t % args.page_size;
+    const char* key = static_cast<const char*>(args.keys) +
+                      (page * args.key_strides[0] + slot * args.key_strides[1] +
+                       head * args.key_strides[2]) * itemsize;
+    const char* value = static_cast<const char*>(args.values) +
+                        (page * args.value_strides[0] + slot * args.value_strides[1] +
+                         head * args.value_strides[2]) * itemsize;
+    for (int64_t i = 0; i < args.head_dim * itemsize; i += kLine) {
+      __builtin_prefetch(key + i);
+      __builtin_prefetch(value + i);
+    }
+  }
+}
+
 using RunTask = void (*)(const PagedAttentionArgs&, int64_t, int64_t, int64_t, int64_t);
 
 RunTask kernel_for(int64_t head_dim) {
@@ -206,6 +231,9 @@ void paged_attention(const PagedAttentionArgs& args) {
   const int64_t grain = larger(1, smaller(8, tasks / (16 * larger(1, threads))));
   parallel_for(tasks, grain, threads, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
+      if (args.cu_queries == nullptr && t + 1 < tasks && group <= kRows) {
+        fetch_task(args, (t + 1) / args.kv_heads, (t + 1) % args.kv_heads);
+      }
       const int64_t head = t % args.kv_heads;
       const int64_t place = t / args.kv_heads;
       int64_t s = 0;  // the last sequence whose tasks begin at or before place
