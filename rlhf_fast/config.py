@@ -22,21 +22,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-
-def setting(
-    default: Any,
-    doc: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    choices: tuple[str, ...] | None = None,
-) -> Any:
-    """A config leaf: default, documentation, inclusive bounds, exclusive lower bound, choices."""
-    metadata = {"doc": doc, "low": low, "high": high, "above": above, "choices": choices}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+from rlhf_fast.config_lora import LoraConfig, lora_violations
+from rlhf_fast.config_setting import setting
 
 
 @dataclass(frozen=True)
@@ -290,6 +277,7 @@ class PPOConfig:
     kl: KLConfig = field(default_factory=KLConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     ptx: PtxConfig = field(default_factory=PtxConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     actor_optim: OptimConfig = field(default_factory=OptimConfig)
     critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=9e-6))
     total_steps: int = setting(500, "rollout batches", low=1)
@@ -416,7 +404,8 @@ def _ppo_violations(config: PPOConfig, given: Collection[str]) -> list[str]:
         faults.append(
             "sampling.temperature=0: PPO needs samples, take more than 0 (0.7 to 1.0 usual)"
         )
-    if not (config.reward.model or config.reward.function or "reward" in given):
+    judged = config.reward.model or config.reward.function or config.lora.reward_adapter
+    if not (judged or "reward" in given):
         faults.append("reward.model and reward.function are both empty: name at least one")
     if config.ptx.coef > 0 and not (config.ptx.data or "ptx.data" in given):
         faults.append("ptx.coef is set but ptx.data is empty: name the pretraining rows")
@@ -436,7 +425,12 @@ def _ppo_violations(config: PPOConfig, given: Collection[str]) -> list[str]:
             f"data.max_prompt_length={config.data.max_prompt_length} + sampling.max_new_tokens="
             f"{config.sampling.max_new_tokens} exceeds data.max_length={config.data.max_length}"
         )
-    return faults
+    return faults + lora_violations(
+        config.lora,
+        estimator=algorithm.estimator,
+        critic=config.critic,
+        reward_model=config.reward.model,
+    )
 
 
 def to_dict(config: StageConfig) -> dict[str, Any]:

@@ -191,10 +191,13 @@ class RewardModel:
         scores = torch.zeros(len(sequences), device=device_of(self.module))
         for chosen in microbatches(lengths, token_budget):
             part = sequences.select(chosen)
-            last = last_token_hidden(self.module, part)
+            last = self._last_hidden(part)
             index = torch.tensor(chosen, device=scores.device)
             scores[index] = scalar_outputs(self.module, last)
         return scores
+
+    def _last_hidden(self, sequences: PackedSequences) -> Tensor:
+        return last_token_hidden(self.module, sequences)
 
 
 def last_token_hidden(module: nn.Module, sequences: PackedSequences) -> Tensor:

@@ -42,6 +42,7 @@ from rlhf_fast.models.vocabulary import vocabulary_head
 from rlhf_fast.ppo.exact_kl import require_exact_kl
 from rlhf_fast.stages.evaluate import choose_prompts
 from rlhf_fast.stages.ppo_roles import check_tokenizers
+from rlhf_fast.stages.shared_roles import check_adapters
 from rlhf_fast.stages.training import (
     choose_device,
     load_stage_tokenizer,
@@ -127,6 +128,8 @@ def _ppo(config: PPOConfig) -> list[str]:
         require_exact_kl(head, reference_head)
     if critic:
         lines += _judge("critic", critic, tokenizer, longest, new, init_head=True)
+    if config.lora.rank > 0:
+        lines += check_adapters(config, load_causal_lm(config.actor, dtype="float32"))
     lines += _reward(config.reward, tokenizer, longest, new)
     require_budget(config.microbatch_tokens, longest + new)
     return lines + _lines(*reports)
