@@ -22,7 +22,12 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_fast.config_lora import LoraConfig, lora_violations
+from rlhf_fast.config_lora import (
+    AdapterConfig,
+    LoraConfig,
+    adapter_violations,
+    lora_violations,
+)
 from rlhf_fast.config_setting import setting
 
 
@@ -103,6 +108,7 @@ class SFTConfig:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, schedule="cosine"))
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
     epochs: int = setting(1, "passes over the data", low=1)
     max_steps: int = setting(0, "optimizer steps; 0 is by epochs", low=0)
     batch_size: int = setting(64, "sequences of an optimizer step", low=1)
@@ -120,6 +126,7 @@ class RewardModelConfig:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
     init_head: bool = setting(True, "make a new scalar head where the directory has none")
     epochs: int = setting(1, "passes over the data; more than 1 over-fits (IGPT)", low=1)
     max_steps: int = setting(0, "optimizer steps; 0 is by epochs", low=0)
@@ -370,6 +377,8 @@ def violations(config: StageConfig, *, given: Collection[str] = ()) -> list[str]
         faults.append("run.overwrite excludes run.resume=always and run.resume_step: keep one")
     if config.run.resume == "never" and config.run.resume_step >= 0:
         faults.append("run.resume=never excludes run.resume_step: keep one")
+    if not isinstance(config, EvalConfig):
+        faults += adapter_violations(config.lora)
     if isinstance(config, PPOConfig):
         faults += _ppo_violations(config, given)
     if isinstance(config, EvalConfig):

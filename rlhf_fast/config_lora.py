@@ -10,8 +10,8 @@ ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
-class LoraConfig:
-    """Adapters of actor, critic and reward model on one frozen trunk, the actor's directory."""
+class AdapterConfig:
+    """Train a LoRA adapter on a frozen model instead of the model."""
 
     rank: int = setting(0, "rank of new adapters; 0 is off: full fine-tuning", low=0)
     alpha: float = setting(16.0, "an adapter's output is scaled by alpha / rank", above=0)
@@ -19,6 +19,15 @@ class LoraConfig:
         [ALL_LINEAR],
         "layers with an adapter, by the end of their names; all-linear: those of the blocks",
     )
+    merge_on_export: bool = setting(
+        False, "export a merged full model, made on a copy, and the adapter beside it"
+    )
+
+
+@dataclass(frozen=True)
+class LoraConfig(AdapterConfig):
+    """Adapters of actor, critic and reward model on one frozen trunk, the actor's directory."""
+
     actor_adapter: str = setting(
         "",
         "peft directory the actor starts from, with its own rank, alpha and targets; a frozen "
@@ -27,27 +36,28 @@ class LoraConfig:
     reward_adapter: str = setting(
         "", "peft directory with a score head: the reward model, and where the critic starts"
     )
-    merge_on_export: bool = setting(
-        False, "export a merged full model beside the adapter; made on a copy"
-    )
+
+
+def adapter_violations(lora: AdapterConfig) -> list[str]:
+    """Every fault within the section."""
+    if lora.rank == 0:
+        names = ("actor_adapter", "reward_adapter", "merge_on_export")
+        used = [name for name in names if getattr(lora, name, False)]
+        return [f"lora.{name} is set but lora.rank=0: take a rank of at least 1" for name in used]
+    if not lora.targets:
+        return [f"lora.targets is empty: name layers, or {ALL_LINEAR}"]
+    if ALL_LINEAR in lora.targets and len(lora.targets) > 1:
+        return [f"lora.targets has {ALL_LINEAR} and more: take one or the other"]
+    return []
 
 
 def lora_violations(
     lora: LoraConfig, *, estimator: str, critic: str, reward_model: str
 ) -> list[str]:
-    """Every fault of the section, given what else of a PPO config it touches."""
-    faults = []
+    """Faults of the section together with what else of a PPO config it touches."""
     if lora.rank == 0:
-        used = [
-            name
-            for name in ("actor_adapter", "reward_adapter", "merge_on_export")
-            if getattr(lora, name)
-        ]
-        return [f"lora.{name} is set but lora.rank=0: take a rank of at least 1" for name in used]
-    if not lora.targets:
-        faults.append(f"lora.targets is empty: name layers, or {ALL_LINEAR}")
-    if ALL_LINEAR in lora.targets and len(lora.targets) > 1:
-        faults.append(f"lora.targets has {ALL_LINEAR} and more: take one or the other")
+        return []
+    faults = []
     if critic and estimator == "gae":
         faults.append(
             f"critic={critic} with lora.rank={lora.rank}: the critic lives on the actor's trunk; "

@@ -7,6 +7,7 @@ method of the role, with the role's adapter, and is as it was before when the me
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from rlhf_fast.models.adapter_files import AdapterFile
 from rlhf_fast.models.adapters import AdapterModule, SharedTrunk
 from rlhf_fast.models.forward import packed_hidden
-from rlhf_fast.models.heads import scalar_outputs, set_calibration
+from rlhf_fast.models.heads import get_calibration, scalar_outputs, set_calibration
+from rlhf_fast.models.loading import critic_from
 from rlhf_fast.models.roles import Actor, Critic, RewardModel, last_token_hidden
 from rlhf_fast.protocols import Generator
 from rlhf_fast.types import (
@@ -60,6 +62,11 @@ class AdapterActor:
             return self._policy.logprobs(
                 sequences, targets, temperature=temperature, with_entropy=with_entropy
             )
+
+    def likeliest_tokens(self, sequences: PackedSequences, rows: Tensor) -> Tensor:
+        """As `Actor.likeliest_tokens`."""
+        with self.trunk.adapter(self.name):
+            return self._policy.likeliest_tokens(sequences, rows)
 
     def vocabulary_head(self) -> VocabularyHead | None:
         """The trunk's head, which no adapter changes and no gradient reaches."""
@@ -118,8 +125,7 @@ class AdapterCritic(Critic):
         """[N] float32: the value of the state after reading each position; gradients flow."""
         trunk = self.adapted.trunk
         with trunk.adapter(self.adapted.name):
-            hidden = packed_hidden(trunk.model, sequences)
-        return scalar_outputs(self.module, hidden)
+            return scalar_outputs(self.module, packed_hidden(trunk.model, sequences))
 
 
 class AdapterRewardModel(RewardModel):
@@ -136,9 +142,7 @@ class AdapterRewardModel(RewardModel):
         super().__init__(self.adapted)
 
     def _last_hidden(self, sequences: PackedSequences) -> Tensor:
-        trunk = self.adapted.trunk
-        with trunk.adapter(self.adapted.name):
-            return last_token_hidden(trunk.model, sequences)
+        return adapted_last_hidden(self.adapted, sequences)
 
 
 class AdapterGenerator:
@@ -168,6 +172,26 @@ class AdapterGenerator:
             return self.generator.generate(
                 prompts, sampling, samples_per_prompt=samples_per_prompt, seeds=seeds
             )
+
+
+def adapted_last_hidden(module: AdapterModule, sequences: PackedSequences) -> Tensor:
+    """As `last_token_hidden`, of the module's trunk with its adapter."""
+    with module.trunk.adapter(module.name):
+        return last_token_hidden(module.trunk.model, sequences)
+
+
+def merged_classifier(module: AdapterModule) -> Any:
+    """A sequence classifier of its own: the adapter merged into a copy of the trunk, and the head.
+
+    fp32, on the CPU; its calibration is the module's.
+    """
+    assert module.name is not None
+    merged = critic_from(module.trunk.merged(module.name))
+    with torch.no_grad():
+        merged.score.weight.copy_(module.score.weight)
+    calibration = get_calibration(module)
+    set_calibration(merged, calibration.gain, calibration.bias)
+    return merged
 
 
 def _with_head(trunk: SharedTrunk, name: str, start: AdapterFile | None) -> AdapterModule:

@@ -31,15 +31,10 @@ from rlhf_fast.models.export import export_model
 from rlhf_fast.models.reward_function import RewardFunction
 from rlhf_fast.ppo.health import hints
 from rlhf_fast.ppo.trainer import PPOLearner, StepOutput
+from rlhf_fast.stages.adapted import ADAPTER_NAME, export_adapted, trunk_digest
 from rlhf_fast.stages.ppo_roles import PretrainingBatches, build_roles, check_roles
 from rlhf_fast.stages.run import Run
-from rlhf_fast.stages.shared_roles import (
-    ADAPTER_NAME,
-    export_shared_policy,
-    frozen_digests,
-    shared_bytes,
-    shared_trunk,
-)
+from rlhf_fast.stages.shared_roles import shared_bytes, shared_trunk
 from rlhf_fast.stages.training import (
     MODEL_NAME,
     TrainingState,
@@ -227,7 +222,9 @@ class PPOTrainer:
         samplers = {"prompts": self.sampler}
         if self.pretraining is not None:
             samplers["pretraining"] = self.pretraining.sampler
-        return TrainingState(modules, optimizers, samplers, log, frozen=frozen_digests(self.roles))
+        return TrainingState(
+            modules, optimizers, samplers, log, frozen=trunk_digest(modules["actor"])
+        )
 
     def _bytes_needed(self) -> int:
         config, trunk = self.config, shared_trunk(self.roles)
@@ -286,7 +283,8 @@ class PPOTrainer:
         """Export the policy and its tokenizer as a Hugging Face directory, or its adapter."""
         actor, target = self.roles.actor, Path(directory)
         if isinstance(actor, AdapterActor):
-            export_shared_policy(self.config, actor, self.tokenizer, target)
+            merge = self.config.lora.merge_on_export
+            export_adapted(actor.adapted, self.tokenizer, target, merge=merge)
         else:
             export_model(actor.module, self.tokenizer, target)
 

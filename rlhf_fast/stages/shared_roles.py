@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.errors import ConfigError, ModelError
-from rlhf_fast.models.adapter_files import AdapterFile, export_adapter, load_adapter
+from rlhf_fast.models.adapter_files import AdapterFile, load_adapter
 from rlhf_fast.models.adapter_roles import (
     AdapterActor,
     AdapterCritic,
@@ -19,12 +17,9 @@ from rlhf_fast.models.adapter_roles import (
     AdapterRewardModel,
 )
 from rlhf_fast.models.adapters import SharedTrunk
-from rlhf_fast.models.export import export_model
-from rlhf_fast.models.forward import compute_dtype
 from rlhf_fast.ppo.trainer import Roles
 from rlhf_fast.seeds import derive_seed
-
-ADAPTER_NAME = "adapter"
+from rlhf_fast.stages.adapted import open_trunk, place_trunk
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,7 @@ def share_trunk(config: PPOConfig, trunk: nn.Module, device: torch.device) -> Sh
     Raises:
         ModelError: an adapter or a target that does not fit (RF3060 to RF3067).
     """
-    shared = open_trunk(config, trunk)
+    shared = open_trunk(trunk, config.actor)
     seed, with_critic = config.run.seed, config.algorithm.estimator == "gae"
     lora = config.lora
     new = shared.shape(lora.rank, lora.alpha, lora.targets)
@@ -89,9 +84,7 @@ def share_trunk(config: PPOConfig, trunk: nn.Module, device: torch.device) -> Sh
         add("critic", judge, 2, trainable=True)
     if judge is not None:
         add("reward", judge, 3, trainable=False)
-    if compute_dtype(trunk) == "bfloat16":
-        shared.hold_in(torch.bfloat16)
-    shared.prepare(device, gradient_checkpointing=config.gradient_checkpointing)
+    place_trunk(shared, device, gradient_checkpointing=config.gradient_checkpointing)
     return SharedModels(
         AdapterActor(shared, "actor"),
         AdapterReference(shared, None if start is None else "reference"),
@@ -120,7 +113,7 @@ def load_judge(path: str, trunk: SharedTrunk) -> AdapterFile:
 
 def check_adapters(config: PPOConfig, trunk: nn.Module) -> list[str]:
     """What `share_trunk` would find, in plain lines; errors as there."""
-    shared, lora = open_trunk(config, trunk), config.lora
+    shared, lora = open_trunk(trunk, config.actor), config.lora
     new = shared.shape(lora.rank, lora.alpha, lora.targets)
     lines = [f"trunk: {config.actor}, adapters on {len(new.layers)} layers, rank {lora.rank}"]
     if lora.actor_adapter:
@@ -137,33 +130,9 @@ def shared_trunk(roles: Roles) -> SharedTrunk | None:
     return roles.actor.trunk if isinstance(roles.actor, AdapterActor) else None
 
 
-def frozen_digests(roles: Roles) -> dict[str, str]:
-    """What a checkpoint of these roles does not hold, and must find again: name -> SHA-256."""
-    trunk = shared_trunk(roles)
-    return {} if trunk is None else {"trunk": trunk.digest}
-
-
-def export_shared_policy(
-    config: PPOConfig, actor: AdapterActor, tokenizer: Any, directory: Path
-) -> None:
-    """The policy as a peft adapter; or merged, with the adapter beside it as `adapter`."""
-    if not config.lora.merge_on_export:
-        export_adapter(actor.adapted, tokenizer, directory)
-        return
-    export_adapter(actor.adapted, tokenizer, directory.with_name(ADAPTER_NAME))
-    export_model(actor.trunk.merged("actor"), tokenizer, directory)
-
-
 def shared_bytes(roles: Roles, trunk: SharedTrunk, *, keep_last: int, merge: bool) -> int:
     """Disk space a run in LoRA mode needs: adapters with two Adam moments each, and exports."""
     modules = [roles.actor.module] + ([] if roles.critic is None else [roles.critic.module])
     adapters = sum(4 * p.numel() for module in modules for p in module.parameters())
     model = sum(4 * p.numel() for p in trunk.model.parameters()) if merge else 0
     return adapters * (3 * (keep_last + 1) + 1) + model
-
-
-def open_trunk(config: PPOConfig, trunk: nn.Module) -> SharedTrunk:
-    """The actor's model as a trunk that says where it came from."""
-    model: Any = trunk
-    named = str(Path(config.actor).absolute()) if Path(config.actor).is_dir() else config.actor
-    return SharedTrunk(model, source=named or str(getattr(model.config, "name_or_path", "")))

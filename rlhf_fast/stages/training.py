@@ -268,14 +268,14 @@ def require_budget(microbatch_tokens: int, longest: int) -> None:
 def training_bytes(model: str | Path, keep_last: int) -> int:
     """Disk space a run needs at least: checkpoints with two Adam moments each, and one export.
 
-    A save exists beside the `keep_last` older ones before it replaces the oldest. 0 if `model` is
-    no local directory.
+    A save exists beside the `keep_last` older ones before it replaces the oldest.
     """
-    path = Path(model)
-    if not path.is_dir():
-        return 0
-    weights = sum(f.stat().st_size for f in path.glob("*.safetensors"))
-    return weights * (3 * (keep_last + 1) + 1)
+    return export_bytes(model) * (3 * (keep_last + 1) + 1)
+
+
+def export_bytes(model: str | Path) -> int:
+    """Disk space of a model's weights; 0 if `model` is no local directory."""
+    return sum(f.stat().st_size for f in Path(model).glob("*.safetensors"))
 
 
 @dataclass

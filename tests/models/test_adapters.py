@@ -23,6 +23,7 @@ from rlhf_fast.models.roles import Actor, Reference
 from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.protocols import Generator, PolicyModel, ValueModel
 from rlhf_fast.types import PackedSequences, PromptBatch, SamplingParams
+from rlhf_fast_kernels import linear_ppo_autograd, linear_ppo_loss
 from tests.models.tiny import build, next_token_targets, random_sequences, tokenizer
 
 MODELS = ["llama", "qwen2", "gpt2"]
@@ -208,12 +209,31 @@ def test_optimizers_see_exactly_their_role_and_leave_the_rest_alone():
     assert weights_digest(trunk.model) == digest == trunk.digest
 
 
-def test_the_head_is_a_plain_linear_map_without_a_gradient():
+def test_no_gradient_of_the_head_is_computed(monkeypatch):
+    asked = []
+    run = linear_ppo_autograd.run
+
+    def spy(problem, needs, *rest):
+        asked.append(needs)
+        return run(problem, needs, *rest)
+
+    monkeypatch.setattr(linear_ppo_autograd, "run", spy)
     trunk = stir(shared(), "actor")
     rows = AdapterActor(trunk).head_rows(SEQUENCES)
     assert rows is not None
-    assert not rows.head.weight.requires_grad
-    assert rows.hidden.requires_grad
+    old = torch.full(TARGETS.shape, -3.0)
+    loss = linear_ppo_loss(
+        rows.hidden,
+        rows.head.weight,
+        TARGETS.clamp(min=0),
+        old_logprobs=old,
+        advantages=torch.ones_like(old),
+        normalizer=float((TARGETS >= 0).sum()),
+        mask=TARGETS >= 0,
+    ).loss
+    loss.backward()
+    assert asked == [(True, False, False)]
+    assert rows.head.weight.grad is None
 
 
 def test_roles_are_what_the_trainer_asks_for():
