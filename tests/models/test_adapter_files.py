@@ -225,11 +225,12 @@ def test_an_adapter_directory_is_no_model(base, tmp_path):
         load_causal_lm(exported(base, tmp_path), dtype="float32")
 
 
-def test_a_fresh_adapter_of_the_same_file_gives_the_same_bits(base, tmp_path):
-    trunk = stirred(base())
+@pytest.mark.parametrize("model_type", MODELS)
+def test_a_fresh_adapter_of_the_same_file_gives_the_same_bits(base, tmp_path, model_type):
+    trunk = stirred(base(model_type))
     expected = logprobs(AdapterActor(trunk))
     out = export_adapter(AdapterActor(trunk).adapted, tokenizer(), tmp_path / "out")
-    again = fresh(base())
+    again = fresh(base(model_type))
     file = load_adapter(out, again)
     again.add("actor", file.shape, seed=9, trainable=True, tensors=file.tensors)
     assert torch.equal(logprobs(AdapterActor(again)), expected)

@@ -31,6 +31,7 @@ from rlhf_fast.models.adapters import SharedTrunk, weights_digest
 from rlhf_fast.models.export import export_model
 from rlhf_fast.models.heads import set_calibration
 from rlhf_fast.models.loading import critic_from, load_causal_lm
+from rlhf_fast.models.roles import Reference
 from rlhf_fast.stages.check import check_stage
 from rlhf_fast.tasks.tiny import build_tokenizer
 from rlhf_fast.types import PackedSequences
@@ -217,6 +218,24 @@ def test_recomputing_activations_changes_no_bit(tmp_path, tokenizer):
         trainer(folder, tokenizer, config).train()
         weights.append((folder / "model" / "adapter_model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+def test_whole_models_stand_beside_the_trunk(tmp_path, tokenizer, base):
+    """A reward model and a reference of their own; the critic starts from zeros on the trunk."""
+    other = export_model(policy(tokenizer, seed=3), tokenizer, tmp_path / "other")
+    config = dataclasses.replace(judged(tmp_path / "run", tokenizer, base), reference=str(other))
+    ppo = trainer(
+        tmp_path / "run",
+        tokenizer,
+        config,
+        model=None,
+        reward_model=critic_from(policy(tokenizer, seed=4)),
+        reward_function=None,
+    )
+    assert isinstance(ppo.roles.reference, Reference)
+    assert not ppo.roles.critic.module.score.weight.any()
+    assert sorted(ppo.roles.actor.trunk.shapes) == ["actor", "critic"]
+    ppo.train()
 
 
 # ---- what is refused ----------------------------------------------------------------------------
