@@ -16,8 +16,6 @@ the literature puts them; the embedded tasks bring their own. Sources, by short 
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +26,7 @@ from rlhf_fast.config_lora import (
     adapter_violations,
     lora_violations,
 )
-from rlhf_fast.config_setting import setting
+from rlhf_fast.config_setting import leaf_violation, setting, type_violation
 
 
 @dataclass(frozen=True)
@@ -323,38 +321,6 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasse
             yield key, value, f
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "bool": (bool,),
-    "int": (int,),
-    "float": (int, float),
-    "str": (str, os.PathLike),
-    "list[int]": (list, tuple),
-    "list[str]": (list, tuple),
-}
-
-
-def _type_violation(key: str, value: Any, leaf: dataclasses.Field[Any]) -> str | None:
-    kind = str(leaf.type)
-    if isinstance(value, _TYPES[kind]) and (kind == "bool" or not isinstance(value, bool)):
-        return None
-    return f"{key}={value!r}: expected {kind}, got {type(value).__name__}"
-
-
-def _leaf_violation(key: str, value: Any, rules: Any) -> str | None:
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{key}={value}: expected a finite number"
-    low, high, above, choices = (rules.get(k) for k in ("low", "high", "above", "choices"))
-    if choices is not None and value not in choices:
-        return f"{key}={value!r}: expected one of {', '.join(choices)}"
-    if above is not None and not value > above:
-        return f"{key}={value}: expected more than {above}"
-    if low is not None and value < low:
-        return f"{key}={value}: expected at least {low}"
-    if high is not None and value > high:
-        return f"{key}={value}: expected at most {high}"
-    return None
-
-
 def violations(config: StageConfig, *, given: Collection[str] = ()) -> list[str]:
     """Every fault of a config: type, bounds and choices of each leaf, then rules across keys.
 
@@ -362,10 +328,10 @@ def violations(config: StageConfig, *, given: Collection[str] = ()) -> list[str]
         config: of any stage.
         given: keys that may be empty because their object is at hand: `reward`, `ptx.data`.
     """
-    found = [_type_violation(k, v, f) for k, v, f in leaves(config)]
+    found = [type_violation(k, v, f) for k, v, f in leaves(config)]
     if any(found):
         return [v for v in found if v is not None]  # the rules below compute with the values
-    found = [_leaf_violation(k, v, f.metadata) for k, v, f in leaves(config)]
+    found = [leaf_violation(k, v, f.metadata) for k, v, f in leaves(config)]
     faults = [v for v in found if v is not None]
     known = ("tensorboard", "wandb", "trackio")
     faults += [
