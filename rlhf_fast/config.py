@@ -16,27 +16,17 @@ the literature puts them; the embedded tasks bring their own. Sources, by short 
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-
-def setting(
-    default: Any,
-    doc: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    choices: tuple[str, ...] | None = None,
-) -> Any:
-    """A config leaf: default, documentation, inclusive bounds, exclusive lower bound, choices."""
-    metadata = {"doc": doc, "low": low, "high": high, "above": above, "choices": choices}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+from rlhf_fast.config_lora import (
+    AdapterConfig,
+    LoraConfig,
+    adapter_violations,
+    lora_violations,
+)
+from rlhf_fast.config_setting import leaf_violation, setting, type_violation
 
 
 @dataclass(frozen=True)
@@ -116,6 +106,7 @@ class SFTConfig:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, schedule="cosine"))
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
     epochs: int = setting(1, "passes over the data", low=1)
     max_steps: int = setting(0, "optimizer steps; 0 is by epochs", low=0)
     batch_size: int = setting(64, "sequences of an optimizer step", low=1)
@@ -133,6 +124,7 @@ class RewardModelConfig:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
     init_head: bool = setting(True, "make a new scalar head where the directory has none")
     epochs: int = setting(1, "passes over the data; more than 1 over-fits (IGPT)", low=1)
     max_steps: int = setting(0, "optimizer steps; 0 is by epochs", low=0)
@@ -314,6 +306,7 @@ class PPOConfig:
     kl: KLConfig = field(default_factory=KLConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     ptx: PtxConfig = field(default_factory=PtxConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     actor_optim: OptimConfig = field(default_factory=OptimConfig)
     critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=9e-6))
     total_steps: int = setting(500, "rollout batches", low=1)
@@ -353,38 +346,6 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasse
             yield key, value, f
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "bool": (bool,),
-    "int": (int,),
-    "float": (int, float),
-    "str": (str, os.PathLike),
-    "list[int]": (list, tuple),
-    "list[str]": (list, tuple),
-}
-
-
-def _type_violation(key: str, value: Any, leaf: dataclasses.Field[Any]) -> str | None:
-    kind = str(leaf.type)
-    if isinstance(value, _TYPES[kind]) and (kind == "bool" or not isinstance(value, bool)):
-        return None
-    return f"{key}={value!r}: expected {kind}, got {type(value).__name__}"
-
-
-def _leaf_violation(key: str, value: Any, rules: Any) -> str | None:
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{key}={value}: expected a finite number"
-    low, high, above, choices = (rules.get(k) for k in ("low", "high", "above", "choices"))
-    if choices is not None and value not in choices:
-        return f"{key}={value!r}: expected one of {', '.join(choices)}"
-    if above is not None and not value > above:
-        return f"{key}={value}: expected more than {above}"
-    if low is not None and value < low:
-        return f"{key}={value}: expected at least {low}"
-    if high is not None and value > high:
-        return f"{key}={value}: expected at most {high}"
-    return None
-
-
 def violations(config: StageConfig, *, given: Collection[str] = ()) -> list[str]:
     """Every fault of a config: type, bounds and choices of each leaf, then rules across keys.
 
@@ -392,10 +353,10 @@ def violations(config: StageConfig, *, given: Collection[str] = ()) -> list[str]
         config: of any stage.
         given: keys that may be empty because their object is at hand: `reward`, `ptx.data`.
     """
-    found = [_type_violation(k, v, f) for k, v, f in leaves(config)]
+    found = [type_violation(k, v, f) for k, v, f in leaves(config)]
     if any(found):
         return [v for v in found if v is not None]  # the rules below compute with the values
-    found = [_leaf_violation(k, v, f.metadata) for k, v, f in leaves(config)]
+    found = [leaf_violation(k, v, f.metadata) for k, v, f in leaves(config)]
     faults = [v for v in found if v is not None]
     known = ("tensorboard", "wandb", "trackio")
     faults += [
@@ -407,6 +368,8 @@ def violations(config: StageConfig, *, given: Collection[str] = ()) -> list[str]
         faults.append("run.overwrite excludes run.resume=always and run.resume_step: keep one")
     if config.run.resume == "never" and config.run.resume_step >= 0:
         faults.append("run.resume=never excludes run.resume_step: keep one")
+    if not isinstance(config, EvalConfig):
+        faults += adapter_violations(config.lora)
     if isinstance(config, PPOConfig):
         faults += _ppo_violations(config, given)
     if isinstance(config, EvalConfig):
@@ -441,7 +404,8 @@ def _ppo_violations(config: PPOConfig, given: Collection[str]) -> list[str]:
         faults.append(
             "sampling.temperature=0: PPO needs samples, take more than 0 (0.7 to 1.0 usual)"
         )
-    if not (config.reward.model or config.reward.function or "reward" in given):
+    judged = config.reward.model or config.reward.function or config.lora.reward_adapter
+    if not (judged or "reward" in given):
         faults.append("reward.model and reward.function are both empty: name at least one")
     if config.ptx.coef > 0 and not (config.ptx.data or "ptx.data" in given):
         faults.append("ptx.coef is set but ptx.data is empty: name the pretraining rows")
@@ -461,7 +425,12 @@ def _ppo_violations(config: PPOConfig, given: Collection[str]) -> list[str]:
             f"data.max_prompt_length={config.data.max_prompt_length} + sampling.max_new_tokens="
             f"{config.sampling.max_new_tokens} exceeds data.max_length={config.data.max_length}"
         )
-    return faults
+    return faults + lora_violations(
+        config.lora,
+        estimator=algorithm.estimator,
+        critic=config.critic,
+        reward_model=config.reward.model,
+    )
 
 
 def to_dict(config: StageConfig) -> dict[str, Any]:

@@ -6,7 +6,11 @@ Save and load: `save`, `load`. Taking a state apart and putting it together, wit
 
 from rlhf_fast.distributed.checkpoint import Checkpoint, CheckpointWriter, load, save, steps
 from rlhf_fast.distributed.durable import staged_directory
-from rlhf_fast.distributed.module_state import load_module_tensors, module_tensors
+from rlhf_fast.distributed.module_state import (
+    load_module_tensors,
+    module_tensors,
+    require_same_frozen,
+)
 from rlhf_fast.distributed.optimizer_state import (
     load_optimizer_state,
     load_scheduler_state,
@@ -25,6 +29,7 @@ __all__ = [
     "load_scheduler_state",
     "module_tensors",
     "optimizer_state",
+    "require_same_frozen",
     "rng_state",
     "save",
     "scheduler_state",

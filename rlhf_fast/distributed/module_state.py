@@ -7,6 +7,7 @@ the generator and tied modules all hold references to them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,28 @@ def load_module_tensors(
     with torch.no_grad():
         for name, source in sources.items():
             targets[name].copy_(tensors[source])
+
+
+def require_same_frozen(path: Path, saved: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """Check weights that no checkpoint holds, because nothing trains them, by their digests.
+
+    Args:
+        path: the checkpoint.
+        saved: name -> SHA-256 as the checkpoint was written.
+        here: the same of the run that wants to go on.
+
+    Raises:
+        CheckpointError: they differ (RF8008).
+    """
+    differing = sorted(n for n in saved.keys() | here.keys() if saved.get(n) != here.get(n))
+    if differing:
+        raise CheckpointError(
+            "RF8008",
+            f"the {', '.join(differing)} of this run is not the one the checkpoint belongs to",
+            where=str(path),
+            expected=", ".join(f"{n} with SHA-256 {saved.get(n, 'of nothing')}" for n in differing),
+            remedy="resume with the model that the run was started from",
+        )
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:

@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from rlhf_fast.errors import ModelError
 
 MANIFEST = "rlhf_fast_manifest.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -31,6 +32,15 @@ def resolve(path: str | Path) -> Path:
     directory = Path(path).expanduser()
     if not directory.is_dir():
         directory = _cached_snapshot(str(path))
+    if (directory / ADAPTER_CONFIG).is_file() and not (directory / "config.json").is_file():
+        raise ModelError(
+            "RF3066",
+            "the directory holds an adapter, not a model",
+            where=str(directory),
+            expected="a whole model",
+            remedy="train with lora.merge_on_export=true for one, or name it as lora.actor_adapter "
+            "or lora.reward_adapter",
+        )
     if not (directory / "config.json").is_file():
         raise ModelError(
             "RF3011",

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from rlhf_fast.errors import EnvironmentFault, ModelError
 from rlhf_fast.models.checks import choose_pad_token
-from rlhf_fast.models.directory import write_manifest
+from rlhf_fast.models.directory import ADAPTER_CONFIG, write_manifest
 from rlhf_fast.models.dropout import dropout_before
 from rlhf_fast.models.loading import quiet_transformers
 
@@ -48,6 +49,14 @@ def export_model(module: nn.Module, tokenizer: Any, directory: str | Path) -> Pa
         ModelError: `directory` holds something that is no model.
         EnvironmentFault: the disk is full, or writing is not permitted.
     """
+    return publish(directory, lambda draft: _write(module, copy.deepcopy(tokenizer), draft))
+
+
+def publish(directory: str | Path, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a directory beside `directory`, then put it in its place in one step.
+
+    Errors and result as for `export_model`.
+    """
     target = Path(os.path.abspath(directory))
     draft = target.with_name(f".{target.name}.exporting")
     try:
@@ -55,7 +64,7 @@ def export_model(module: nn.Module, tokenizer: Any, directory: str | Path) -> Pa
         if draft.exists():
             shutil.rmtree(draft)
         draft.mkdir(parents=True)
-        _write(module, copy.deepcopy(tokenizer), draft)
+        write(draft)
         write_manifest(draft)
         _sync(draft)
         _publish(draft, target)
@@ -71,7 +80,7 @@ def export_model(module: nn.Module, tokenizer: Any, directory: str | Path) -> Pa
 
 
 def _require_replaceable(target: Path) -> None:
-    is_model = (target / "config.json").is_file()
+    is_model = any((target / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
     empty = target.is_dir() and not any(target.iterdir())
     if target.exists() and not is_model and not empty:
         raise ModelError(

@@ -16,7 +16,7 @@ import functools
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -272,7 +272,10 @@ def _torch_varlen_kernel() -> VarlenKernel | None:
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
 
+_Surroundings = tuple[Callable[[], AbstractContextManager[None]], ...]
+
 _active: ContextVar[tuple[Any, ...]] = ContextVar("rlhf_fast_packed_configs", default=())
+_surroundings: ContextVar[_Surroundings] = ContextVar("rlhf_fast_recomputed_in", default=())
 
 
 @contextmanager
@@ -294,11 +297,31 @@ def packed_attention_mode(module: nn.Module) -> AbstractContextManager[None]:
     return _switched(attention_configs(module))
 
 
+@contextmanager
+def recomputed_in(enter: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Layers that run in this block and are recomputed in backward are so inside `enter()`."""
+    token = _surroundings.set((*_surroundings.get(), enter))
+    try:
+        yield
+    finally:
+        _surroundings.reset(token)
+
+
 def recompute_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """`context_fn` of `torch.utils.checkpoint`: recompute under the attention of the forward.
 
     Backward recomputes a layer long after `packed_attention_mode` was left; without this the layer
-    would run stock attention over the packed tokens and mix the segments.
+    would run stock attention over the packed tokens and mix the segments. The same goes for
+    whatever else surrounded the forward: see `recomputed_in`.
     """
-    configs = _active.get()
-    return nullcontext(), _switched(configs) if configs else nullcontext()
+    return nullcontext(), _as_in_forward(_active.get(), _surroundings.get())
+
+
+@contextmanager
+def _as_in_forward(configs: tuple[Any, ...], surroundings: _Surroundings) -> Iterator[None]:
+    with ExitStack() as stack:
+        for enter in surroundings:
+            stack.enter_context(enter())
+        if configs:
+            stack.enter_context(_switched(configs))
+        yield

@@ -14,7 +14,7 @@ from rlhf_fast.errors import RewardError
 from rlhf_fast.models.dropout import disable_dropout
 from rlhf_fast.models.forward import device_of, packed_hidden
 from rlhf_fast.models.heads import scalar_head, scalar_outputs
-from rlhf_fast.models.vocabulary import target_logprobs, vocabulary_head
+from rlhf_fast.models.vocabulary import likeliest_tokens, target_logprobs, vocabulary_head
 from rlhf_fast.types import HeadRows, PackedSequences, VocabularyHead
 
 DEFAULT_TOKEN_BUDGET = 16384
@@ -66,6 +66,10 @@ class _Policy:
             vocab_size=self.vocab_size,
             chunk_rows=self.chunk_rows,
         )
+
+    def likeliest_tokens(self, sequences: PackedSequences, rows: Tensor) -> Tensor:
+        """[M] int64 argmax of the next-token distribution at packed positions `rows` [M]."""
+        return likeliest_tokens(self.module, sequences, rows)
 
     def vocabulary_head(self) -> VocabularyHead | None:
         """The head as numbers; None if it is more than one linear map."""
@@ -191,10 +195,13 @@ class RewardModel:
         scores = torch.zeros(len(sequences), device=device_of(self.module))
         for chosen in microbatches(lengths, token_budget):
             part = sequences.select(chosen)
-            last = last_token_hidden(self.module, part)
+            last = self._last_hidden(part)
             index = torch.tensor(chosen, device=scores.device)
             scores[index] = scalar_outputs(self.module, last)
         return scores
+
+    def _last_hidden(self, sequences: PackedSequences) -> Tensor:
+        return last_token_hidden(self.module, sequences)
 
 
 def last_token_hidden(module: nn.Module, sequences: PackedSequences) -> Tensor:

@@ -40,8 +40,10 @@ from rlhf_fast.models.loading import load_causal_lm, load_sequence_classifier, l
 from rlhf_fast.models.reward_function import load_reward_function
 from rlhf_fast.models.vocabulary import vocabulary_head
 from rlhf_fast.ppo.exact_kl import require_exact_kl
+from rlhf_fast.stages.adapted import open_trunk
 from rlhf_fast.stages.evaluate import choose_prompts
 from rlhf_fast.stages.ppo_roles import check_tokenizers
+from rlhf_fast.stages.shared_roles import check_adapters
 from rlhf_fast.stages.training import (
     choose_device,
     load_stage_tokenizer,
@@ -84,7 +86,8 @@ def _sft(config: SFTConfig) -> list[str]:
     module = load_causal_lm(config.model, dtype="float32")
     check_vocabulary(tokenizer, module)
     check_positions(module, longest)
-    return [*_lines(*(data.report for data in sources)), _described("model", config.model, module)]
+    lines = [_described("model", config.model, module), *_adapter(config, module)]
+    return [*_lines(*(data.report for data in sources)), *lines]
 
 
 def _reward_model(config: RewardModelConfig) -> list[str]:
@@ -99,10 +102,22 @@ def _reward_model(config: RewardModelConfig) -> list[str]:
         reports.append(people.report)
         longest = max(longest, people.report.longest)
     require_budget(config.microbatch_tokens, max(len(example) for example in examples))
-    module = load_sequence_classifier(config.model, init_head=config.init_head, dtype="float32")
+    if config.lora.rank > 0:
+        module = load_causal_lm(config.model, dtype="float32")
+    else:
+        module = load_sequence_classifier(config.model, init_head=config.init_head, dtype="float32")
     check_vocabulary(tokenizer, module)
     check_positions(module, longest)
-    return [*_lines(*reports), _described("model", config.model, module)]
+    lines = [_described("model", config.model, module), *_adapter(config, module)]
+    return [*_lines(*reports), *lines]
+
+
+def _adapter(config: SFTConfig | RewardModelConfig, module: nn.Module) -> list[str]:
+    lora = config.lora
+    if lora.rank == 0:
+        return []
+    layers = open_trunk(module, config.model).shape(lora.rank, lora.alpha, lora.targets).layers
+    return [f"adapter: rank {lora.rank} on {len(layers)} layers"]
 
 
 def _ppo(config: PPOConfig) -> list[str]:
@@ -127,6 +142,8 @@ def _ppo(config: PPOConfig) -> list[str]:
         require_exact_kl(head, reference_head)
     if critic:
         lines += _judge("critic", critic, tokenizer, longest, new, init_head=True)
+    if config.lora.rank > 0:
+        lines += check_adapters(config, load_causal_lm(config.actor, dtype="float32"))
     lines += _reward(config.reward, tokenizer, longest, new)
     require_budget(config.microbatch_tokens, longest + new)
     return lines + _lines(*reports)

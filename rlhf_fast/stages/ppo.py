@@ -24,12 +24,17 @@ from rlhf_fast.data import (
 from rlhf_fast.data.readers import RowSource
 from rlhf_fast.distributed.durable import write_atomically
 from rlhf_fast.metrics import METRICS_NAME, read_metrics
+from rlhf_fast.models.adapter_files import export_adapter
+from rlhf_fast.models.adapter_roles import AdapterActor
+from rlhf_fast.models.adapters import AdapterModule
 from rlhf_fast.models.export import export_model
 from rlhf_fast.models.reward_function import RewardFunction
 from rlhf_fast.ppo.health import hints
 from rlhf_fast.ppo.trainer import PPOLearner, StepOutput
+from rlhf_fast.stages.adapted import ADAPTER_NAME, export_adapted, trunk_digest
 from rlhf_fast.stages.ppo_roles import PretrainingBatches, build_roles, check_roles
 from rlhf_fast.stages.run import Run
+from rlhf_fast.stages.shared_roles import shared_bytes, shared_trunk
 from rlhf_fast.stages.training import (
     MODEL_NAME,
     TrainingState,
@@ -61,7 +66,8 @@ class PPOResult:
     """What a PPO run leaves.
 
     Args:
-        model_dir: exported policy, loadable by `AutoModelForCausalLM`.
+        model_dir: exported policy, loadable by `AutoModelForCausalLM`; with LoRA a peft adapter
+            (docs/lora.md).
         steps: PPO steps done.
         metrics: means of the last step.
     """
@@ -95,7 +101,8 @@ class PPOTrainer:
     Args:
         config: settings; `config.actor`, `config.reward.model` and so on name directories for
             whatever is not passed here.
-        model: the policy, a Hugging Face causal LM; trained in place, its weights as fp32.
+        model: the policy, a Hugging Face causal LM; trained in place, its weights as fp32. With
+            `config.lora` the trunk: frozen, its linear layers replaced in place.
         tokenizer: its tokenizer.
         train_dataset: rows with a `prompt` column: path, list of dicts or `datasets.Dataset`.
         reference: frozen reference; None copies the policy as it is now.
@@ -195,8 +202,8 @@ class PPOTrainer:
         run = open_run(
             config,
             "ppo",
-            outputs=(MODEL_NAME, CRITIC_NAME, SAMPLES_NAME),
-            bytes_needed=2 * training_bytes(config.actor, config.run.keep_last),
+            outputs=(MODEL_NAME, CRITIC_NAME, ADAPTER_NAME, SAMPLES_NAME),
+            bytes_needed=self._bytes_needed(),
             quiet=self.quiet,
         )
         with run:
@@ -215,7 +222,16 @@ class PPOTrainer:
         samplers = {"prompts": self.sampler}
         if self.pretraining is not None:
             samplers["pretraining"] = self.pretraining.sampler
-        return TrainingState(modules, optimizers, samplers, log)
+        return TrainingState(
+            modules, optimizers, samplers, log, frozen=trunk_digest(modules["actor"])
+        )
+
+    def _bytes_needed(self) -> int:
+        config, trunk = self.config, shared_trunk(self.roles)
+        keep = config.run.keep_last
+        if trunk is None:
+            return 2 * training_bytes(config.actor, keep)
+        return shared_bytes(self.roles, trunk, keep_last=keep, merge=config.lora.merge_on_export)
 
     def _train(self, run: Run, state: TrainingState) -> PPOResult:
         config, learner = self.config, self.learner
@@ -250,7 +266,7 @@ class PPOTrainer:
         )
         self.save_model(run.path / MODEL_NAME)
         if self.roles.critic is not None:
-            export_model(self.roles.critic.module, self.tokenizer, run.path / CRITIC_NAME)
+            self._save_critic(self.roles.critic.module, run.path / CRITIC_NAME)
         last = read_metrics(run.path / METRICS_NAME)[-1]
         metrics = {name: float(last[name] or 0.0) for name in _KEPT}
         run.mark_complete(state.step, metrics)
@@ -264,8 +280,19 @@ class PPOTrainer:
         return rates
 
     def save_model(self, directory: str | Path) -> None:
-        """Export the policy and its tokenizer as a Hugging Face directory."""
-        export_model(self.roles.actor.module, self.tokenizer, Path(directory))
+        """Export the policy and its tokenizer as a Hugging Face directory, or its adapter."""
+        actor, target = self.roles.actor, Path(directory)
+        if isinstance(actor, AdapterActor):
+            merge = self.config.lora.merge_on_export
+            export_adapted(actor.adapted, self.tokenizer, target, merge=merge)
+        else:
+            export_model(actor.module, self.tokenizer, target)
+
+    def _save_critic(self, module: nn.Module, directory: Path) -> None:
+        export: Callable[..., Path] = export_model
+        if isinstance(module, AdapterModule):
+            export = export_adapter
+        export(module, self.tokenizer, directory)
 
     def _advise(self, output: StepOutput, metrics: Mapping[str, float]) -> None:
         """Show warnings, and each health hint once a run."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from rlhf_fast.data import EpochSampler, pack_sft
 from rlhf_fast.data.examples import SFTExample
 from rlhf_fast.engine.hybrid import HybridEngine, engine_settings
 from rlhf_fast.errors import ConfigError
+from rlhf_fast.models.adapter_roles import AdapterGenerator
 from rlhf_fast.models.checks import check_context, check_same_tokenizer, check_vocabulary
 from rlhf_fast.models.forward import ComputeDtype, enable_gradient_checkpointing
 from rlhf_fast.models.loading import (
@@ -34,6 +36,7 @@ from rlhf_fast.models.roles import Actor, Critic, Reference, RewardModel
 from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.ppo.trainer import Roles
 from rlhf_fast.protocols import Reward
+from rlhf_fast.stages.shared_roles import refuse_modules, share_trunk
 from rlhf_fast.stages.training import compute_type
 from rlhf_fast.types import PackedSequences
 
@@ -68,10 +71,12 @@ def build_reward(
     model: nn.Module | None = None,
     model_tokenizer: Any = None,
     function: RewardFunction | None = None,
+    judge: RewardModel | None = None,
 ) -> Reward:
     """The reward: a model, a function, or the model plus `function_weight` times the function.
 
-    Modules and functions given here come before what the config names.
+    Modules and functions given here come before what the config names; `judge` is a reward model
+    that stands on its device already.
     """
     settings = config.reward
     parts: list[tuple[float, Reward]] = []
@@ -81,16 +86,11 @@ def build_reward(
         )
         model_tokenizer = load_tokenizer(settings.model)
     if model is not None:
+        judge = RewardModel(model.to(device))
+    if judge is not None:
+        own = tokenizer if model_tokenizer is None else model_tokenizer
         parts.append(
-            (
-                1.0,
-                ModelReward(
-                    RewardModel(model.to(device)),
-                    tokenizer,
-                    tokenizer if model_tokenizer is None else model_tokenizer,
-                    token_budget=config.microbatch_tokens,
-                ),
-            )
+            (1.0, ModelReward(judge, tokenizer, own, token_budget=config.microbatch_tokens))
         )
     if function is None and settings.function:
         function = load_reward_function(settings.function)
@@ -207,6 +207,13 @@ def build_optimizer(
     module.train()  # dropout is off in either mode; activations are recomputed in this one only
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module)
+    return guarded_optimizer(config, module, name)
+
+
+def guarded_optimizer(
+    config: PPOConfig, module: nn.Module, name: Literal["actor", "critic"]
+) -> GuardedOptimizer:
+    """The optimizer of a module's trainable parameters."""
     algorithm = config.algorithm
     return GuardedOptimizer(
         module,
@@ -246,20 +253,24 @@ def build_roles(
     )
     if actor is None:
         actor = load_causal_lm(config.actor, dtype=compute_type(config.run))
+    if reference is None and config.reference:
+        reference = load_causal_lm(config.reference, dtype=compute_type(config.run))
+    reward = partial(
+        build_reward,
+        *(config, tokenizer, device),
+        model=reward_model,
+        model_tokenizer=reward_tokenizer,
+        function=reward_function,
+    )
+    if config.lora.rank > 0:
+        judge = reward_model if config.lora.reward_adapter else None
+        refuse_modules(config, critic=critic, reward_model=judge)
+        return _shared_roles(config, tokenizer, device, actor, reference, reward, pretraining)
     if reference is None:
-        reference = (
-            load_causal_lm(config.reference, dtype=compute_type(config.run))
-            if config.reference
-            else copy.deepcopy(actor)
-        )
+        reference = copy.deepcopy(actor)
     value_model = build_critic(config, actor, critic=critic, reward=reward_model)
     policy = Actor(actor.to(device))
-    engine = HybridEngine.from_tokenizer(
-        actor,
-        tokenizer,
-        weight_version=lambda: policy.weight_version,
-        settings=engine_settings(config.engine, config.rollout.max_batch),
-    )
+    engine = build_engine(config, actor, tokenizer, lambda: policy.weight_version)
     actor_optimizer = build_optimizer(config, actor, "actor")
     engine.guard(actor_optimizer.optimizer)
     critic_optimizer = None
@@ -269,18 +280,54 @@ def build_roles(
         actor=policy,
         reference=Reference(reference.to(device)),
         critic=value_model,
-        reward=build_reward(
-            config,
-            tokenizer,
-            device,
-            model=reward_model,
-            model_tokenizer=reward_tokenizer,
-            function=reward_function,
-        ),
+        reward=reward(),
         generator=engine,
         actor_optimizer=actor_optimizer,
         critic_optimizer=critic_optimizer,
         pretraining=pretraining,
         on_update=lambda: policy.bump_version(),
         scoring=engine.scoring,
+    )
+
+
+def _shared_roles(
+    config: PPOConfig,
+    tokenizer: Any,
+    device: torch.device,
+    trunk: nn.Module,
+    reference: nn.Module | None,
+    reward: Callable[..., Reward],
+    pretraining: PretrainingBatches | None,
+) -> Roles:
+    """The roles of LoRA mode: `trunk` carries them all, but a reference or reward of its own."""
+    shared = share_trunk(config, trunk, device)
+    policy, value_model = shared.actor, shared.critic
+    engine = build_engine(config, policy.trunk.model, tokenizer, lambda: policy.weight_version)
+    actor_optimizer = guarded_optimizer(config, policy.module, "actor")
+    engine.guard(actor_optimizer.optimizer)
+    return Roles(
+        actor=policy,
+        reference=shared.reference if reference is None else Reference(reference.to(device)),
+        critic=value_model,
+        reward=reward(judge=shared.reward_model),
+        generator=AdapterGenerator(engine, policy.trunk, "actor"),
+        actor_optimizer=actor_optimizer,
+        critic_optimizer=None
+        if value_model is None
+        else guarded_optimizer(config, value_model.module, "critic"),
+        pretraining=pretraining,
+        on_update=lambda: policy.bump_version(),
+        scoring=engine.scoring,
+    )
+
+
+def build_engine(
+    config: PPOConfig, module: nn.Module, tokenizer: Any, weight_version: Callable[[], int]
+) -> HybridEngine:
+    """The engine that generates from the weights that are trained."""
+    return HybridEngine.from_tokenizer(
+        module,
+        tokenizer,
+        weight_version=weight_version,
+        settings=engine_settings(config.engine, config.rollout.max_batch),
     )

@@ -13,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -33,11 +34,14 @@ from rlhf_fast.data import (
 )
 from rlhf_fast.errors import NumericalError
 from rlhf_fast.metrics import MetricLogger
+from rlhf_fast.models.adapter_roles import adapted_last_hidden
+from rlhf_fast.models.adapters import AdapterModule
 from rlhf_fast.models.export import export_model
 from rlhf_fast.models.heads import scalar_outputs, set_calibration
-from rlhf_fast.models.loading import load_sequence_classifier
+from rlhf_fast.models.loading import init_reward_head, load_sequence_classifier
 from rlhf_fast.models.ranking_loss import PairCounts, count_pairs, pair_accuracy, ranking_loss
 from rlhf_fast.models.roles import last_token_hidden
+from rlhf_fast.stages.adapted import ADAPTER_NAME, export_adapted, one_adapter, stage_bytes
 from rlhf_fast.stages.held_out import Split, split_by_prompt
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.supervised import SupervisedStage
@@ -53,7 +57,6 @@ from rlhf_fast.stages.training import (
     say,
     setup_run,
     show_reports,
-    training_bytes,
     warn_loudly,
 )
 from rlhf_fast.types import LossOutput, PackedSequences
@@ -139,8 +142,9 @@ def run_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> Rewar
     require_valid(config)
     require_settings(config, "model", "data.train", "run.output_dir")
     device = setup_run(config.run)
-    space = training_bytes(config.model, config.run.keep_last)
-    with open_run(config, "reward_model", bytes_needed=space, quiet=quiet) as run:
+    space = stage_bytes(config.model, config.run.keep_last, config.lora)
+    outputs = (MODEL_NAME, ADAPTER_NAME)
+    with open_run(config, "reward_model", outputs=outputs, bytes_needed=space, quiet=quiet) as run:
         if run.already_complete:
             result = RewardModelResult(**finished_summary(run))
         else:
@@ -222,6 +226,8 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
         require_budget(config.microbatch_tokens, max(len(e) for e in examples))
         longest = max(s.numel() for e in examples for s in e.sequences())
         longest = max(longest, max(s.numel() for s in self.demonstrations))
+        if config.lora.rank > 0:
+            return self._load_adapted(longest)
         module: nn.Module = load_sequence_classifier(
             config.model,
             init_head=config.init_head,
@@ -239,6 +245,22 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
         # twice.
         set_calibration(module, 1.0, 0.0)
         return module
+
+    def _load_adapted(self, longest: int) -> AdapterModule:
+        """An adapter and a new head on the model, which stays as it is."""
+        trunk = one_adapter(
+            self.config, self.tokenizer, self.device, name="reward", longest=longest
+        )
+        module = trunk.role_module("reward", head=True)
+        init_reward_head(module, self.config.run.seed)
+        return module
+
+    def scores(self, sequences: PackedSequences) -> Tensor:
+        """[K] float32 scores, raw until calibration; gradients flow."""
+        module = self.module
+        if isinstance(module, AdapterModule):
+            return scalar_outputs(module, adapted_last_hidden(module, sequences))
+        return scalar_outputs(module, last_token_hidden(module, sequences))
 
     def step(self) -> dict[str, float]:
         """One optimizer step: pack, accumulate gradients, update; evaluate after the last one."""
@@ -279,7 +301,7 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
 
     def loss(self, batch: PreferenceBatch, prompts: int) -> LossOutput:
         """The batch's share of the loss of a step of `prompts` prompts."""
-        scores = scalar_outputs(self.module, last_token_hidden(self.module, batch.sequences))
+        scores = self.scores(batch.sequences)
         margins = batch.margins if self.config.margin else None
         return ranking_loss(scores, batch.group_sizes, margins, num_prompts=prompts)
 
@@ -289,8 +311,7 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
         self.module.eval()
         with torch.no_grad():
             for batch in pack_preferences(examples, self.config.microbatch_tokens):
-                hidden = last_token_hidden(self.module, batch.sequences)
-                scores = scalar_outputs(self.module, hidden)
+                scores = self.scores(batch.sequences)
                 margins = batch.margins if self.config.margin else None
                 output = ranking_loss(scores, batch.group_sizes, margins)
                 counts = count_pairs(scores, batch.group_sizes)
@@ -318,7 +339,7 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
             gain, bias = calibration_of(scores, unit_gain=self.config.unit_gain)
             set_calibration(self.module, gain, bias)
         with self.run.phase("export"):
-            model_dir = export_model(self.module, self.tokenizer, self.run.path / MODEL_NAME)
+            model_dir = self._export(self.run.path / MODEL_NAME)
         held_out = self.state.extra.get("eval", {})
         return RewardModelResult(
             output_dir=str(self.run.path),
@@ -339,6 +360,12 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
             reports=self.reports,
         )
 
+    def _export(self, directory: Path) -> Path:
+        if isinstance(self.module, AdapterModule):
+            merge = self.config.lora.merge_on_export
+            return export_adapted(self.module, self.tokenizer, directory, merge=merge)
+        return export_model(self.module, self.tokenizer, directory)
+
     def raw_scores(self, sequences: Sequence[Tensor]) -> Tensor:
         """[K] float64 uncalibrated scores, on the CPU."""
         scores = torch.zeros(len(sequences), dtype=torch.float64)
@@ -347,7 +374,7 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
         with torch.no_grad():
             for chosen in pack_best_fit([s.numel() for s in sequences], budget):
                 packed = PackedSequences.from_lists([sequences[i] for i in chosen])
-                output = scalar_outputs(self.module, last_token_hidden(self.module, packed))
+                output = self.scores(packed)
                 scores[torch.tensor(chosen)] = output.double().cpu()
         self.module.train()
         return scores

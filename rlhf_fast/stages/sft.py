@@ -12,10 +12,11 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.config_loading import require_valid
@@ -31,10 +32,11 @@ from rlhf_fast.data import (
     warn_overlap,
 )
 from rlhf_fast.metrics import MetricLogger
+from rlhf_fast.models.adapter_roles import AdapterActor
 from rlhf_fast.models.export import export_model
 from rlhf_fast.models.loading import load_causal_lm
 from rlhf_fast.models.roles import Actor
-from rlhf_fast.models.vocabulary import likeliest_tokens
+from rlhf_fast.stages.adapted import ADAPTER_NAME, export_adapted, one_adapter, stage_bytes
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.supervised import SupervisedStage
 from rlhf_fast.stages.training import (
@@ -48,7 +50,6 @@ from rlhf_fast.stages.training import (
     require_settings,
     setup_run,
     show_reports,
-    training_bytes,
 )
 
 
@@ -103,8 +104,9 @@ def run_sft(config: SFTConfig, *, quiet: bool = False) -> SFTResult:
     require_valid(config)
     require_settings(config, "model", "data.train", "run.output_dir")
     device = setup_run(config.run)
-    space = training_bytes(config.model, config.run.keep_last)
-    with open_run(config, "sft", bytes_needed=space, quiet=quiet) as run:
+    space = stage_bytes(config.model, config.run.keep_last, config.lora)
+    outputs = (MODEL_NAME, ADAPTER_NAME)
+    with open_run(config, "sft", outputs=outputs, bytes_needed=space, quiet=quiet) as run:
         if run.already_complete:
             return SFTResult(**finished_summary(run))
         with open_metrics(run, config) as metrics:
@@ -131,15 +133,26 @@ class SFTStage(SupervisedStage[SFTConfig]):
         show_reports(*(d.report for d in sources))
         longest = max(d.report.longest for d in sources)
         require_budget(config.microbatch_tokens, longest)
-        module = prepare_for_training(
-            load_causal_lm(config.model, dtype=compute_type(config.run)),
-            self.tokenizer,
-            device,
-            longest=longest,
-            gradient_checkpointing=config.gradient_checkpointing,
+        self.actor = self._load_actor(longest)
+        self.begin(
+            self.actor.module, metrics, rows=len(self.data), fingerprint=self.data.fingerprint
         )
-        self.actor = Actor(module)
-        self.begin(module, metrics, rows=len(self.data), fingerprint=self.data.fingerprint)
+
+    def _load_actor(self, longest: int) -> Actor | AdapterActor:
+        config = self.config
+        if config.lora.rank > 0:
+            return AdapterActor(
+                one_adapter(config, self.tokenizer, self.device, name="actor", longest=longest)
+            )
+        return Actor(
+            prepare_for_training(
+                load_causal_lm(config.model, dtype=compute_type(config.run)),
+                self.tokenizer,
+                self.device,
+                longest=longest,
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+        )
 
     def _load_data(self) -> tuple[LoadedData[SFTExample], LoadedData[SFTExample] | None]:
         source, options = self.config.data, LoadOptions.from_config(self.config.data)
@@ -204,7 +217,7 @@ class SFTStage(SupervisedStage[SFTConfig]):
         with torch.no_grad():
             for batch in pack_sft(examples, self.config.microbatch_tokens):
                 nll += float(nll_sum(self.actor, batch).double())
-                hits += int(hit_count(self.actor.module, batch))
+                hits += int(hit_count(self.actor, batch))
                 tokens += batch.num_loss_tokens
         self.actor.module.train()
         loss = nll / max(1, tokens)
@@ -217,7 +230,7 @@ class SFTStage(SupervisedStage[SFTConfig]):
     def export(self) -> SFTResult:
         """Write `output_dir/model` and sum up."""
         with self.run.phase("export"):
-            model_dir = export_model(self.actor.module, self.tokenizer, self.run.path / MODEL_NAME)
+            model_dir = self._export(self.run.path / MODEL_NAME)
         held_out = self.state.extra.get("eval", {})
         sources = {"train": self.data, "eval": self.eval_data}
         return SFTResult(
@@ -230,15 +243,21 @@ class SFTStage(SupervisedStage[SFTConfig]):
             reports={n: d.report.to_dict() for n, d in sources.items() if d is not None},
         )
 
+    def _export(self, directory: Path) -> Path:
+        if isinstance(self.actor, AdapterActor):
+            merge = self.config.lora.merge_on_export
+            return export_adapted(self.actor.adapted, self.tokenizer, directory, merge=merge)
+        return export_model(self.actor.module, self.tokenizer, directory)
 
-def nll_sum(actor: Actor, batch: PackedBatch) -> Tensor:
+
+def nll_sum(actor: Actor | AdapterActor, batch: PackedBatch) -> Tensor:
     """[] float32 negative log-likelihood in nats, summed over the batch's loss tokens."""
     logprobs, _ = actor.logprobs(batch.sequences, batch.targets)
     return -logprobs.sum()
 
 
-def hit_count(module: nn.Module, batch: PackedBatch) -> Tensor:
+def hit_count(actor: Actor | AdapterActor, batch: PackedBatch) -> Tensor:
     """[] int64 loss tokens that the model finds likelier than every other token."""
     rows = torch.nonzero(batch.loss_mask).squeeze(1)
-    likeliest = likeliest_tokens(module, batch.sequences, rows)
+    likeliest = actor.likeliest_tokens(batch.sequences, rows)
     return (likeliest == batch.targets[rows].to(likeliest.device)).sum()

@@ -13,6 +13,7 @@ from rlhf_fast.config import RewardModelConfig, SFTConfig
 from rlhf_fast.data import EpochSampler
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.optim import GuardedOptimizer
+from rlhf_fast.stages.adapted import trunk_digest
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.training import (
     TrainingState,
@@ -66,7 +67,11 @@ class SupervisedStage(ABC, Generic[Config]):
             name=self.role,
         )
         self.state = TrainingState(
-            {self.role: module}, {self.role: self.optimizer}, {"train": self.sampler}, metrics
+            {self.role: module},
+            {self.role: self.optimizer},
+            {"train": self.sampler},
+            metrics,
+            frozen=trunk_digest(module),
         )
         load_training_state(
             self.run.checkpoint, self.state, allow_data_change=config.run.allow_data_change

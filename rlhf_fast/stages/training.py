@@ -35,6 +35,7 @@ from rlhf_fast.distributed import (
     load_scheduler_state,
     module_tensors,
     optimizer_state,
+    require_same_frozen,
     rng_state,
     scheduler_state,
 )
@@ -267,14 +268,14 @@ def require_budget(microbatch_tokens: int, longest: int) -> None:
 def training_bytes(model: str | Path, keep_last: int) -> int:
     """Disk space a run needs at least: checkpoints with two Adam moments each, and one export.
 
-    A save exists beside the `keep_last` older ones before it replaces the oldest. 0 if `model` is
-    no local directory.
+    A save exists beside the `keep_last` older ones before it replaces the oldest.
     """
-    path = Path(model)
-    if not path.is_dir():
-        return 0
-    weights = sum(f.stat().st_size for f in path.glob("*.safetensors"))
-    return weights * (3 * (keep_last + 1) + 1)
+    return export_bytes(model) * (3 * (keep_last + 1) + 1)
+
+
+def export_bytes(model: str | Path) -> int:
+    """Disk space of a model's weights; 0 if `model` is no local directory."""
+    return sum(f.stat().st_size for f in Path(model).glob("*.safetensors"))
 
 
 @dataclass
@@ -288,6 +289,7 @@ class TrainingState:
         metrics: the run's metric log.
         step: steps done.
         extra: plain values of the stage's own, saved and restored as they are.
+        frozen: SHA-256, by name, of weights that no checkpoint holds because nothing trains them.
     """
 
     modules: Mapping[str, nn.Module]
@@ -296,6 +298,7 @@ class TrainingState:
     metrics: MetricLogger
     step: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
+    frozen: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_metrics(run: Run, config: StageConfig) -> MetricLogger:
@@ -334,6 +337,7 @@ def save_training_state(run: Run, state: TrainingState) -> Path:
             "samplers": {name: s.state_dict() for name, s in state.samplers.items()},
             "metrics_position": state.metrics.position(),
             "extra": state.extra,
+            "frozen": dict(state.frozen),
         },
     )
 
@@ -346,13 +350,14 @@ def load_training_state(
     Weights and optimizer state are copied into the live tensors.
 
     Raises:
-        CheckpointError: the checkpoint belongs to other modules or optimizers (RF8005 to RF8007).
+        CheckpointError: the checkpoint belongs to other modules or optimizers (RF8005 to RF8008).
         DataError: the data changed (RF2062), unless `allow_data_change`.
     """
     if checkpoint is None:
         state.metrics.truncate(0)
         return
     saved = checkpoint.state
+    require_same_frozen(checkpoint.path, saved.get("frozen", {}), state.frozen)
     for name, sampler in state.samplers.items():
         sampler.load_state_dict(saved["samplers"][name], allow_data_change=allow_data_change)
     for name, module in state.modules.items():

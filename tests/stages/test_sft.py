@@ -257,7 +257,7 @@ def test_evaluation_agrees_with_plain_transformers(model_type: str) -> None:
             nll -= float(logprobs[learnt].sum())
             hits += int((logits.argmax(-1) == example.ids[1:])[learnt].sum())
         assert float(nll_sum(Actor(module), batch)) == pytest.approx(nll, rel=1e-5)
-        assert int(hit_count(module, batch)) == hits
+        assert int(hit_count(Actor(module), batch)) == hits
 
 
 def test_bfloat16_computes_over_fp32_masters(base: Path, tmp_path: Path) -> None:
