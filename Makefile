@@ -38,7 +38,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m bench.kernels.suite
-	$(BIN)/python -m bench.bench_generate
+	$(BIN)/python -m bench.engine.bench_generate
 
 env: $(READY)
 	$(BIN)/rlhf-fast env

@@ -58,7 +58,7 @@ class StopRule:
                 "RF4002",
                 "stop_strings need a tokenizer to decode with",
                 where="SamplingParams.stop_strings",
-                remedy="build the generator with HFGenerator.from_tokenizer, or pass decode=",
+                remedy="build the engine with HybridEngine.from_tokenizer, or pass decode=",
             )
         self._decode = decode
         # A token yields at least one byte of text, so this many tokens hold any match that the

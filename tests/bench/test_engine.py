@@ -1,0 +1,51 @@
+"""The engine's benchmark runs at its smallest, and its limits are what they claim."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.engine import bench_generate
+
+
+def test_the_smallest_preset_runs_and_writes_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = bench_generate.Shape(50, 16, 24, 1, 2, 1)
+    monkeypatch.setitem(bench_generate.SHAPES, "tiny", tiny)
+    monkeypatch.setattr(bench_generate, "calibrate", lambda _: RATES)
+    path = tmp_path / "out.json"
+    arguments = ["--shapes", "tiny", "--batches", "2", "--prompt", "3", "--new-tokens", "4"]
+    arguments += ["--longest", "8", "--rounds", "1", "--threads", "1", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    bench_generate.main()
+    rows = json.loads(path.read_text())["rows"]
+    assert [(r["batch"], r["lengths"]) for r in rows] == [(2, "uniform"), (2, "long-tailed")]
+    for row in rows:
+        assert set(row["tokens_per_second"]) == {"engine", "generate"}
+        assert row["times_faster"]["generate"] > 0
+    assert "long-tailed" in capsys.readouterr().out
+
+
+RATES = {"matmul_fp32_tflop_per_s": 1e-3, "read_gb_per_s": 1.0}
+
+
+def test_long_tailed_lengths_reach_the_maximum_with_a_mean_near_a_quarter() -> None:
+    lengths = bench_generate.lengths_for("long-tailed", 400, 192)
+    assert max(lengths) == 192
+    assert min(lengths) >= 1
+    assert 0.2 < sum(lengths) / len(lengths) / 192 < 0.3
+
+
+def test_the_roofline_is_arithmetic_or_traffic_whichever_takes_longer() -> None:
+    shape = bench_generate.Shape(8, 4, 6, 1, 2, 1)
+    weights = 4 * (4 * 3 + 3 * 6) + 8 * 4
+    fast_memory = {"matmul_fp32_tflop_per_s": 1e-12, "read_gb_per_s": 1e9}
+    flops = 2 * 2 * (weights + 2 * 4 * 5)
+    assert bench_generate.roofline_seconds(shape, 5, [1, 1], 4, fast_memory) == flops
+    fast_arithmetic = {"matmul_fp32_tflop_per_s": 1e9, "read_gb_per_s": 1e-9}
+    traffic = 4 * (weights + 2 * 5 * 2 * 2)
+    assert bench_generate.roofline_seconds(shape, 5, [1, 1], 4, fast_arithmetic) == traffic
