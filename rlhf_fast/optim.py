@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_fast.config import OptimConfig
 from rlhf_fast.errors import NumericalError
+from rlhf_fast.optimizer_host import HostState
 
 
 class StepResult(NamedTuple):
@@ -83,6 +84,7 @@ class GuardedOptimizer:
         self.max_bad_steps = max_bad_steps
         self.name = name
         self.bad_steps = 0
+        self._host = HostState(self.optimizer)
 
     @property
     def parameters(self) -> Iterable[nn.Parameter]:
@@ -111,12 +113,23 @@ class GuardedOptimizer:
         """Drop all gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    def offload_state(self) -> None:
+        """Move the moments to host memory, where a checkpoint may read them; free on return."""
+        self._host.offload()
+
+    def restore_state(self) -> None:
+        """Bring the moments back, every bit of them; does nothing if they are not away."""
+        self._host.restore()
+
     def step(self) -> StepResult:
         """Clip and apply the accumulated gradients, then drop them.
 
         Raises:
+            RuntimeError: the moments are in host memory.
             NumericalError: `max_bad_steps` steps in a row had a non-finite gradient.
         """
+        if self._host.away:
+            raise RuntimeError(f"{self.name}: step while the optimizer state is offloaded")
         grads: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
         total = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
         norm = float(total)

@@ -13,9 +13,9 @@ from rlhf_fast.config import (
     SFTConfig,
     leaves,
     to_dict,
-    violations,
 )
 from rlhf_fast.config_loading import documented_yaml, load_config, to_yaml
+from rlhf_fast.config_rules import violations
 from rlhf_fast.errors import ConfigError
 
 KINDS = [SFTConfig, RewardModelConfig, PPOConfig, EvalConfig]

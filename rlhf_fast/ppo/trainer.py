@@ -51,7 +51,10 @@ class PretrainingSource(Protocol):
 
 @dataclass
 class Roles:
-    """The four models and what moves them. `critic` and its optimizer are None without a critic."""
+    """The four models and what moves them. `critic` and its optimizer are None without a critic.
+
+    `between_updates` is entered for sampling and scoring: what only the update needs may rest.
+    """
 
     actor: PolicyModel
     reference: PolicyModel
@@ -62,6 +65,7 @@ class Roles:
     critic_optimizer: GuardedOptimizer | None
     pretraining: PretrainingSource | None = None
     on_update: Callable[[], object] = field(default=lambda: None)
+    between_updates: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,11 @@ class PPOLearner:
 
     def step(self, prompts: PromptBatch) -> StepOutput:
         """One rollout batch: sample, score, estimate advantages, update both models."""
-        with self.phase("generate"):
-            rollout = self.generate(prompts)
-        with self.phase("score"):
-            scored = self.score(rollout)
+        with self.roles.between_updates():
+            with self.phase("generate"):
+                rollout = self.generate(prompts)
+            with self.phase("score"):
+                scored = self.score(rollout)
         with self.phase("prepare"):
             experience, shaped = self.prepare(scored)
         metrics = rollout_metrics(experience, shaped, kl_coef=self.kl_controller.coef)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -85,7 +86,9 @@ def build_reward(
             (
                 1.0,
                 ModelReward(
-                    RewardModel(model.to(device)),
+                    RewardModel(model, streamed_to=device)
+                    if config.memory.reward_model == "offload"
+                    else RewardModel(model.to(device)),
                     tokenizer,
                     tokenizer if model_tokenizer is None else model_tokenizer,
                     token_budget=config.microbatch_tokens,
@@ -258,9 +261,12 @@ def build_roles(
     critic_optimizer = None
     if value_model is not None:
         critic_optimizer = build_optimizer(config, value_model.module.to(device), "critic")
+    optimizers = [o for o in (actor_optimizer, critic_optimizer) if o is not None]
     return Roles(
         actor=policy,
-        reference=Reference(reference.to(device)),
+        reference=Reference(reference, streamed_to=device)
+        if config.memory.reference == "offload"
+        else Reference(reference.to(device)),
         critic=value_model,
         reward=build_reward(
             config,
@@ -281,4 +287,19 @@ def build_roles(
         critic_optimizer=critic_optimizer,
         pretraining=pretraining,
         on_update=lambda: policy.bump_version(),
+        between_updates=nullcontext
+        if config.memory.optimizer_state == "resident"
+        else lambda: states_on_host(optimizers),
     )
+
+
+@contextmanager
+def states_on_host(optimizers: Sequence[GuardedOptimizer]) -> Iterator[None]:
+    """Keep the optimizers' states off the device inside."""
+    try:
+        for optimizer in optimizers:
+            optimizer.offload_state()
+        yield
+    finally:
+        for optimizer in optimizers:
+            optimizer.restore_state()
