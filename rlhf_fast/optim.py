@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,25 @@ def schedule(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
     return factor
 
 
+def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+
+
+def _groups(
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
+) -> list[dict[str, object]]:
+    """Matrices with weight decay, vectors (norms and biases) without; none that is empty."""
+    parameters = [p for _, p in named]
+    groups: list[dict[str, object]] = []
+    for decay, chosen in (
+        (config.weight_decay, [p for p in parameters if p.dim() >= 2]),
+        (0.0, [p for p in parameters if p.dim() < 2]),
+    ):
+        if chosen:
+            groups.append({"params": chosen, "weight_decay": decay, "lr": config.lr})
+    return groups
+
+
 class GuardedOptimizer:
     """AdamW over a module's trainable parameters, its schedule, and the non-finite guard.
 
@@ -51,6 +70,8 @@ class GuardedOptimizer:
         total_steps: optimizer steps of the whole run, the span of the schedule.
         max_bad_steps: skipped steps in a row that raise NumericalError.
         name: the role, for messages.
+        heads: further modules by name, stepped in the same step with learning rate and weight decay
+            of their own config; all else is as in `config`.
     """
 
     def __init__(
@@ -61,17 +82,16 @@ class GuardedOptimizer:
         *,
         max_bad_steps: int = 3,
         name: str = "model",
+        heads: Mapping[str, tuple[nn.Module, OptimConfig]] | None = None,
     ) -> None:
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        self.named_parameters: list[tuple[str, nn.Parameter]] = named
-        matrices = [p for _, p in named if p.dim() >= 2]
-        vectors = [p for _, p in named if p.dim() < 2]
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+        self.named_parameters = _trained(module)
+        groups = _groups(self.named_parameters, config)
+        for head_name, (head, head_config) in (heads or {}).items():
+            named = [(f"{head_name}.{n}", p) for n, p in _trained(head)]
+            self.named_parameters += named
+            groups += _groups(named, head_config)
         self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
+            groups,
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
@@ -94,7 +114,12 @@ class GuardedOptimizer:
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
-        return float(self.scheduler.get_last_lr()[0])
+        return self.rates[0]
+
+    @property
+    def rates(self) -> list[float]:
+        """The learning rate of each parameter group in the next step, those of heads last."""
+        return [float(rate) for rate in self.scheduler.get_last_lr()]
 
     def follow_schedule(self) -> None:
         """Set the learning rate to this schedule's for the present step.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from rlhf_fast.errors import RewardError
 from rlhf_fast.models.dropout import disable_dropout
 from rlhf_fast.models.forward import device_of, packed_hidden
-from rlhf_fast.models.heads import scalar_head, scalar_outputs
+from rlhf_fast.models.heads import ValueHead, scalar_head, scalar_outputs
 from rlhf_fast.models.offload import StreamedModule
 from rlhf_fast.models.vocabulary import target_logprobs, vocabulary_head
 from rlhf_fast.types import HeadRows, PackedSequences, VocabularyHead
@@ -175,6 +176,35 @@ class Critic:
     def values(self, sequences: PackedSequences) -> Tensor:
         """[N] float32: the value of the state after reading each position; gradients flow."""
         return scalar_outputs(self.module, packed_hidden(self.module, sequences))
+
+
+class TrunkCritic:
+    """The value function as a scalar head on the actor's last hidden states.
+
+    One forward of the trunk serves the log-probs and the values, and the value loss trains the
+    trunk as well.
+
+    Args:
+        actor: causal LM whose trunk it reads; its dropout is off already.
+
+    Attributes:
+        module, head: the head alone.
+    """
+
+    def __init__(self, actor: nn.Module) -> None:
+        trunk: Any = actor
+        self.trunk = actor
+        self.head = ValueHead(trunk.get_output_embeddings().weight.shape[1], device_of(actor))
+        self.module: nn.Module = self.head
+
+    def values(self, sequences: PackedSequences) -> Tensor:
+        """[N] float32 by a forward of the trunk; gradients flow."""
+        return self.values_from(packed_hidden(self.trunk, sequences))
+
+    def values_from(self, hidden: Tensor) -> Tensor:
+        """[N] float32 of hidden states [N, H] that the actor's forward made; gradients flow."""
+        values: Tensor = self.head(hidden)
+        return values
 
 
 class RewardModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from rlhf_fast.models.checks import check_context, check_same_tokenizer, check_v
 from rlhf_fast.models.forward import ComputeDtype, enable_gradient_checkpointing
 from rlhf_fast.models.loading import (
     adopt_module,
+    classifier_over,
     critic_from,
     load_causal_lm,
     load_critic,
@@ -31,7 +32,7 @@ from rlhf_fast.models.reward_function import (
     load_reward_function,
 )
 from rlhf_fast.models.rewards import ModelReward, SumReward
-from rlhf_fast.models.roles import Actor, Critic, Reference, RewardModel
+from rlhf_fast.models.roles import Actor, Critic, Reference, RewardModel, TrunkCritic
 from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.ppo.trainer import Roles
 from rlhf_fast.protocols import Reward
@@ -121,13 +122,25 @@ def build_reward(
 
 def build_critic(
     config: PPOConfig, actor: nn.Module, *, critic: nn.Module | None, reward: nn.Module | None
-) -> Critic | None:
+) -> Critic | TrunkCritic | None:
     """The critic: as given, from its directory, a copy of the reward model, or the actor's trunk.
 
     None if the estimator is critic-free.
+
+    Raises:
+        ConfigError: RF1042, one is given beside a head on the actor's trunk.
     """
     if config.algorithm.estimator != "gae":
         return None
+    if config.memory.value_head == "actor":
+        if critic is not None:
+            raise ConfigError(
+                "RF1042",
+                "a critic was given, and memory.value_head=actor makes one",
+                where="critic, memory.value_head",
+                remedy="leave out critic, or set memory.value_head=separate",
+            )
+        return TrunkCritic(actor)
     if critic is None:
         directory = config.critic or config.reward.model
         if config.critic or (directory and reward is None):
@@ -166,7 +179,7 @@ def check_roles(roles: Roles, tokenizer: Any, prompt: int, response: int) -> Non
         ModelError: ids without an embedding (RF3021), or too few positions (RF3022).
     """
     modules = {"actor": roles.actor.module, "reference": roles.reference.module}
-    if roles.critic is not None:
+    if roles.critic is not None and not isinstance(roles.critic, TrunkCritic):
         modules["critic"] = roles.critic.module
     parts = [part for _, part in roles.reward.parts] if isinstance(roles.reward, SumReward) else []
     for part in parts or [roles.reward]:
@@ -203,10 +216,24 @@ def adopt_modules(dtype: ComputeDtype, modules: Mapping[str, nn.Module | None]) 
         adopt_module(module, dtype=dtype, role=role)
 
 
+def critic_to_export(roles: Roles) -> nn.Module | None:
+    """The critic as a classifier: with the actor's trunk if it has none of its own."""
+    critic = roles.critic
+    if isinstance(critic, TrunkCritic):
+        return cast(nn.Module, classifier_over(critic.trunk, critic.head.score))
+    return None if critic is None else critic.module
+
+
 def build_optimizer(
-    config: PPOConfig, module: nn.Module, name: Literal["actor", "critic"]
+    config: PPOConfig,
+    module: nn.Module,
+    name: Literal["actor", "critic"],
+    value_head: nn.Module | None = None,
 ) -> GuardedOptimizer:
-    """Put a module, already on its device, in train mode, and make its optimizer."""
+    """Put a module, already on its device, in train mode, and make its optimizer.
+
+    A `value_head` joins it with the learning rate and weight decay of `critic_optim`.
+    """
     module.train()  # dropout is off in either mode; activations are recomputed in this one only
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module)
@@ -217,6 +244,7 @@ def build_optimizer(
         config.total_steps * algorithm.ppo_epochs * algorithm.minibatches,
         max_bad_steps=config.run.max_bad_steps,
         name=name,
+        heads={} if value_head is None else {"value_head": (value_head, config.critic_optim)},
     )
 
 
@@ -255,11 +283,12 @@ def build_roles(
             if config.reference
             else copy.deepcopy(actor)
         )
-    value_model = build_critic(config, actor, critic=critic, reward=reward_model)
     policy = Actor(actor.to(device))
-    actor_optimizer = build_optimizer(config, actor, "actor")
+    value_model = build_critic(config, actor, critic=critic, reward=reward_model)
+    value_head = value_model.head if isinstance(value_model, TrunkCritic) else None
+    actor_optimizer = build_optimizer(config, actor, "actor", value_head)
     critic_optimizer = None
-    if value_model is not None:
+    if value_model is not None and value_head is None:
         critic_optimizer = build_optimizer(config, value_model.module.to(device), "critic")
     optimizers = [o for o in (actor_optimizer, critic_optimizer) if o is not None]
     return Roles(

@@ -1,0 +1,123 @@
+"""PPO runs with the memory section: the same numbers in less space, resumed to the same bits."""
+
+import dataclasses
+import os
+import signal
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from rlhf_fast.config import MemoryConfig
+from rlhf_fast.errors import ConfigError, Interrupted
+from rlhf_fast.metrics import read_metrics
+from rlhf_fast.models.roles import Reference
+from tests.models.tiny import random_sequences
+from tests.stages.test_ppo import judge, policy, settings, tokenizer, trainer, without_times
+
+__all__ = ["tokenizer"]
+
+AWAY = MemoryConfig(reference="offload", reward_model="offload", optimizer_state="offload")
+
+
+def weights(folder, name="model"):
+    return (folder / name / "model.safetensors").read_bytes()
+
+
+def test_what_is_offloaded_changes_no_bit_of_a_run(tmp_path, tokenizer):
+    model = {"reward_function": None}
+    folders = [tmp_path / name for name in ("resident", "away")]
+    seen = []
+    for folder, memory in zip(folders, (MemoryConfig(), AWAY), strict=True):
+        ppo = trainer(
+            folder,
+            tokenizer,
+            settings(folder, memory=memory),
+            reward_model=judge(tokenizer, tmp_path / "judge"),
+            **model,
+        )
+        optimizers = [ppo.roles.actor_optimizer, ppo.roles.critic_optimizer]
+        generate = ppo.roles.generator.generate
+
+        def watched(*args, generate=generate, optimizers=optimizers, **more):
+            seen.append([o._host.away for o in optimizers])
+            return generate(*args, **more)
+
+        ppo.roles.generator.generate = watched
+        ppo.train()
+        assert not any(o._host.away for o in optimizers)
+    assert seen == [[False, False]] * 3 + [[True, True]] * 3
+    assert without_times(folders[0]) == without_times(folders[1])
+    for name in ("model", "critic"):
+        assert weights(folders[0], name) == weights(folders[1], name)
+
+
+def test_a_generator_that_fails_leaves_the_optimizer_states_on_the_device(tmp_path, tokenizer):
+    ppo = trainer(tmp_path, tokenizer, settings(tmp_path, memory=AWAY))
+
+    def fail(*args, **more):
+        raise MemoryError
+
+    ppo.roles.generator.generate = fail
+    with pytest.raises(MemoryError):
+        ppo.train()
+    assert not ppo.roles.actor_optimizer._host.away
+
+
+@pytest.mark.parametrize("memory", [MemoryConfig(value_head="actor")])
+def test_each_mode_resumes_to_the_same_bits(tmp_path, tokenizer, memory):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    trainer(whole, tokenizer, settings(whole, memory=memory)).train()
+
+    def interrupt(step, output):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    changed = settings(parts, memory=memory)
+    with pytest.raises(Interrupted):
+        trainer(parts, tokenizer, changed, on_step=interrupt).train()
+    # Where things lie may change on the way.
+    moved = dataclasses.replace(memory, reference="offload", optimizer_state="offload")
+    trainer(parts, tokenizer, settings(parts, memory=moved)).train()
+    assert without_times(parts) == without_times(whole)
+    for name in ("model", "critic"):
+        assert weights(parts, name) == weights(whole, name)
+
+
+def test_what_is_trained_may_not_change_on_the_way(tmp_path, tokenizer):
+    trainer(tmp_path, tokenizer, settings(tmp_path, total_steps=1)).train()
+    memory = MemoryConfig(value_head="actor")
+    with pytest.raises(Exception, match=r"memory\.value_head"):
+        trainer(tmp_path, tokenizer, settings(tmp_path, memory=memory)).train()
+
+
+def test_a_critic_on_the_trunk_is_exported_as_a_whole_classifier(tmp_path, tokenizer):
+    config = settings(tmp_path, memory=MemoryConfig(value_head="actor"))
+    ppo = trainer(tmp_path, tokenizer, config)
+    ppo.train()
+    assert ppo.roles.critic_optimizer is None
+    critic = AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic")
+    ids = random_sequences([6]).ids
+    with torch.no_grad():
+        hidden = critic.base_model(input_ids=ids[None]).last_hidden_state
+        found = critic.score(hidden)[0, :, 0]
+        expected = ppo.roles.critic.values(random_sequences([6]))
+    assert float(expected.abs().max()) > 0
+    torch.testing.assert_close(found, expected)
+    row = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert row["loss/value_avg"] > 0
+
+
+def test_a_critic_beside_a_head_on_the_trunk_is_refused(tmp_path, tokenizer):
+    config = settings(tmp_path, memory=MemoryConfig(value_head="actor"))
+    with pytest.raises(ConfigError, match="RF1042"):
+        trainer(tmp_path, tokenizer, config, critic=judge(tokenizer, tmp_path / "judge"))
+
+
+def test_a_streamed_reference_is_a_copy_of_the_actor_as_loaded(tmp_path, tokenizer):
+    ppo = trainer(tmp_path, tokenizer, settings(tmp_path, memory=AWAY))
+    sequences = random_sequences([5, 7])
+    targets = torch.roll(sequences.ids, -1)
+    expected, _ = Reference(policy(tokenizer).eval()).logprobs(sequences, targets)
+    ppo.train()
+    assert torch.equal(ppo.roles.reference.logprobs(sequences, targets)[0], expected)
