@@ -244,6 +244,8 @@ def build_optimizer(
         config.total_steps * algorithm.ppo_epochs * algorithm.minibatches,
         max_bad_steps=config.run.max_bad_steps,
         name=name,
+        bits=8 if config.memory.optimizer == "adamw8bit" else 32,
+        in_backward=config.memory.step_in_backward,
         heads={} if value_head is None else {"value_head": (value_head, config.critic_optim)},
     )
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from rlhf_fast.config import MemoryConfig
+from rlhf_fast.config import MemoryConfig, OptimConfig
 from rlhf_fast.errors import ConfigError, Interrupted
 from rlhf_fast.metrics import read_metrics
 from rlhf_fast.models.roles import Reference
@@ -64,7 +64,10 @@ def test_a_generator_that_fails_leaves_the_optimizer_states_on_the_device(tmp_pa
     assert not ppo.roles.actor_optimizer._host.away
 
 
-@pytest.mark.parametrize("memory", [MemoryConfig(value_head="actor")])
+@pytest.mark.parametrize(
+    "memory",
+    [MemoryConfig(value_head="actor"), MemoryConfig(optimizer="adamw8bit", value_head="actor")],
+)
 def test_each_mode_resumes_to_the_same_bits(tmp_path, tokenizer, memory):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     trainer(whole, tokenizer, settings(whole, memory=memory)).train()
@@ -121,3 +124,16 @@ def test_a_streamed_reference_is_a_copy_of_the_actor_as_loaded(tmp_path, tokeniz
     expected, _ = Reference(policy(tokenizer).eval()).logprobs(sequences, targets)
     ppo.train()
     assert torch.equal(ppo.roles.reference.logprobs(sequences, targets)[0], expected)
+
+
+@pytest.mark.parametrize("value_head", ["separate", "actor"])
+def test_stepping_in_backward_changes_no_bit_of_a_run(tmp_path, tokenizer, value_head):
+    optim = OptimConfig(lr=1e-3, max_grad_norm=0.0)
+    for name, in_backward in (("after", False), ("inside", True)):
+        memory = MemoryConfig(step_in_backward=in_backward, value_head=value_head)
+        changes = {"memory": memory, "actor_optim": optim, "critic_optim": optim}
+        trainer(tmp_path / name, tokenizer, settings(tmp_path / name, **changes)).train()
+    for name in ("model", "critic"):
+        assert weights(tmp_path / "inside", name) == weights(tmp_path / "after", name)
+    rows = without_times(tmp_path / "inside"), without_times(tmp_path / "after")
+    assert rows[0][-1] == pytest.approx(rows[1][-1])  # norms are added up in another order
