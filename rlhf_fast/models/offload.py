@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.errors import ModelError
-from rlhf_fast.models.forward import set_device
+from rlhf_fast.models.forward import compute_dtype, set_device
 
 # Every weight begins where an allocation of its own could: products at other addresses may take
 # other code paths and round differently.
@@ -229,6 +229,22 @@ class StreamedModule:
         for parameter in parameters:
             if self._loaded.pop(parameter, None) is not None:
                 self._others[parameter].bind(self._others[parameter].host)
+
+
+def round_layer_weights(module: nn.Module) -> None:
+    """Hold the linear layers of a frozen model's decoder in bfloat16 if it computes in that.
+
+    Autocast rounds their fp32 weights so in every forward; done once, it gives the same bits from
+    half the bytes. Embeddings, norms and heads stay fp32: what they compute is not rounded.
+    """
+    trunk: Any = module
+    if compute_dtype(module) != "bfloat16":
+        return
+    for layers in (m for m in trunk.base_model.modules() if isinstance(m, nn.ModuleList)):
+        for part in layers.modules():
+            if type(part) is nn.Linear:
+                for parameter in part.parameters():
+                    parameter.data = parameter.data.bfloat16()
 
 
 def _decoder_layers(module: nn.Module, trunk: nn.Module) -> nn.ModuleList:

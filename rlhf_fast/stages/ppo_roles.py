@@ -26,6 +26,7 @@ from rlhf_fast.models.loading import (
     load_sequence_classifier,
     load_tokenizer,
 )
+from rlhf_fast.models.offload import round_layer_weights
 from rlhf_fast.models.reward_function import (
     FunctionReward,
     RewardFunction,
@@ -81,6 +82,7 @@ def build_reward(
         model = load_sequence_classifier(
             settings.model, init_head=False, dtype=compute_type(config.run)
         )
+        round_layer_weights(model)  # ours; one that was given is left as it is
         model_tokenizer = load_tokenizer(settings.model)
     if model is not None:
         parts.append(
@@ -285,6 +287,7 @@ def build_roles(
             if config.reference
             else copy.deepcopy(actor)
         )
+        round_layer_weights(reference)
     policy = Actor(actor.to(device))
     value_model = build_critic(config, actor, critic=critic, reward=reward_model)
     value_head = value_model.head if isinstance(value_model, TrunkCritic) else None

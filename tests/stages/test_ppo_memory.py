@@ -137,3 +137,19 @@ def test_stepping_in_backward_changes_no_bit_of_a_run(tmp_path, tokenizer, value
         assert weights(tmp_path / "inside", name) == weights(tmp_path / "after", name)
     rows = without_times(tmp_path / "inside"), without_times(tmp_path / "after")
     assert rows[0][-1] == pytest.approx(rows[1][-1])  # norms are added up in another order
+
+
+def test_frozen_models_of_ours_hold_the_bytes_they_compute_in(tmp_path, tokenizer):
+    run = dataclasses.replace(settings(tmp_path).run, dtype="bfloat16")
+    given = policy(tokenizer, 3)
+    ppo = trainer(tmp_path, tokenizer, settings(tmp_path, run=run))
+    theirs = trainer(tmp_path, tokenizer, settings(tmp_path, run=run), reference=given)
+    for role, layers in (
+        (ppo.roles.reference, torch.bfloat16),
+        (theirs.roles.reference, torch.float32),
+        (ppo.roles.actor, torch.float32),
+    ):
+        trunk = role.module.model
+        assert trunk.layers[0].mlp.up_proj.weight.dtype == layers
+        assert trunk.embed_tokens.weight.dtype == trunk.norm.weight.dtype == torch.float32
+    assert ppo.train().steps == 3
