@@ -72,7 +72,7 @@ def encode(values: Tensor, uniform: Tensor, *, signed: bool) -> tuple[Tensor, Te
     top = levels.numel() - 1
     steps_per_e = (top - 1) / (_DECADES[signed] * math.log(10.0))
     below = (share.log() * steps_per_e + top).floor().clamp(1, top - 1).int()
-    low, high = levels[below], levels[below + 1]
+    low, high = levels.index_select(0, below), levels.index_select(0, below + 1)
     code = below + (uniform * (high - low) < share - low).int()
     lowest = uniform * levels[1] < share if signed else share > 0
     code = torch.where(share < levels[1], lowest.int(), code)
@@ -87,9 +87,9 @@ def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     code = codes.int()
     if signed:
         offset = code - _SIGNED_ZERO
-        share = levels[offset.abs()] * offset.sign()
+        share = levels.index_select(0, offset.abs()) * offset.sign()
     else:
-        share = levels[code]
+        share = levels.index_select(0, code)
     return (F.pad(share, (0, -n % BLOCK)).view(-1, BLOCK) * scales[:, None]).view(-1)[:n]
 
 

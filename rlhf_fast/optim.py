@@ -231,7 +231,7 @@ class GuardedOptimizer:
         if self.bad_steps >= self.max_bad_steps:
             touched = "were not touched"
             if self._in_backward is not None:
-                touched = f"of {self._in_backward.stepped} tensors were stepped before it was met"
+                touched = f"had been stepped in {self._in_backward.stepped} tensors when it was met"
             raise NumericalError(
                 "RF6001",
                 f"{self.name}: gradient norm was {norm} in {self.bad_steps} steps in a row",
