@@ -177,3 +177,17 @@ def test_a_resumed_optimizer_continues_to_the_bit():
     for name, value in optimizer.state[whole].items():
         assert torch.equal(second.state[resumed][name], value)
         assert second.state[resumed][name].dtype == value.dtype
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_steps_are_those_of_the_cpu_but_for_the_draws():
+    found = []
+    for device in ("cpu", "cuda"):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 6000, device=device))
+        optimizer = AdamW8bit([p], **SETTINGS)
+        for step in range(20):
+            p.grad = torch.sin(p.detach() * 7 + step)
+            optimizer.step()
+        found.append(p.detach().cpu())
+    torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=5e-3)

@@ -19,8 +19,8 @@ SEQUENCES = random_sequences([9, 4, 7])
 TARGETS = next_token_targets(SEQUENCES)
 
 
-def pair(bits=32, **overrides):
-    model = build("llama", hidden_size=64, num_hidden_layers=3, **overrides)
+def pair(bits=32, device="cpu", **overrides):
+    model = build("llama", hidden_size=64, num_hidden_layers=3, **overrides).to(device)
     twin = copy.deepcopy(model)
     return [
         (m, GuardedOptimizer(m, CONFIG, 20, bits=bits, in_backward=inside))
@@ -132,3 +132,16 @@ def test_a_backward_while_the_state_is_away_is_refused():
     optimizer.offload_state()
     with pytest.raises(RuntimeError, match="offloaded"):
         model().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", [32, 8])
+def test_on_a_gpu_it_is_the_ordinary_step_to_the_bit(bits):
+    both = pair(bits, device="cuda")
+    for model, optimizer in both:
+        for _ in range(3):
+            Actor(model).logprobs(SEQUENCES, TARGETS)[0].mean().backward()
+            assert optimizer.step().applied
+    for a, b in zip(both[0][0].parameters(), both[1][0].parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -6,18 +6,32 @@ import signal
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_fast.config import MemoryConfig, OptimConfig
 from rlhf_fast.errors import ConfigError, Interrupted
 from rlhf_fast.metrics import read_metrics
 from rlhf_fast.models.roles import Reference
 from tests.models.tiny import random_sequences
+from tests.ppo.synthetic import tiny_config
 from tests.stages.test_ppo import judge, policy, settings, tokenizer, trainer, without_times
 
 __all__ = ["tokenizer"]
 
 AWAY = MemoryConfig(reference="offload", reward_model="offload", optimizer_state="offload")
+
+
+def wide_policy(tokenizer):
+    """A policy of which all but a per cent is in large matrices."""
+    config = tiny_config()
+    config.vocab_size = len(tokenizer)
+    config.eos_token_id = tokenizer.eos_token_id
+    config.hidden_size, config.intermediate_size = 64, 256
+    config.head_dim = config.hidden_size // config.num_attention_heads
+    config.num_key_value_heads = 2
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def weights(folder, name="model"):
@@ -153,3 +167,53 @@ def test_frozen_models_of_ours_hold_the_bytes_they_compute_in(tmp_path, tokenize
         assert trunk.layers[0].mlp.up_proj.weight.dtype == layers
         assert trunk.embed_tokens.weight.dtype == trunk.norm.weight.dtype == torch.float32
     assert ppo.train().steps == 3
+
+
+BITS8 = MemoryConfig(optimizer="adamw8bit")
+TRUNK = MemoryConfig(value_head="actor")
+
+
+@pytest.mark.parametrize(
+    ("memory", "sampling", "between"),
+    [
+        (MemoryConfig(), 24.0, 24.0),
+        (BITS8, 12 + 1 / 16, 12 + 1 / 16),
+        (TRUNK, 12.0, 12.0),
+        (dataclasses.replace(TRUNK, optimizer="adamw8bit"), 6 + 1 / 32, 6 + 1 / 32),
+        (AWAY, 8.0, 24.0),
+        (dataclasses.replace(AWAY, value_head="actor"), 4.0, 12.0),
+    ],
+)
+def test_bytes_per_parameter_are_those_of_the_page(tmp_path, tokenizer, memory, sampling, between):
+    """Trained weights and moments on the device while sampling, and between two steps."""
+    config = settings(tmp_path, memory=memory, total_steps=2)
+    model = wide_policy(tokenizer)
+    size = sum(p.numel() for p in model.parameters())
+    ppo = trainer(tmp_path, tokenizer, config, model=model)
+    roles = ppo.roles
+    optimizers = [o for o in (roles.actor_optimizer, roles.critic_optimizer) if o is not None]
+
+    def held():
+        parts = [p for o in optimizers for p in o.parameters]
+        parts += [p.grad for p in parts if p.grad is not None]
+        parts += [
+            value
+            for o in optimizers
+            if not o._host.away
+            for slots in o.optimizer.state.values()
+            for value in slots.values()
+            if value.dim()
+        ]
+        return sum(part.nbytes for part in parts) / size
+
+    found, generate = [], roles.generator.generate
+
+    def watched(*args, **more):
+        found.append(held())
+        return generate(*args, **more)
+
+    roles.generator.generate = watched
+    ppo.train()
+    # In the first step there are no moments yet; norms keep fp32 ones.
+    assert found[1] == pytest.approx(sampling, rel=0.02)
+    assert held() == pytest.approx(between, rel=0.02)
