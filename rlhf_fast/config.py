@@ -1,8 +1,8 @@
 """The config of every stage: one tree of frozen dataclasses, one sentence and one source a leaf.
 
-`setting()` carries the documentation, the bounds and the choices of a leaf; `violations()` checks a
-whole tree and returns every fault at once. Defaults are for real models (1B and up) and lie where
-the literature puts them; the embedded tasks bring their own. Sources, by short name:
+`setting()` carries the documentation, the bounds and the choices of a leaf; `violations()` of
+`config_rules` checks a whole tree. Defaults are for real models (1B and up) and lie where the
+literature puts them; the embedded tasks bring their own. Sources, by short name:
 
     OAI     Ziegler et al. 2019, "Fine-tuning language models from human preferences", and its code
     TLDR    Stiennon et al. 2020, "Learning to summarize", and Huang et al. 2024, "The N+
@@ -16,17 +16,15 @@ the literature puts them; the embedded tasks bring their own. Sources, by short 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_fast.config_lora import (
     AdapterConfig,
     LoraConfig,
-    adapter_violations,
-    lora_violations,
 )
-from rlhf_fast.config_setting import leaf_violation, setting, type_violation
+from rlhf_fast.config_setting import setting
 
 
 @dataclass(frozen=True)
@@ -289,6 +287,43 @@ class PtxConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """Where the four models live, and in how many bytes (docs/memory.md has the sums)."""
+
+    reference: str = setting(
+        "resident",
+        "the reference on the device, or in host memory and read a layer at a time",
+        choices=("resident", "offload"),
+    )
+    reward_model: str = setting(
+        "resident",
+        "the reward model on the device, or in host memory and read a layer at a time",
+        choices=("resident", "offload"),
+    )
+    optimizer_state: str = setting(
+        "resident",
+        "Adam's moments on the device always, or in host memory while sampling and scoring",
+        choices=("resident", "offload"),
+    )
+    optimizer: str = setting(
+        "adamw",
+        "moments in 8 bytes a parameter, or in 2.03 (block-wise 8 bits, Dettmers et al. 2022)",
+        choices=("adamw", "adamw8bit"),
+    )
+    step_in_backward: bool = setting(
+        False, "step each parameter as its gradient is made, so that few gradients exist at once"
+    )
+    value_head: str = setting(
+        "separate",
+        "the critic is a model of its own, or a scalar head on the actor's trunk",
+        choices=("separate", "actor"),
+    )
+    value_coef: float = setting(
+        0.1, "weight of the value loss on a shared trunk (OAI 0.1)", above=0
+    )
+
+
+@dataclass(frozen=True)
 class PPOConfig:
     """Stage 3: PPO, RLOO and GRPO as settings of one trainer."""
 
@@ -307,6 +342,7 @@ class PPOConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     ptx: PtxConfig = field(default_factory=PtxConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     actor_optim: OptimConfig = field(default_factory=OptimConfig)
     critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=9e-6))
     total_steps: int = setting(500, "rollout batches", low=1)
@@ -344,93 +380,6 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasse
             yield from leaves(value, f"{key}.")
         else:
             yield key, value, f
-
-
-def violations(config: StageConfig, *, given: Collection[str] = ()) -> list[str]:
-    """Every fault of a config: type, bounds and choices of each leaf, then rules across keys.
-
-    Args:
-        config: of any stage.
-        given: keys that may be empty because their object is at hand: `reward`, `ptx.data`.
-    """
-    found = [type_violation(k, v, f) for k, v, f in leaves(config)]
-    if any(found):
-        return [v for v in found if v is not None]  # the rules below compute with the values
-    found = [leaf_violation(k, v, f.metadata) for k, v, f in leaves(config)]
-    faults = [v for v in found if v is not None]
-    known = ("tensorboard", "wandb", "trackio")
-    faults += [
-        f"run.sinks: unknown sink {s!r}: expected {', '.join(known)}"
-        for s in config.run.sinks
-        if s not in known
-    ]
-    if config.run.overwrite and (config.run.resume_step >= 0 or config.run.resume == "always"):
-        faults.append("run.overwrite excludes run.resume=always and run.resume_step: keep one")
-    if config.run.resume == "never" and config.run.resume_step >= 0:
-        faults.append("run.resume=never excludes run.resume_step: keep one")
-    if not isinstance(config, EvalConfig):
-        faults += adapter_violations(config.lora)
-    if isinstance(config, PPOConfig):
-        faults += _ppo_violations(config, given)
-    if isinstance(config, EvalConfig):
-        faults += [
-            f"best_of has {n}: expected 1 to samples_per_prompt={config.samples_per_prompt}"
-            for n in config.best_of
-            if not 1 <= n <= config.samples_per_prompt
-        ]
-    return faults
-
-
-def _ppo_violations(config: PPOConfig, given: Collection[str]) -> list[str]:
-    faults = []
-    rollout, algorithm = config.rollout, config.algorithm
-    samples = rollout.prompts * rollout.samples_per_prompt
-    if samples % algorithm.minibatches:
-        divisors = [n for n in range(1, samples + 1) if samples % n == 0]
-        near = sorted(sorted(divisors, key=lambda n: abs(n - algorithm.minibatches))[:2])
-        faults.append(
-            f"algorithm.minibatches={algorithm.minibatches} does not divide rollout.prompts="
-            f"{rollout.prompts} x rollout.samples_per_prompt={rollout.samples_per_prompt}: "
-            f"take {' or '.join(map(str, near))}"
-        )
-    if algorithm.estimator in ("rloo", "grpo") and rollout.samples_per_prompt < 2:
-        faults.append(
-            f"algorithm.estimator={algorithm.estimator} needs rollout.samples_per_prompt of at "
-            f"least 2, got {rollout.samples_per_prompt}"
-        )
-    if 0 < algorithm.dual_clip <= 1:
-        faults.append(f"algorithm.dual_clip={algorithm.dual_clip}: expected 0 (off) or more than 1")
-    if config.sampling.temperature == 0:
-        faults.append(
-            "sampling.temperature=0: PPO needs samples, take more than 0 (0.7 to 1.0 usual)"
-        )
-    judged = config.reward.model or config.reward.function or config.lora.reward_adapter
-    if not (judged or "reward" in given):
-        faults.append("reward.model and reward.function are both empty: name at least one")
-    if config.ptx.coef > 0 and not (config.ptx.data or "ptx.data" in given):
-        faults.append("ptx.coef is set but ptx.data is empty: name the pretraining rows")
-    if config.kl.adaptive and config.kl.coef == 0:
-        faults.append("kl.adaptive with kl.coef=0: a multiplicative controller never leaves 0")
-    if config.kl.estimator == "exact" and config.kl.placement == "reward":
-        estimator = algorithm.estimator
-        others = [] if estimator == "gae" else [f"algorithm.estimator={estimator}"]
-        others += ["reward.whiten"] if config.reward.whiten else []
-        faults += [
-            f"kl.estimator=exact in the reward is not defined with {other}: take kl.placement=loss"
-            for other in others
-        ]
-    longest = config.data.max_prompt_length + config.sampling.max_new_tokens
-    if longest > config.data.max_length:
-        faults.append(
-            f"data.max_prompt_length={config.data.max_prompt_length} + sampling.max_new_tokens="
-            f"{config.sampling.max_new_tokens} exceeds data.max_length={config.data.max_length}"
-        )
-    return faults + lora_violations(
-        config.lora,
-        estimator=algorithm.estimator,
-        critic=config.critic,
-        reward_model=config.reward.model,
-    )
 
 
 def to_dict(config: StageConfig) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_fast.config import StageConfig, leaves, to_dict, violations
+from rlhf_fast.config import StageConfig, leaves, to_dict
+from rlhf_fast.config_rules import violations
 from rlhf_fast.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1_000_000

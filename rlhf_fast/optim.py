@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.adamw8bit import AdamW8bit
 from rlhf_fast.config import OptimConfig
 from rlhf_fast.errors import NumericalError
+from rlhf_fast.optimizer_host import HostState
 
 
 class StepResult(NamedTuple):
@@ -37,6 +40,75 @@ def schedule(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
     return factor
 
 
+def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+
+
+def _groups(
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
+) -> list[dict[str, object]]:
+    """Matrices with weight decay, vectors (norms and biases) without; none that is empty."""
+    parameters = [p for _, p in named]
+    groups: list[dict[str, object]] = []
+    for decay, chosen in (
+        (config.weight_decay, [p for p in parameters if p.dim() >= 2]),
+        (0.0, [p for p in parameters if p.dim() < 2]),
+    ):
+        if chosen:
+            groups.append({"params": chosen, "weight_decay": decay, "lr": config.lr})
+    return groups
+
+
+class InBackward:
+    """Steps the parameters of an optimizer one by one, each when its gradient is complete.
+
+    Reading each norm makes the host wait for the device, once a tensor.
+
+    Args:
+        optimizer: whose `step` moves a parameter by its own gradient and state alone.
+        require_state: called before each step; raises if the state is not at hand.
+
+    Attributes:
+        stepped: tensors stepped in the last backward.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, require_state: Callable[[], None]) -> None:
+        self._optimizer = optimizer
+        self._require_state = require_state
+        self._norms: dict[Tensor, float] = {}
+        self.stepped = 0
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(partial(self._arrived, group))
+
+    def _arrived(self, group: dict[str, Any], parameter: Tensor) -> None:
+        self._require_state()
+        if parameter in self._norms:
+            raise RuntimeError("step_in_backward: a second backward before the step was closed")
+        if not self._norms:
+            self.stepped = 0
+        assert parameter.grad is not None
+        finite = all(map(math.isfinite, self._norms.values()))
+        self._norms[parameter] = norm = float(torch.linalg.vector_norm(parameter.grad))
+        if finite and math.isfinite(norm):
+            every = self._optimizer.param_groups
+            self._optimizer.param_groups = [group | {"params": [parameter]}]
+            try:
+                self._optimizer.step()
+            finally:
+                self._optimizer.param_groups = every
+            self.stepped += 1
+        parameter.grad = None
+
+    def finish(self) -> float:
+        """The norm of all gradients since the last call, NaN or Inf if one was."""
+        norm = math.hypot(*self._norms.values())
+        if any(map(math.isnan, self._norms.values())):
+            norm = math.nan
+        self._norms.clear()
+        return norm
+
+
 class GuardedOptimizer:
     """AdamW over a module's trainable parameters, its schedule, and the non-finite guard.
 
@@ -50,6 +122,15 @@ class GuardedOptimizer:
         total_steps: optimizer steps of the whole run, the span of the schedule.
         max_bad_steps: skipped steps in a row that raise NumericalError.
         name: the role, for messages.
+        bits: 32, or 8 for moments of `AdamW8bit`.
+        in_backward: step each parameter as soon as its gradient is complete, and drop the gradient:
+            `backward` steps, `step` closes the books. Bit for bit the step that an ordinary
+            optimizer without clipping takes after one backward. The guard then works a tensor at a
+            time: from the first non-finite gradient on no further tensor is stepped, but those
+            whose gradients came before it have been. Backward begins at the loss, so a NaN in the
+            loss is met before any step.
+        heads: further modules by name, stepped in the same step with learning rate and weight decay
+            of their own config; all else is as in `config`.
     """
 
     def __init__(
@@ -60,22 +141,26 @@ class GuardedOptimizer:
         *,
         max_bad_steps: int = 3,
         name: str = "model",
+        bits: int = 32,
+        in_backward: bool = False,
+        heads: Mapping[str, tuple[nn.Module, OptimConfig]] | None = None,
     ) -> None:
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        self.named_parameters: list[tuple[str, nn.Parameter]] = named
-        matrices = [p for _, p in named if p.dim() >= 2]
-        vectors = [p for _, p in named if p.dim() < 2]
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
+        self.named_parameters = _trained(module)
+        groups = _groups(self.named_parameters, config)
+        for head_name, (head, head_config) in (heads or {}).items():
+            named = [(f"{head_name}.{n}", p) for n, p in _trained(head)]
+            self.named_parameters += named
+            groups += _groups(named, head_config)
+        if in_backward and config.max_grad_norm > 0:
+            raise ValueError(f"in_backward needs max_grad_norm=0, got {config.max_grad_norm}")
+        betas = (config.beta1, config.beta2)
+        self.optimizer: torch.optim.Optimizer
+        if bits == 8:
+            self.optimizer = AdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps)
+        else:
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=config.lr, betas=betas, eps=config.eps, fused=True
+            )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, schedule(config, total_steps)
         )
@@ -83,6 +168,8 @@ class GuardedOptimizer:
         self.max_bad_steps = max_bad_steps
         self.name = name
         self.bad_steps = 0
+        self._host = HostState(self.optimizer)
+        self._in_backward = InBackward(self.optimizer, self._require_state) if in_backward else None
 
     @property
     def parameters(self) -> Iterable[nn.Parameter]:
@@ -92,7 +179,12 @@ class GuardedOptimizer:
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
-        return float(self.scheduler.get_last_lr()[0])
+        return self.rates[0]
+
+    @property
+    def rates(self) -> list[float]:
+        """The learning rate of each parameter group in the next step, those of heads last."""
+        return [float(rate) for rate in self.scheduler.get_last_lr()]
 
     def follow_schedule(self) -> None:
         """Set the learning rate to this schedule's for the present step.
@@ -109,35 +201,57 @@ class GuardedOptimizer:
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
+        if self._in_backward is not None:
+            self._in_backward.finish()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def offload_state(self) -> None:
+        """Move the moments to host memory, where a checkpoint may read them; free on return."""
+        self._host.offload()
+
+    def restore_state(self) -> None:
+        """Bring the moments back, every bit of them; does nothing if they are not away."""
+        self._host.restore()
 
     def step(self) -> StepResult:
         """Clip and apply the accumulated gradients, then drop them.
 
         Raises:
+            RuntimeError: the moments are in host memory.
             NumericalError: `max_bad_steps` steps in a row had a non-finite gradient.
         """
-        grads: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
-        total = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-        norm = float(total)
+        self._require_state()
+        norm = self._apply() if self._in_backward is None else self._in_backward.finish()
         applied = math.isfinite(norm)
-        if applied:
-            if self.max_grad_norm > 0 and grads:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, total)
-            self.optimizer.step()
-            self.bad_steps = 0
-        else:
-            self.bad_steps += 1
+        self.bad_steps = 0 if applied else self.bad_steps + 1
         # LambdaLR warns when the optimizer has not stepped yet; a skipped first step is legal here.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         self.scheduler.step()
         self.zero_grad()
         if self.bad_steps >= self.max_bad_steps:
+            touched = "were not touched"
+            if self._in_backward is not None:
+                touched = f"had been stepped in {self._in_backward.stepped} tensors when it was met"
             raise NumericalError(
                 "RF6001",
                 f"{self.name}: gradient norm was {norm} in {self.bad_steps} steps in a row",
                 where=f"optimizer of the {self.name}",
                 remedy="lower the learning rate, check rewards and data for extremes, or resume "
-                "from the last checkpoint with other settings; weights were not touched",
+                f"from the last checkpoint with other settings; weights {touched}",
             )
         return StepResult(norm, applied)
+
+    def _apply(self) -> float:
+        """Step with the accumulated gradients if their norm is finite; returns it."""
+        grads: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
+        total = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        norm = float(total)
+        if math.isfinite(norm):
+            if self.max_grad_norm > 0 and grads:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, total)
+            self.optimizer.step()
+        return norm
+
+    def _require_state(self) -> None:
+        if self._host.away:
+            raise RuntimeError(f"{self.name}: step while the optimizer state is offloaded")

@@ -61,6 +61,15 @@ class ValueModel(Protocol):
         ...
 
 
+@runtime_checkable
+class TrunkValueModel(ValueModel, Protocol):
+    """A critic that reads what the actor's forward has made already."""
+
+    def values_from(self, hidden: Tensor) -> Tensor:
+        """[N] float32 of the actor's last hidden states [N, H]; gradients flow to both."""
+        ...
+
+
 class RewardOutput(NamedTuple):
     """scores [S] or [S, R] float32, finite; scored [S] bool, false where the reward abstained."""
 

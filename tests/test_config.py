@@ -7,15 +7,20 @@ import pytest
 import yaml
 
 from rlhf_fast.config import (
+    AlgorithmConfig,
     EvalConfig,
+    MemoryConfig,
+    OptimConfig,
     PPOConfig,
+    PtxConfig,
+    RewardConfig,
     RewardModelConfig,
     SFTConfig,
     leaves,
     to_dict,
-    violations,
 )
 from rlhf_fast.config_loading import documented_yaml, load_config, to_yaml
+from rlhf_fast.config_rules import violations
 from rlhf_fast.errors import ConfigError
 
 KINDS = [SFTConfig, RewardModelConfig, PPOConfig, EvalConfig]
@@ -138,6 +143,52 @@ def test_wrong_types(override, needle):
 )
 def test_values_out_of_range_or_in_conflict(override, needle):
     assert needle in refused(None, [*OK, override])
+
+
+def test_contradictions_of_the_memory_section_are_listed_at_once():
+    config = PPOConfig(
+        critic="c",
+        reward=RewardConfig(function="f.py:f"),
+        algorithm=AlgorithmConfig(target_kl=0.1, minibatches=4),
+        ptx=PtxConfig(coef=1.0, data="d"),
+        memory=MemoryConfig(reward_model="offload", value_head="actor", step_in_backward=True),
+    )
+    faults = violations(config)
+    wanted = [
+        "memory.value_head=actor excludes critic",
+        "memory.reward_model=offload without reward.model",
+        "needs actor_optim.max_grad_norm=0, got 1.0",
+        "512 samples in algorithm.minibatches=4 of up to 1024 tokens each are up to 131072 tokens, "
+        "microbatch_tokens=8192",
+        "excludes algorithm.target_kl",
+        "excludes ptx.coef",
+    ]
+    assert len(faults) == len(wanted)
+    assert all(want in fault for want, fault in zip(wanted, faults, strict=True))
+    # The critic's clip matters where the critic has an optimizer; a critic-free run has no head.
+    separate = dataclasses.replace(config.memory, value_head="separate")
+    faults = violations(dataclasses.replace(config, memory=separate))
+    assert any("needs critic_optim.max_grad_norm=0" in fault for fault in faults)
+    rloo = AlgorithmConfig(estimator="rloo")
+    faults = violations(dataclasses.replace(config, algorithm=rloo))
+    assert any("algorithm.estimator=rloo, which has no critic" in fault for fault in faults)
+
+
+def test_a_memory_section_that_saves_all_it_can_is_valid():
+    config = PPOConfig(
+        reward=RewardConfig(model="m"),
+        actor_optim=OptimConfig(max_grad_norm=0.0),
+        algorithm=AlgorithmConfig(minibatches=64),
+        memory=MemoryConfig(
+            reference="offload",
+            reward_model="offload",
+            optimizer_state="offload",
+            optimizer="adamw8bit",
+            step_in_backward=True,
+            value_head="actor",
+        ),
+    )
+    assert violations(config) == []
 
 
 def test_all_violations_are_listed_at_once():

@@ -48,6 +48,7 @@ PACKED_MODEL_TYPES = frozenset(
 )
 
 _DTYPE_ATTRIBUTE = "rlhf_fast_compute_dtype"
+_DEVICE_ATTRIBUTE = "rlhf_fast_device"
 
 
 def set_compute_dtype(module: nn.Module, dtype: ComputeDtype) -> None:
@@ -79,9 +80,15 @@ def autocast(module: nn.Module) -> AbstractContextManager[Any]:
     return torch.autocast(device_of(module).type, dtype=torch.bfloat16)
 
 
+def set_device(module: nn.Module, device: torch.device) -> None:
+    """Say where a module computes whose weights lie elsewhere between forwards."""
+    setattr(module, _DEVICE_ATTRIBUTE, device)
+
+
 def device_of(module: nn.Module) -> torch.device:
-    """The device of the module's first parameter."""
-    return next(module.parameters()).device
+    """Where the module computes: the device of its first parameter, but for `set_device`."""
+    device: torch.device | None = getattr(module, _DEVICE_ATTRIBUTE, None)
+    return next(module.parameters()).device if device is None else device
 
 
 def runs_packed(module: nn.Module) -> bool:

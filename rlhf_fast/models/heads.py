@@ -61,6 +61,25 @@ def scalar_head(module: nn.Module) -> nn.Linear:
     return head
 
 
+class ValueHead(nn.Module):
+    """A scalar head of its own, for hidden states of a trunk that another module owns.
+
+    It is called `score` and has no bias, as in the classifiers of transformers. It begins at zero,
+    so that an untrained critic is the constant baseline 0.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__()
+        self.score = nn.Linear(width, 1, bias=False, device=device)
+        nn.init.zeros_(self.score.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[n] float32 for hidden rows [n, H]; in fp32 even under autocast, as `scalar_outputs`."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            value: Tensor = self.score(hidden.to(self.score.weight.dtype)).squeeze(-1).float()
+        return value
+
+
 def scalar_outputs(module: nn.Module, hidden: Tensor) -> Tensor:
     """[n] float32 calibrated outputs of the scalar head for hidden rows [n, H].
 

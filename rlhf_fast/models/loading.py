@@ -145,6 +145,23 @@ def critic_from(module: nn.Module) -> Any:
     return _prepare(critic.requires_grad_(True), compute_dtype(module), "critic")
 
 
+def classifier_over(module: nn.Module, head: nn.Linear) -> Any:
+    """A classifier made of a causal LM's trunk and a scalar head, for export: it copies nothing.
+
+    Args:
+        module: causal LM.
+        head: maps its last hidden states to one number.
+    """
+    source: Any = module
+    config = copy.deepcopy(source.config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    classifier.base_model.load_state_dict(source.base_model.state_dict(), assign=True)
+    classifier.score = head
+    return classifier
+
+
 def init_reward_head(module: nn.Module, seed: int) -> None:
     """Draw the scalar head from N(0, 1/sqrt(d+1)), d its input width; its bias, if any, is 0."""
     head = scalar_head(module)

@@ -7,13 +7,19 @@ mode too: with it the PPO ratio is not 1 on the first minibatch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from rlhf_fast.errors import RewardError
 from rlhf_fast.models.dropout import disable_dropout
 from rlhf_fast.models.forward import device_of, packed_hidden
-from rlhf_fast.models.heads import scalar_head, scalar_outputs
+from rlhf_fast.models.heads import ValueHead, scalar_head, scalar_outputs
+from rlhf_fast.models.offload import StreamedModule
 from rlhf_fast.models.vocabulary import likeliest_tokens, target_logprobs, vocabulary_head
 from rlhf_fast.types import HeadRows, PackedSequences, VocabularyHead
 
@@ -106,8 +112,22 @@ class Actor(_Policy):
 class Reference(_Policy):
     """The frozen policy the KL term is measured against: parameters frozen, eval mode, no graph.
 
-    Arguments as for `Actor`.
+    Args:
+        module, vocab_size, chunk_rows: as for `Actor`.
+        streamed_to: keep the weights in host memory and read them a layer at a time on this device;
+            None leaves them where they are.
     """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        vocab_size: int | None = None,
+        chunk_rows: int | None = None,
+        streamed_to: torch.device | None = None,
+    ) -> None:
+        super().__init__(module, vocab_size=vocab_size, chunk_rows=chunk_rows)
+        self._weights = _weights_of(module, streamed_to)
 
     def _prepare(self, module: nn.Module) -> None:
         super()._prepare(module)
@@ -123,14 +143,25 @@ class Reference(_Policy):
         with_entropy: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `Actor.logprobs`, never with a graph."""
-        return super().logprobs(
-            sequences, targets, temperature=temperature, with_entropy=with_entropy
-        )
+        with self._weights():
+            return super().logprobs(
+                sequences, targets, temperature=temperature, with_entropy=with_entropy
+            )
 
     @torch.no_grad()
     def head_rows(self, sequences: PackedSequences) -> HeadRows | None:
-        """As `Actor.head_rows`, never with a graph."""
-        return super().head_rows(sequences)
+        """As `Actor.head_rows`, never with a graph; streamed, the head's copy lives with them."""
+        with self._weights():
+            rows = super().head_rows(sequences)
+            if rows is None:
+                return None
+            bias = rows.head.bias
+            head = replace(
+                rows.head,
+                weight=rows.head.weight.detach(),
+                bias=None if bias is None else bias.detach(),
+            )
+            return HeadRows(rows.hidden, head)
 
 
 class Critic:
@@ -151,6 +182,35 @@ class Critic:
         return scalar_outputs(self.module, packed_hidden(self.module, sequences))
 
 
+class TrunkCritic:
+    """The value function as a scalar head on the actor's last hidden states.
+
+    One forward of the trunk serves the log-probs and the values, and the value loss trains the
+    trunk as well.
+
+    Args:
+        actor: causal LM whose trunk it reads; its dropout is off already.
+
+    Attributes:
+        module, head: the head alone.
+    """
+
+    def __init__(self, actor: nn.Module) -> None:
+        trunk: Any = actor
+        self.trunk = actor
+        self.head = ValueHead(trunk.get_output_embeddings().weight.shape[1], device_of(actor))
+        self.module: nn.Module = self.head
+
+    def values(self, sequences: PackedSequences) -> Tensor:
+        """[N] float32 by a forward of the trunk; gradients flow."""
+        return self.values_from(packed_hidden(self.trunk, sequences))
+
+    def values_from(self, hidden: Tensor) -> Tensor:
+        """[N] float32 of hidden states [N, H] that the actor's forward made; gradients flow."""
+        values: Tensor = self.head(hidden)
+        return values
+
+
 class RewardModel:
     """The frozen judge: one calibrated score per sequence, read at its last token.
 
@@ -160,13 +220,15 @@ class RewardModel:
 
     Args:
         module: sequence classifier with one label; it is frozen and set to eval.
+        streamed_to: as for `Reference`.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, streamed_to: torch.device | None = None) -> None:
         scalar_head(module)
         disable_dropout(module)
         freeze(module)
         self.module = module
+        self._weights = _weights_of(module, streamed_to)
 
     @torch.no_grad()
     def score_sequences(
@@ -195,13 +257,20 @@ class RewardModel:
         scores = torch.zeros(len(sequences), device=device_of(self.module))
         for chosen in microbatches(lengths, token_budget):
             part = sequences.select(chosen)
-            last = self._last_hidden(part)
             index = torch.tensor(chosen, device=scores.device)
-            scores[index] = scalar_outputs(self.module, last)
+            with self._weights():
+                scores[index] = scalar_outputs(self.module, self._last_hidden(part))
         return scores
 
     def _last_hidden(self, sequences: PackedSequences) -> Tensor:
         return last_token_hidden(self.module, sequences)
+
+
+def _weights_of(
+    module: nn.Module, streamed_to: torch.device | None
+) -> Callable[[], AbstractContextManager[None]]:
+    """What to enter around a forward."""
+    return nullcontext if streamed_to is None else StreamedModule(module, streamed_to).reading
 
 
 def last_token_hidden(module: nn.Module, sequences: PackedSequences) -> Tensor:

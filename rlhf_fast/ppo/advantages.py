@@ -130,3 +130,14 @@ def grpo(totals: Tensor, valid: Tensor, group: int) -> Tensor:
 def whitened(advantages: Tensor, mask: Tensor, *, unbiased: bool) -> Tensor:
     """Advantages with mean 0 and std 1 over the true slots of `mask`, exactly 0 elsewhere."""
     return whiten(advantages, mask, shift_mean=True, unbiased=unbiased)
+
+
+def importance_weights(scored: ScoredRollout, cap: float) -> Tensor:
+    """[S, R] truncated importance weight trainer/generator, at most `cap`; 1 everywhere if 0."""
+    ones = torch.ones_like(scored.old_logprobs)
+    if cap <= 0:
+        return ones
+    gap = scored.old_logprobs - scored.rollout.rollout_logprobs
+    # Clamp in log space: exp never overflows, and masked slots are selected away.
+    weights = gap.clamp(-20.0, 20.0).exp().clamp(max=cap)
+    return torch.where(scored.loss_mask, weights, ones)

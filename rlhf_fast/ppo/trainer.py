@@ -14,14 +14,15 @@ from rlhf_fast.config import PPOConfig, SamplingConfig
 from rlhf_fast.data.packing import pack_by_tokens
 from rlhf_fast.errors import NumericalError
 from rlhf_fast.optim import GuardedOptimizer
-from rlhf_fast.ppo.advantages import estimate, whitened
+from rlhf_fast.ppo.advantages import estimate, importance_weights, whitened
 from rlhf_fast.ppo.exact_kl import read_both, require_exact_kl
 from rlhf_fast.ppo.kl_control import KLController
 from rlhf_fast.ppo.layout import build_microbatch, response_slots
 from rlhf_fast.ppo.losses import linear_policy_loss, policy_loss, value_loss
 from rlhf_fast.ppo.rewards import RunningMoments, shape_scores
 from rlhf_fast.ppo.statistics import UpdateStatistics, rollout_metrics
-from rlhf_fast.protocols import Generator, PolicyModel, Reward, ValueModel
+from rlhf_fast.ppo.trunk import require_trunk_head, row_logprobs
+from rlhf_fast.protocols import Generator, PolicyModel, Reward, TrunkValueModel, ValueModel
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import (
     IGNORE_INDEX,
@@ -51,7 +52,11 @@ class PretrainingSource(Protocol):
 
 @dataclass
 class Roles:
-    """The four models and what moves them. `critic` and its optimizer are None without a critic."""
+    """The four models and what moves them. `critic` and its optimizer are None without a critic.
+
+    The head of a critic on the actor's trunk is the last group of the actor's optimizer instead.
+    `between_updates` is entered for sampling and scoring: what only the update needs may rest.
+    """
 
     actor: PolicyModel
     reference: PolicyModel
@@ -63,6 +68,17 @@ class Roles:
     pretraining: PretrainingSource | None = None
     on_update: Callable[[], object] = field(default=lambda: None)
     scoring: Callable[[], AbstractContextManager[Any]] = nullcontext
+    between_updates: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rates of the next step, by metric."""
+        rates = {"lr": self.actor_optimizer.lr}
+        if self.critic_optimizer is not None:
+            rates["lr_value"] = self.critic_optimizer.lr
+        elif self.critic is not None:
+            rates["lr_value"] = self.actor_optimizer.rates[-1]
+        return rates
 
 
 @dataclass(frozen=True)
@@ -97,7 +113,8 @@ class PPOLearner:
         phase: `with phase("generate"): ...` times a phase.
 
     Raises:
-        ModelError: the exact KL is asked for, and the heads do not allow it (RF3026, RF3027).
+        ModelError: the exact KL is asked for, and the heads do not allow it (RF3026, RF3027);
+            or the critic is on the actor's trunk, and the actor's head is no linear map (RF3071).
     """
 
     def __init__(
@@ -108,6 +125,10 @@ class PPOLearner:
     ) -> None:
         if config.kl.estimator == "exact":
             require_exact_kl(roles.actor.vocabulary_head(), roles.reference.vocabulary_head())
+        critic = roles.critic
+        self.trunk_critic = critic if isinstance(critic, TrunkValueModel) else None
+        if self.trunk_critic is not None:
+            require_trunk_head(roles.actor.vocabulary_head())
         self.config = config
         self.roles = roles
         self.phase = phase
@@ -119,10 +140,11 @@ class PPOLearner:
 
     def step(self, prompts: PromptBatch) -> StepOutput:
         """One rollout batch: sample, score, estimate advantages, update both models."""
-        with self.phase("generate"):
-            rollout = self.generate(prompts)
-        with self.phase("score"), self.roles.scoring():
-            scored = self.score(rollout)
+        with self.roles.between_updates():
+            with self.phase("generate"):
+                rollout = self.generate(prompts)
+            with self.phase("score"), self.roles.scoring():
+                scored = self.score(rollout)
         with self.phase("prepare"):
             experience, shaped = self.prepare(scored)
         metrics = rollout_metrics(experience, shaped, kl_coef=self.kl_controller.coef)
@@ -163,27 +185,36 @@ class PPOLearner:
             targets = slots.targets(rollout.response_mask)
             # The exact KL is absent, and `exact` unused, unless it belongs in the reward.
             for found, out in zip(
-                self._read_policies(slots.sequences, targets), (old, ref, exact), strict=False
+                self._read(slots.sequences, targets), (old, ref, values, exact), strict=False
             ):
                 slots.to_padded(found, out)
-            if self.roles.critic is not None:
-                slots.to_padded(self.roles.critic.values(slots.sequences), values)
         return ScoredRollout(
             *(rollout, scores.to(device), scored.to(device), old, ref, values),
             exact_kl=exact if self._exact_kl_in("reward") else None,
         )
 
-    def _read_policies(self, sequences: PackedSequences, targets: Tensor) -> tuple[Tensor, ...]:
-        """Log-probs of actor and reference [N]; and the exact KL if it belongs in the reward."""
-        actor, reference = self.roles.actor, self.roles.reference
-        temperature = self.sampling.temperature
-        if self._exact_kl_in("reward"):
-            rows, ref_rows = actor.head_rows(sequences), reference.head_rows(sequences)
-            return read_both(rows, ref_rows, targets, temperature=temperature)
-        return tuple(
-            policy.logprobs(sequences, targets, temperature=temperature)[0]
-            for policy in (actor, reference)
-        )
+    def _read(self, sequences: PackedSequences, targets: Tensor) -> tuple[Tensor, ...]:
+        """Log-probs of actor and reference, values [N]; the exact KL if it is in the reward."""
+        actor, reference, critic = self.roles.actor, self.roles.reference, self.roles.critic
+        temperature, exact = self.sampling.temperature, self._exact_kl_in("reward")
+        rows = actor.head_rows(sequences) if exact or self.trunk_critic is not None else None
+        kl: list[Tensor] = []
+        if exact:
+            old, ref, *kl = read_both(
+                rows, reference.head_rows(sequences), targets, temperature=temperature
+            )
+        else:
+            old = (
+                row_logprobs(rows, targets, temperature=temperature)
+                if rows is not None
+                else actor.logprobs(sequences, targets, temperature=temperature)[0]
+            )
+            ref, _ = reference.logprobs(sequences, targets, temperature=temperature)
+        if self.trunk_critic is not None and rows is not None:
+            values = self.trunk_critic.values_from(rows.hidden)
+        else:
+            values = torch.zeros_like(old) if critic is None else critic.values(sequences)
+        return old, ref, values, *kl
 
     def prepare(self, scored: ScoredRollout) -> tuple[Experience, Tensor]:
         """Shape scores, place them, subtract KL, estimate advantages; also the shaped scores."""
@@ -214,7 +245,7 @@ class PPOLearner:
         advantages = experience.advantages
         if self._whitens("batch"):
             advantages = whitened(advantages, mask, unbiased=algorithm.whiten_unbiased)
-        weights = self._importance_weights(experience.scored)
+        weights = importance_weights(experience.scored, algorithm.rollout_correction)
         statistics = UpdateStatistics()
         for epoch in range(algorithm.ppo_epochs):
             for minibatch in self._minibatches(len(mask), epoch):
@@ -257,30 +288,42 @@ class PPOLearner:
             return False
         if self.roles.pretraining is not None:
             statistics.add_pretraining(self._pretraining_backward(self.roles.pretraining))
-        statistics.add_step("policy", roles.actor_optimizer.lr, roles.actor_optimizer.step())
+        rates, stepped = roles.rates, roles.actor_optimizer.step()
+        statistics.add_step("policy", rates["lr"], stepped)
         roles.on_update()
         if roles.critic_optimizer is not None:
-            statistics.add_step("value", roles.critic_optimizer.lr, roles.critic_optimizer.step())
+            stepped = roles.critic_optimizer.step()
+        if roles.critic is not None:
+            statistics.add_step("value", rates["lr_value"], stepped)
         return True
 
     def _backward(self, microbatch: Microbatch, statistics: UpdateStatistics) -> None:
         """Forward and backward of both models over one microbatch; gradients accumulate."""
-        policy = self._policy_loss(microbatch)
-        policy.loss.backward()
+        # First, so that the reference's layers do not run beside the actor's activations.
+        reference = self._reference_rows(microbatch.sequences)
+        rows = self.roles.actor.head_rows(microbatch.sequences)
+        policy = self._policy_loss(microbatch, rows, reference)
         statistics.add(policy)
+        if self.trunk_critic is not None and rows is not None:
+            value = self._value_loss(microbatch, self.trunk_critic.values_from(rows.hidden))
+            (policy.loss + self.config.memory.value_coef * value.loss).backward()
+            statistics.add(value)
+            return
+        policy.loss.backward()
         if self.roles.critic is not None:
-            values = self.roles.critic.values(microbatch.sequences)
-            value = value_loss(microbatch, values, algorithm=self.config.algorithm)
+            value = self._value_loss(microbatch, self.roles.critic.values(microbatch.sequences))
             value.loss.backward()
             statistics.add(value)
 
-    def _policy_loss(self, microbatch: Microbatch) -> LossOutput:
+    def _value_loss(self, microbatch: Microbatch, values: Tensor) -> LossOutput:
+        return value_loss(microbatch, values, algorithm=self.config.algorithm)
+
+    def _policy_loss(
+        self, microbatch: Microbatch, rows: HeadRows | None, reference: HeadRows | None
+    ) -> LossOutput:
         """From hidden states where the head is one linear map, else from log-probs."""
         actor, config, temperature = self.roles.actor, self.config, self.sampling.temperature
         coef = self.kl_controller.coef
-        # First, so that the reference's layers do not run beside the actor's activations.
-        reference = self._reference_rows(microbatch.sequences)
-        rows = actor.head_rows(microbatch.sequences)
         if rows is not None:
             return linear_policy_loss(
                 *(microbatch, rows, reference),
@@ -344,17 +387,6 @@ class PPOLearner:
         """Whether GAE's advantages are whitened over this scope; the others have baselines."""
         algorithm = self.config.algorithm
         return algorithm.whiten and algorithm.whiten_scope == scope and algorithm.estimator == "gae"
-
-    def _importance_weights(self, scored: ScoredRollout) -> Tensor:
-        """[S, R] truncated importance weight trainer/generator, or 1 everywhere."""
-        cap = self.config.algorithm.rollout_correction
-        ones = torch.ones_like(scored.old_logprobs)
-        if cap <= 0:
-            return ones
-        gap = scored.old_logprobs - scored.rollout.rollout_logprobs
-        # Clamp in log space: exp never overflows, and masked slots are selected away.
-        weights = gap.clamp(-20.0, 20.0).exp().clamp(max=cap)
-        return torch.where(scored.loss_mask, weights, ones)
 
     def _minibatches(self, samples: int, epoch: int) -> Iterator[list[int]]:
         """Samples of each optimizer step: a new permutation each epoch, from counters alone."""

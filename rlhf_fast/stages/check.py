@@ -40,6 +40,7 @@ from rlhf_fast.models.loading import load_causal_lm, load_sequence_classifier, l
 from rlhf_fast.models.reward_function import load_reward_function
 from rlhf_fast.models.vocabulary import vocabulary_head
 from rlhf_fast.ppo.exact_kl import require_exact_kl
+from rlhf_fast.ppo.trunk import require_trunk_head
 from rlhf_fast.stages.adapted import open_trunk
 from rlhf_fast.stages.evaluate import choose_prompts
 from rlhf_fast.stages.ppo_roles import check_tokenizers
@@ -140,6 +141,8 @@ def _ppo(config: PPOConfig) -> list[str]:
         lines.append(line)
     if config.kl.estimator == "exact":
         require_exact_kl(head, reference_head)
+    if config.memory.value_head == "actor":
+        require_trunk_head(head)
     if critic:
         lines += _judge("critic", critic, tokenizer, longest, new, init_head=True)
     if config.lora.rank > 0:

@@ -32,7 +32,12 @@ from rlhf_fast.models.reward_function import RewardFunction
 from rlhf_fast.ppo.health import hints
 from rlhf_fast.ppo.trainer import PPOLearner, StepOutput
 from rlhf_fast.stages.adapted import ADAPTER_NAME, export_adapted, trunk_digest
-from rlhf_fast.stages.ppo_roles import PretrainingBatches, build_roles, check_roles
+from rlhf_fast.stages.ppo_roles import (
+    PretrainingBatches,
+    build_roles,
+    check_roles,
+    critic_to_export,
+)
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.shared_roles import shared_bytes, shared_trunk
 from rlhf_fast.stages.training import (
@@ -216,8 +221,9 @@ class PPOTrainer:
     def _state(self, log: Any) -> TrainingState:
         modules = {"actor": self.roles.actor.module}
         optimizers = {"actor": self.roles.actor_optimizer}
-        if self.roles.critic is not None and self.roles.critic_optimizer is not None:
+        if self.roles.critic is not None:
             modules[CRITIC_NAME] = self.roles.critic.module
+        if self.roles.critic_optimizer is not None:
             optimizers[CRITIC_NAME] = self.roles.critic_optimizer
         samplers = {"prompts": self.sampler}
         if self.pretraining is not None:
@@ -247,7 +253,8 @@ class PPOTrainer:
             output = learner.step(batch)
             state.extra = learner.state_dict()
             done = state.step + 1
-            metrics = self._rates() | output.metrics
+            # In a step without any update, which target_kl forbade, these are all there is.
+            metrics = self.roles.rates | output.metrics
             if self.on_step is not None:
                 metrics |= self.on_step(done, output) or {}
             self._advise(output, metrics)
@@ -265,19 +272,13 @@ class PPOTrainer:
             shown=_SHOWN,
         )
         self.save_model(run.path / MODEL_NAME)
-        if self.roles.critic is not None:
-            self._save_critic(self.roles.critic.module, run.path / CRITIC_NAME)
+        critic = critic_to_export(self.roles)
+        if critic is not None:
+            self._save_critic(critic, run.path / CRITIC_NAME)
         last = read_metrics(run.path / METRICS_NAME)[-1]
         metrics = {name: float(last[name] or 0.0) for name in _KEPT}
         run.mark_complete(state.step, metrics)
         return PPOResult(run.path / MODEL_NAME, state.step, metrics)
-
-    def _rates(self) -> dict[str, float]:
-        """Present learning rates, for a step in which no update gave any: target_kl forbade it."""
-        rates = {"lr": self.roles.actor_optimizer.lr}
-        if self.roles.critic_optimizer is not None:
-            rates["lr_value"] = self.roles.critic_optimizer.lr
-        return rates
 
     def save_model(self, directory: str | Path) -> None:
         """Export the policy and its tokenizer as a Hugging Face directory, or its adapter."""

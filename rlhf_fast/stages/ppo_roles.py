@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +21,21 @@ from rlhf_fast.models.checks import check_context, check_same_tokenizer, check_v
 from rlhf_fast.models.forward import ComputeDtype, enable_gradient_checkpointing
 from rlhf_fast.models.loading import (
     adopt_module,
+    classifier_over,
     critic_from,
     load_causal_lm,
     load_critic,
     load_sequence_classifier,
     load_tokenizer,
 )
+from rlhf_fast.models.offload import round_layer_weights
 from rlhf_fast.models.reward_function import (
     FunctionReward,
     RewardFunction,
     load_reward_function,
 )
 from rlhf_fast.models.rewards import ModelReward, SumReward
-from rlhf_fast.models.roles import Actor, Critic, Reference, RewardModel
+from rlhf_fast.models.roles import Actor, Critic, Reference, RewardModel, TrunkCritic
 from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.ppo.trainer import Roles
 from rlhf_fast.protocols import Reward
@@ -84,9 +87,11 @@ def build_reward(
         model = load_sequence_classifier(
             settings.model, init_head=False, dtype=compute_type(config.run)
         )
+        round_layer_weights(model)  # ours; one that was given is left as it is
         model_tokenizer = load_tokenizer(settings.model)
     if model is not None:
-        judge = RewardModel(model.to(device))
+        offload = config.memory.reward_model == "offload"
+        judge = RewardModel(model, streamed_to=device) if offload else RewardModel(model.to(device))
     if judge is not None:
         own = tokenizer if model_tokenizer is None else model_tokenizer
         parts.append(
@@ -118,13 +123,25 @@ def build_reward(
 
 def build_critic(
     config: PPOConfig, actor: nn.Module, *, critic: nn.Module | None, reward: nn.Module | None
-) -> Critic | None:
+) -> Critic | TrunkCritic | None:
     """The critic: as given, from its directory, a copy of the reward model, or the actor's trunk.
 
     None if the estimator is critic-free.
+
+    Raises:
+        ConfigError: RF1043, one is given beside a head on the actor's trunk.
     """
     if config.algorithm.estimator != "gae":
         return None
+    if config.memory.value_head == "actor":
+        if critic is not None:
+            raise ConfigError(
+                "RF1043",
+                "a critic was given, and memory.value_head=actor makes one",
+                where="critic, memory.value_head",
+                remedy="leave out critic, or set memory.value_head=separate",
+            )
+        return TrunkCritic(actor)
     if critic is None:
         directory = config.critic or config.reward.model
         if config.critic or (directory and reward is None):
@@ -163,7 +180,7 @@ def check_roles(roles: Roles, tokenizer: Any, prompt: int, response: int) -> Non
         ModelError: ids without an embedding (RF3021), or too few positions (RF3022).
     """
     modules = {"actor": roles.actor.module, "reference": roles.reference.module}
-    if roles.critic is not None:
+    if roles.critic is not None and not isinstance(roles.critic, TrunkCritic):
         modules["critic"] = roles.critic.module
     parts = [part for _, part in roles.reward.parts] if isinstance(roles.reward, SumReward) else []
     for part in parts or [roles.reward]:
@@ -200,20 +217,37 @@ def adopt_modules(dtype: ComputeDtype, modules: Mapping[str, nn.Module | None]) 
         adopt_module(module, dtype=dtype, role=role)
 
 
+def critic_to_export(roles: Roles) -> nn.Module | None:
+    """The critic as a classifier: with the actor's trunk if it has none of its own."""
+    critic = roles.critic
+    if isinstance(critic, TrunkCritic):
+        return cast(nn.Module, classifier_over(critic.trunk, critic.head.score))
+    return None if critic is None else critic.module
+
+
 def build_optimizer(
-    config: PPOConfig, module: nn.Module, name: Literal["actor", "critic"]
+    config: PPOConfig,
+    module: nn.Module,
+    name: Literal["actor", "critic"],
+    value_head: nn.Module | None = None,
 ) -> GuardedOptimizer:
-    """Put a module, already on its device, in train mode, and make its optimizer."""
+    """Put a module, already on its device, in train mode, and make its optimizer.
+
+    A `value_head` joins it with the learning rate and weight decay of `critic_optim`.
+    """
     module.train()  # dropout is off in either mode; activations are recomputed in this one only
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module)
-    return guarded_optimizer(config, module, name)
+    return guarded_optimizer(config, module, name, value_head)
 
 
 def guarded_optimizer(
-    config: PPOConfig, module: nn.Module, name: Literal["actor", "critic"]
+    config: PPOConfig,
+    module: nn.Module,
+    name: Literal["actor", "critic"],
+    value_head: nn.Module | None = None,
 ) -> GuardedOptimizer:
-    """The optimizer of a module's trainable parameters."""
+    """The optimizer of a module's trainable parameters, and of a value head if there is one."""
     algorithm = config.algorithm
     return GuardedOptimizer(
         module,
@@ -221,6 +255,9 @@ def guarded_optimizer(
         config.total_steps * algorithm.ppo_epochs * algorithm.minibatches,
         max_bad_steps=config.run.max_bad_steps,
         name=name,
+        bits=8 if config.memory.optimizer == "adamw8bit" else 32,
+        in_backward=config.memory.step_in_backward,
+        heads={} if value_head is None else {"value_head": (value_head, config.critic_optim)},
     )
 
 
@@ -255,6 +292,7 @@ def build_roles(
         actor = load_causal_lm(config.actor, dtype=compute_type(config.run))
     if reference is None and config.reference:
         reference = load_causal_lm(config.reference, dtype=compute_type(config.run))
+        round_layer_weights(reference)
     reward = partial(
         build_reward,
         *(config, tokenizer, device),
@@ -268,17 +306,20 @@ def build_roles(
         return _shared_roles(config, tokenizer, device, actor, reference, reward, pretraining)
     if reference is None:
         reference = copy.deepcopy(actor)
-    value_model = build_critic(config, actor, critic=critic, reward=reward_model)
+        round_layer_weights(reference)
     policy = Actor(actor.to(device))
+    value_model = build_critic(config, actor, critic=critic, reward=reward_model)
+    value_head = value_model.head if isinstance(value_model, TrunkCritic) else None
     engine = build_engine(config, actor, tokenizer, lambda: policy.weight_version)
-    actor_optimizer = build_optimizer(config, actor, "actor")
+    actor_optimizer = build_optimizer(config, actor, "actor", value_head)
     engine.guard(actor_optimizer.optimizer)
     critic_optimizer = None
-    if value_model is not None:
+    if value_model is not None and value_head is None:
         critic_optimizer = build_optimizer(config, value_model.module.to(device), "critic")
+    optimizers = [o for o in (actor_optimizer, critic_optimizer) if o is not None]
     return Roles(
         actor=policy,
-        reference=Reference(reference.to(device)),
+        reference=frozen_reference(config, reference, device),
         critic=value_model,
         reward=reward(),
         generator=engine,
@@ -287,6 +328,7 @@ def build_roles(
         pretraining=pretraining,
         on_update=lambda: policy.bump_version(),
         scoring=engine.scoring,
+        between_updates=between_updates(config, optimizers),
     )
 
 
@@ -305,19 +347,24 @@ def _shared_roles(
     engine = build_engine(config, policy.trunk.model, tokenizer, lambda: policy.weight_version)
     actor_optimizer = guarded_optimizer(config, policy.module, "actor")
     engine.guard(actor_optimizer.optimizer)
+    critic_optimizer = None
+    if value_model is not None:
+        critic_optimizer = guarded_optimizer(config, value_model.module, "critic")
+    optimizers = [o for o in (actor_optimizer, critic_optimizer) if o is not None]
     return Roles(
         actor=policy,
-        reference=shared.reference if reference is None else Reference(reference.to(device)),
+        reference=shared.reference
+        if reference is None
+        else frozen_reference(config, reference, device),
         critic=value_model,
         reward=reward(judge=shared.reward_model),
         generator=AdapterGenerator(engine, policy.trunk, "actor"),
         actor_optimizer=actor_optimizer,
-        critic_optimizer=None
-        if value_model is None
-        else guarded_optimizer(config, value_model.module, "critic"),
+        critic_optimizer=critic_optimizer,
         pretraining=pretraining,
         on_update=lambda: policy.bump_version(),
         scoring=engine.scoring,
+        between_updates=between_updates(config, optimizers),
     )
 
 
@@ -331,3 +378,31 @@ def build_engine(
         weight_version=weight_version,
         settings=engine_settings(config.engine, config.rollout.max_batch),
     )
+
+
+def frozen_reference(config: PPOConfig, module: nn.Module, device: torch.device) -> Reference:
+    """The reference on the device, or in host memory and read a layer at a time."""
+    if config.memory.reference == "offload":
+        return Reference(module, streamed_to=device)
+    return Reference(module.to(device))
+
+
+def between_updates(
+    config: PPOConfig, optimizers: Sequence[GuardedOptimizer]
+) -> Callable[[], AbstractContextManager[None]]:
+    """What surrounds generation and scoring, when no optimizer steps."""
+    if config.memory.optimizer_state == "resident":
+        return nullcontext
+    return lambda: states_on_host(optimizers)
+
+
+@contextmanager
+def states_on_host(optimizers: Sequence[GuardedOptimizer]) -> Iterator[None]:
+    """Keep the optimizers' states off the device inside."""
+    try:
+        for optimizer in optimizers:
+            optimizer.offload_state()
+        yield
+    finally:
+        for optimizer in optimizers:
+            optimizer.restore_state()

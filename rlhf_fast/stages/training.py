@@ -65,6 +65,8 @@ _SOFT_STAGE_KEYS = frozenset(
         "max_batch",
     }
 )
+# Where things lie, and when they are read or stepped: the numbers stay the same.
+_SOFT_MEMORY_KEYS = frozenset({"reference", "reward_model", "optimizer_state", "step_in_backward"})
 # How a run is started, not what it is: never compared.
 _VOLATILE_RUN_KEYS = frozenset(
     {"output_dir", "resume", "resume_step", "overwrite", "allow_data_change", "threads"}
@@ -191,10 +193,16 @@ def open_run(
 
 
 def _hard_keys(tree: Mapping[str, Any], run: RunConfig) -> list[str]:
-    hard = [key for key in tree if key not in _SOFT_STAGE_KEYS and key != "run"]
+    parts = {"run": _SOFT_RUN_KEYS, "memory": _SOFT_MEMORY_KEYS}
+    hard = [key for key in tree if key not in _SOFT_STAGE_KEYS and key not in parts]
     if run.allow_data_change:
         hard.remove("data")
-    return hard + [f"run.{key}" for key in tree["run"] if key not in _SOFT_RUN_KEYS]
+    return hard + [
+        f"{part}.{key}"
+        for part, soft in parts.items()
+        for key in tree.get(part, {})
+        if key not in soft
+    ]
 
 
 def compute_type(config: RunConfig) -> ComputeDtype:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_fast.config import AlgorithmConfig, KLConfig, PPOConfig, RewardConfig, violations
+from rlhf_fast.config import AlgorithmConfig, KLConfig, PPOConfig, RewardConfig
+from rlhf_fast.config_rules import violations
 from rlhf_fast.errors import ModelError
 from rlhf_fast.models.roles import Actor, Reference
 from rlhf_fast.ppo.advantages import estimate

@@ -76,10 +76,9 @@ def tokenizer():
 
 
 def trainer(folder, tokenizer, config=None, **more):
-    given = {"reward_function": short_is_good, **more}
+    given = {"reward_function": short_is_good, "model": policy(tokenizer), **more}
     return PPOTrainer(
         config or settings(folder),
-        model=policy(tokenizer),
         tokenizer=tokenizer,
         train_dataset=PROMPTS,
         quiet=True,
