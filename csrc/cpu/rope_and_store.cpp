@@ -33,8 +33,15 @@ float rounded(float x) {
 
 template <class Type>
 void normalise(float* x, const typename Type::Element* weight, int64_t count, float eps) {
+  vfloat squares = splat(0.0f);
+  int64_t done = 0;
+  for (; done + kLanes <= count; done += kLanes) {
+    const vfloat part = load(x + done);
+    squares = fma(part, part, squares);
+  }
   double sum = 0.0;
-  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(x[i]) * x[i];
+  for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(squares[lane]);
+  for (; done < count; ++done) sum += static_cast<double>(x[done]) * x[done];
   const float scale = 1.0f / std::sqrt(static_cast<float>(sum / count) + eps);
   for (int64_t i = 0; i < count; ++i) {
     x[i] = rounded<Type>(Type::get(weight[i]) * rounded<Type>(x[i] * scale));
