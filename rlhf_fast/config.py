@@ -180,7 +180,7 @@ class EngineConfig:
         "host's. Samples that do not fit wait, or give way and are recomputed",
         low=0,
     )
-    page_size: int = setting(0, "tokens of a page; 0: 16 on a CPU, 256 on a GPU", low=0)
+    page_size: int = setting(0, "tokens of a page; 0: 64 on a CPU, 256 on a GPU", low=0)
     prefill_tokens: int = setting(8192, "prompt tokens of one forward", low=1)
     burst: int = setting(
         0, "decoding steps between two looks of the host; 0: 1 on a CPU, 8 on a GPU", low=0

@@ -76,7 +76,7 @@ class EngineSettings:
         max_batch: samples decoded side by side at most.
         kv_bytes: key-value memory at most; 0: four fifths of the free memory of a GPU, a quarter of
             that of the host.
-        page_size: tokens of a page; 0: 16 on a CPU, 256 on a GPU.
+        page_size: tokens of a page; 0: 64 on a CPU, 256 on a GPU.
         prefill_tokens: tokens of one prefill forward.
         burst: decoding steps between two looks of the host; 0: 1 on a CPU, 8 on a GPU.
         poison: debug mode: freed pages become NaN.
