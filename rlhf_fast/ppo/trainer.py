@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +13,16 @@ from torch import Tensor
 from rlhf_fast.config import PPOConfig, SamplingConfig
 from rlhf_fast.data.packing import pack_by_tokens
 from rlhf_fast.errors import NumericalError
-from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.ppo.advantages import estimate, importance_weights, whitened
 from rlhf_fast.ppo.exact_kl import read_both, require_exact_kl
 from rlhf_fast.ppo.kl_control import KLController
 from rlhf_fast.ppo.layout import build_microbatch, response_slots
 from rlhf_fast.ppo.losses import linear_policy_loss, policy_loss, value_loss
 from rlhf_fast.ppo.rewards import RunningMoments, shape_scores
+from rlhf_fast.ppo.roles import PretrainingSource, Roles
 from rlhf_fast.ppo.statistics import UpdateStatistics, rollout_metrics
 from rlhf_fast.ppo.trunk import require_trunk_head, row_logprobs
-from rlhf_fast.protocols import Generator, PolicyModel, Reward, TrunkValueModel, ValueModel
+from rlhf_fast.protocols import TrunkValueModel
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import (
     IGNORE_INDEX,
@@ -40,45 +40,6 @@ from rlhf_fast.types import (
 LOGPROB_GAP_WARNING = 0.05
 # Rounding of a log-prob: forwards of other shapes sum in another order.
 FIRST_RATIO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
-
-
-class PretrainingSource(Protocol):
-    """Batches for the PPO-ptx term."""
-
-    def next_batch(self) -> list[tuple[PackedSequences, Tensor]]:
-        """One optimizer step's microbatches: (sequences, targets [N] with IGNORE_INDEX)."""
-        ...
-
-
-@dataclass
-class Roles:
-    """The four models and what moves them. `critic` and its optimizer are None without a critic.
-
-    The head of a critic on the actor's trunk is the last group of the actor's optimizer instead.
-    `between_updates` is entered for sampling and scoring: what only the update needs may rest.
-    """
-
-    actor: PolicyModel
-    reference: PolicyModel
-    critic: ValueModel | None
-    reward: Reward
-    generator: Generator
-    actor_optimizer: GuardedOptimizer
-    critic_optimizer: GuardedOptimizer | None
-    pretraining: PretrainingSource | None = None
-    on_update: Callable[[], object] = field(default=lambda: None)
-    scoring: Callable[[], AbstractContextManager[Any]] = nullcontext
-    between_updates: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-    @property
-    def rates(self) -> dict[str, float]:
-        """Learning rates of the next step, by metric."""
-        rates = {"lr": self.actor_optimizer.lr}
-        if self.critic_optimizer is not None:
-            rates["lr_value"] = self.critic_optimizer.lr
-        elif self.critic is not None:
-            rates["lr_value"] = self.actor_optimizer.rates[-1]
-        return rates
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from rlhf_fast.ppo.trainer import StepOutput
 from rlhf_fast.stages import demo_plan
 from rlhf_fast.stages.demo_plan import KL_COEF, Plan
 from rlhf_fast.stages.evaluate import SAMPLES_NAME, EvalResult, run_evaluate
+from rlhf_fast.stages.messages import say
 from rlhf_fast.stages.ppo import PPOTrainer
 from rlhf_fast.stages.reward_model import RewardModelResult, run_reward_model
 from rlhf_fast.stages.sft import run_sft
-from rlhf_fast.stages.training import say
 from rlhf_fast.tasks.demo_results import (
     DEMO_RESULTS_NAME,
     DemoResults,

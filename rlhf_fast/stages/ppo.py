@@ -32,6 +32,7 @@ from rlhf_fast.models.reward_function import RewardFunction
 from rlhf_fast.ppo.health import hints
 from rlhf_fast.ppo.trainer import PPOLearner, StepOutput
 from rlhf_fast.stages.adapted import ADAPTER_NAME, export_adapted, trunk_digest
+from rlhf_fast.stages.messages import say, show_reports
 from rlhf_fast.stages.ppo_roles import (
     PretrainingBatches,
     build_roles,
@@ -50,9 +51,7 @@ from rlhf_fast.stages.training import (
     open_run,
     require_budget,
     require_settings,
-    say,
     setup_run,
-    show_reports,
     train,
     training_bytes,
 )

@@ -37,7 +37,7 @@ from rlhf_fast.models.reward_function import (
 from rlhf_fast.models.rewards import ModelReward, SumReward
 from rlhf_fast.models.roles import Actor, Critic, Reference, RewardModel, TrunkCritic
 from rlhf_fast.optim import GuardedOptimizer
-from rlhf_fast.ppo.trainer import Roles
+from rlhf_fast.ppo.roles import Roles
 from rlhf_fast.protocols import Reward
 from rlhf_fast.stages.shared_roles import refuse_modules, share_trunk
 from rlhf_fast.stages.training import compute_type

@@ -43,6 +43,7 @@ from rlhf_fast.models.ranking_loss import PairCounts, count_pairs, pair_accuracy
 from rlhf_fast.models.roles import last_token_hidden
 from rlhf_fast.stages.adapted import ADAPTER_NAME, export_adapted, one_adapter, stage_bytes
 from rlhf_fast.stages.held_out import Split, split_by_prompt
+from rlhf_fast.stages.messages import say, show_reports, warn_loudly
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.supervised import SupervisedStage
 from rlhf_fast.stages.training import (
@@ -54,10 +55,7 @@ from rlhf_fast.stages.training import (
     prepare_for_training,
     require_budget,
     require_settings,
-    say,
     setup_run,
-    show_reports,
-    warn_loudly,
 )
 from rlhf_fast.types import LossOutput, PackedSequences
 

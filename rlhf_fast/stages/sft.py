@@ -37,6 +37,7 @@ from rlhf_fast.models.export import export_model
 from rlhf_fast.models.loading import load_causal_lm
 from rlhf_fast.models.roles import Actor
 from rlhf_fast.stages.adapted import ADAPTER_NAME, export_adapted, one_adapter, stage_bytes
+from rlhf_fast.stages.messages import show_reports
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.supervised import SupervisedStage
 from rlhf_fast.stages.training import (
@@ -49,7 +50,6 @@ from rlhf_fast.stages.training import (
     require_budget,
     require_settings,
     setup_run,
-    show_reports,
 )
 
 

@@ -17,7 +17,7 @@ from rlhf_fast.models.adapter_roles import (
     AdapterRewardModel,
 )
 from rlhf_fast.models.adapters import SharedTrunk
-from rlhf_fast.ppo.trainer import Roles
+from rlhf_fast.ppo.roles import Roles
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.stages.adapted import open_trunk, place_trunk
 

@@ -11,21 +11,17 @@ from __future__ import annotations
 
 import json
 import random
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
 from torch import nn
 
 from rlhf_fast.config import DataConfig, RunConfig, StageConfig, to_dict
-from rlhf_fast.data import DataReport, EpochSampler
+from rlhf_fast.data import EpochSampler
 from rlhf_fast.data.templates import load_template
 from rlhf_fast.distributed import (
     Checkpoint,
@@ -45,7 +41,6 @@ from rlhf_fast.models.checks import check_positions, check_vocabulary
 from rlhf_fast.models.forward import ComputeDtype, enable_gradient_checkpointing
 from rlhf_fast.models.loading import load_tokenizer
 from rlhf_fast.optim import GuardedOptimizer
-from rlhf_fast.stages.progress import printable
 from rlhf_fast.stages.run import COMPLETE_NAME, RUN_NAME, Resume, Run
 
 MODEL_NAME = "model"
@@ -63,6 +58,7 @@ _SOFT_STAGE_KEYS = frozenset(
         "sample_every",
         "gradient_checkpointing",
         "max_batch",
+        "engine",
     }
 )
 # Where things lie, and when they are read or stepped: the numbers stay the same.
@@ -433,22 +429,3 @@ def finished_summary(run: Run) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((run.path / COMPLETE_NAME).read_text(encoding="utf-8"))
     summary: dict[str, Any] = record["summary"]
     return summary
-
-
-def say(lines: Iterable[str]) -> None:
-    """Print plain text; control characters in it (file names, model output) are dropped."""
-    for text in lines:
-        for line in text.split("\n"):
-            print(printable(line), flush=True)
-
-
-def show_reports(*reports: DataReport) -> None:
-    """Print what happened to the rows of each data source."""
-    for report in reports:
-        say(report.lines())
-
-
-def warn_loudly(title: str, text: str) -> None:
-    """A panel on standard error that nobody overlooks."""
-    console = Console(file=sys.stderr, highlight=False)
-    console.print(Panel(Text(text), title=Text(f"WARNING: {title}"), border_style="bold red"))

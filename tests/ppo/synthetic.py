@@ -19,7 +19,8 @@ from rlhf_fast.config import (
 )
 from rlhf_fast.models.roles import Actor, Critic, Reference
 from rlhf_fast.optim import GuardedOptimizer
-from rlhf_fast.ppo.trainer import PPOLearner, Roles
+from rlhf_fast.ppo.roles import Roles
+from rlhf_fast.ppo.trainer import PPOLearner
 from rlhf_fast.protocols import RewardOutput
 from rlhf_fast.types import PackedSequences, PromptBatch, Rollout, SamplingParams, ScoredRollout
 

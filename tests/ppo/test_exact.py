@@ -24,7 +24,8 @@ from rlhf_fast.engine.hybrid import EngineSettings, HybridEngine
 from rlhf_fast.models.loading import critic_from
 from rlhf_fast.models.roles import Actor, Critic, Reference
 from rlhf_fast.optim import GuardedOptimizer
-from rlhf_fast.ppo.trainer import PPOLearner, Roles
+from rlhf_fast.ppo.roles import Roles
+from rlhf_fast.ppo.trainer import PPOLearner
 from rlhf_fast.protocols import RewardOutput
 from rlhf_fast.tasks.exact import (
     BOS,

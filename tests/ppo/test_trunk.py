@@ -12,8 +12,9 @@ from rlhf_fast.models.roles import Actor, Reference, TrunkCritic
 from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.ppo.layout import build_microbatch
 from rlhf_fast.ppo.losses import linear_policy_loss, value_loss
+from rlhf_fast.ppo.roles import Roles
 from rlhf_fast.ppo.statistics import UpdateStatistics
-from rlhf_fast.ppo.trainer import PPOLearner, Roles
+from rlhf_fast.ppo.trainer import PPOLearner
 from tests.ppo.synthetic import FixedReward, NoGenerator, random_rollout, small_config, tiny_actor
 
 COEF = 0.5

@@ -21,8 +21,8 @@ from rlhf_fast.config import (
     RolloutConfig,
     RunConfig,
     SamplingConfig,
-    violations,
 )
+from rlhf_fast.config_rules import violations
 from rlhf_fast.errors import CheckpointError, ConfigError, Interrupted, ModelError
 from rlhf_fast.metrics import read_metrics
 from rlhf_fast.models.adapter_files import export_adapter

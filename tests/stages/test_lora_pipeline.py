@@ -20,8 +20,8 @@ from rlhf_fast.config import (
     RunConfig,
     SamplingConfig,
     SFTConfig,
-    violations,
 )
+from rlhf_fast.config_rules import violations
 from rlhf_fast.errors import CheckpointError, ModelError, Preempted
 from rlhf_fast.metrics import read_metrics
 from rlhf_fast.models.directory import sha256

@@ -16,6 +16,7 @@ from rlhf_fast.data import EpochSampler
 from rlhf_fast.errors import CheckpointError, ConfigError, EnvironmentFault
 from rlhf_fast.metrics import MetricLogger, read_metrics
 from rlhf_fast.optim import GuardedOptimizer
+from rlhf_fast.stages.messages import say
 from rlhf_fast.stages.training import (
     TrainingState,
     choose_device,
@@ -23,7 +24,6 @@ from rlhf_fast.stages.training import (
     open_run,
     require_settings,
     save_training_state,
-    say,
     setup_run,
     steps_of,
     training_bytes,

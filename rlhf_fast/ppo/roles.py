@@ -1,0 +1,53 @@
+"""What the trainer is given: the four models, their optimizers and what surrounds its phases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rlhf_fast.optim import GuardedOptimizer
+from rlhf_fast.protocols import Generator, PolicyModel, Reward, ValueModel
+from rlhf_fast.types import PackedSequences
+
+
+class PretrainingSource(Protocol):
+    """Batches for the PPO-ptx term."""
+
+    def next_batch(self) -> list[tuple[PackedSequences, Tensor]]:
+        """One optimizer step's microbatches: (sequences, targets [N] with IGNORE_INDEX)."""
+        ...
+
+
+@dataclass
+class Roles:
+    """The four models and what moves them. `critic` and its optimizer are None without a critic.
+
+    The head of a critic on the actor's trunk is the last group of the actor's optimizer instead.
+    `between_updates` is entered for sampling and scoring: what only the update needs may rest.
+    """
+
+    actor: PolicyModel
+    reference: PolicyModel
+    critic: ValueModel | None
+    reward: Reward
+    generator: Generator
+    actor_optimizer: GuardedOptimizer
+    critic_optimizer: GuardedOptimizer | None
+    pretraining: PretrainingSource | None = None
+    on_update: Callable[[], object] = field(default=lambda: None)
+    scoring: Callable[[], AbstractContextManager[Any]] = nullcontext
+    between_updates: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rates of the next step, by metric."""
+        rates = {"lr": self.actor_optimizer.lr}
+        if self.critic_optimizer is not None:
+            rates["lr_value"] = self.critic_optimizer.lr
+        elif self.critic is not None:
+            rates["lr_value"] = self.actor_optimizer.rates[-1]
+        return rates
