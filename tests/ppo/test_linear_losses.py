@@ -108,10 +108,16 @@ def test_the_update_of_other_heads_is_that_of_stock_logits(model_type, kl):
     compare(*built(RULES["entropy"], KL[kl], model_type))
 
 
+def update_loss(ppo, microbatch):
+    """The policy loss as `_backward` makes it."""
+    reference = ppo._reference_rows(microbatch.sequences)
+    return ppo._policy_loss(microbatch, ppo.roles.actor.head_rows(microbatch.sequences), reference)
+
+
 def compare(ppo, microbatch):
     module = ppo.roles.actor.module.eval()
     ppo.roles.reference.module.eval().requires_grad_(False)
-    found = ppo._policy_loss(microbatch)
+    found = update_loss(ppo, microbatch)
     found.loss.backward()
     ours = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
     module.zero_grad()
@@ -142,7 +148,7 @@ def test_a_reported_entropy_has_no_gradient():
     for algorithm in (AlgorithmConfig(), AlgorithmConfig(entropy_coef=1e-30)):
         ppo.config = dataclasses.replace(ppo.config, algorithm=algorithm)
         ppo.roles.actor.module.zero_grad()
-        output = ppo._policy_loss(microbatch)
+        output = update_loss(ppo, microbatch)
         output.loss.backward()
         assert float(output.metrics["entropy"]) > 0
         gradients.append(ppo.roles.actor.module.lm_head.weight.grad.clone())
