@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from rlhf_fast.config import EngineConfig
+from rlhf_fast.engine.expected_lengths import ExpectedLengths
 from rlhf_fast.engine.fused_forward import FusedForward, why_not_fused
 from rlhf_fast.engine.generator import (
     HFGenerator,
@@ -55,8 +56,6 @@ from rlhf_fast.types import PromptBatch, Rollout, SamplingParams
 PATHS = ("auto", "fused", "modules", "padded")
 # Of what is free before a rollout: the rest is for activations and for what else runs.
 _GPU_SHARE, _CPU_SHARE = 0.8, 0.25
-# Weight of the newest length in the running mean of a prompt.
-_LENGTH_WEIGHT = 0.5
 
 
 class Mode(enum.Enum):
@@ -116,6 +115,7 @@ class HybridEngine:
         settings: how generation runs.
         decode: ids to texts, for stop strings.
         on_progress: called after every burst of decoding steps.
+        expected: lengths that earlier rollouts had, to go on from.
 
     Raises:
         GenerationError: RF4003 the model cannot decode, RF4030 its weights cannot be aliased,
@@ -131,6 +131,7 @@ class HybridEngine:
         settings: EngineSettings | None = None,
         decode: Decode | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        expected: ExpectedLengths | None = None,
     ) -> None:
         self.module = module
         self.settings = EngineSettings() if settings is None else settings
@@ -140,7 +141,7 @@ class HybridEngine:
         self._weight_version = weight_version
         self._decode = decode
         self._mode = Mode.TRAIN
-        self._lengths: dict[int, float] = {}
+        self.expected = ExpectedLengths() if expected is None else expected
         self.path, self.reason = _choose_path(module, self.settings.path)
         self.weights: AliasedWeights | None = None
         self._runner: Runner | None = None
@@ -261,7 +262,7 @@ class HybridEngine:
         Raises:
             GenerationError: RF4001 to RF4034; nothing is generated if a check of the input fails.
         """
-        requests = requests_of(prompts, sampling, samples_per_prompt, seeds, self._lengths)
+        requests = requests_of(prompts, sampling, samples_per_prompt, seeds, self.expected)
         if self._padded is not None:
             with self._in(Mode.GENERATE):
                 return self._padded.generate(
@@ -269,7 +270,7 @@ class HybridEngine:
                 )
         version = self._weight_version()
         out = self.complete(requests)
-        self._learn_lengths(prompts, samples_per_prompt, out.lengths.tolist())
+        self.expected.observe(prompts.uid, out.lengths.tolist())
         return rollout_of(prompts, sampling, samples_per_prompt, out, version)
 
     def complete(self, requests: Sequence[Request]) -> Completions:
@@ -318,13 +319,6 @@ class HybridEngine:
     def _finished(self, samples: list[int], out: Completions) -> None:
         if self.on_finished is not None:
             self.on_finished(samples, out)
-
-    def _learn_lengths(self, prompts: PromptBatch, group: int, lengths: list[int]) -> None:
-        """Remember how long responses to each prompt are: the longest start first."""
-        for b, uid in enumerate(prompts.uid):
-            mean = sum(lengths[b * group : (b + 1) * group]) / group
-            known = self._lengths.get(uid, mean)
-            self._lengths[uid] = known + _LENGTH_WEIGHT * (mean - known)
 
 
 def _choose_path(module: nn.Module, wish: str) -> tuple[str, str]:

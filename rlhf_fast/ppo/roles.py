@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -22,12 +22,25 @@ class PretrainingSource(Protocol):
         ...
 
 
+class Checkpointed(Protocol):
+    """Something whose plain values belong in a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from them."""
+        ...
+
+
 @dataclass
 class Roles:
     """The four models and what moves them. `critic` and its optimizer are None without a critic.
 
     The head of a critic on the actor's trunk is the last group of the actor's optimizer instead.
     `between_updates` is entered for sampling and scoring: what only the update needs may rest.
+    `checkpointed` is what else a resumed run needs, by name.
     """
 
     actor: PolicyModel
@@ -41,6 +54,7 @@ class Roles:
     on_update: Callable[[], object] = field(default=lambda: None)
     scoring: Callable[[], AbstractContextManager[Any]] = nullcontext
     between_updates: Callable[[], AbstractContextManager[Any]] = nullcontext
+    checkpointed: Mapping[str, Checkpointed] = field(default_factory=dict)
 
     @property
     def rates(self) -> dict[str, float]:

@@ -402,6 +402,7 @@ class PPOLearner:
             "episodes": self.episodes,
             "kl_controller": self.kl_controller.state_dict(),
             "score_moments": self.score_moments.state_dict(),
+            **{name: part.state_dict() for name, part in self.roles.checkpointed.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -410,3 +411,5 @@ class PPOLearner:
         self.episodes = int(state["episodes"])
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.score_moments.load_state_dict(state["score_moments"])
+        for name, part in self.roles.checkpointed.items():
+            part.load_state_dict(state[name])

@@ -328,6 +328,7 @@ def build_roles(
         pretraining=pretraining,
         on_update=lambda: policy.bump_version(),
         scoring=engine.scoring,
+        checkpointed={"expected_lengths": engine.expected},
         between_updates=between_updates(config, optimizers),
     )
 
@@ -364,6 +365,7 @@ def _shared_roles(
         pretraining=pretraining,
         on_update=lambda: policy.bump_version(),
         scoring=engine.scoring,
+        checkpointed={"expected_lengths": engine.expected},
         between_updates=between_updates(config, optimizers),
     )
 

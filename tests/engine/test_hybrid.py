@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from rlhf_fast.engine.expected_lengths import ExpectedLengths
 from rlhf_fast.engine.hybrid import EngineSettings, HybridEngine, Mode
 from rlhf_fast.engine.requests import Request
 from rlhf_fast.engine.weights import AliasedWeights
@@ -461,3 +463,17 @@ def test_a_peft_adapter_takes_part_and_is_what_training_updates() -> None:
     with module.disable_adapter():
         plain = engine.generate(batch_of(ragged()), greedy, **request)
     assert plain.response_ids() != rollout.response_ids()
+
+
+def test_admission_learns_lengths_and_takes_them_through_a_checkpoint() -> None:
+    engine = engine_for(build())
+    prompts = batch_of(ragged(4))
+    request = {"samples_per_prompt": 2, "seeds": seeds_for(8)}
+    rollout = engine.generate(prompts, SamplingParams(20, temperature=1.5), **request)
+    means = rollout.lengths.view(4, 2).double().mean(1).tolist()
+    assert [engine.expected[uid] for uid in prompts.uid] == means
+    resumed = ExpectedLengths()
+    resumed.load_state_dict(json.loads(json.dumps(engine.expected.state_dict())))
+    assert dict(resumed) == dict(engine.expected)
+    resumed.observe([prompts.uid[0]], [0, 0])
+    assert resumed[prompts.uid[0]] == means[0] / 2
