@@ -17,16 +17,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from rlhf_fast.engine.decode_plan import DecodePlan
 from rlhf_fast.engine.module_forward import batch_dependent_rope, cache_shape_of, unwrapped
 from rlhf_fast.engine.paged_batch import PagedBatch
-from rlhf_fast.engine.weights import AliasedWeights
+from rlhf_fast.engine.weights import ADJACENT, AliasedWeights, why_not_aliased
+from rlhf_fast.errors import GenerationError
 from rlhf_fast.models.forward import compute_dtype
 from rlhf_fast_kernels import paged_attention, rms_norm, rope_and_store, silu_mul
 
 FUSED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_PLAIN_PARTS = (nn.Linear, nn.Embedding, nn.ModuleList)
 _COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -43,12 +45,30 @@ def why_not_fused(module: nn.Module) -> str | None:
     dtypes = {p.dtype for p in model.parameters()}
     if dtypes != {_COMPUTE[compute_dtype(module)]}:
         return "weights are kept in another type than they are computed in"
+    if module is not model:
+        return "adapters of peft run through the modules"
     for name, part in model.named_modules():
-        plain = type(part) is nn.Linear and "forward" not in vars(part)
-        if name.rpartition(".")[2] in (*_LINEARS, "lm_head") and not plain:
-            return f"{name} is more than a linear layer"
-        if part._forward_hooks or part._forward_pre_hooks:
-            return f"{name or 'the model'} has forward hooks"
+        fault = _not_stock(part, config.model_type)
+        if fault is not None:
+            return f"{name or 'the model'} {fault}"
+    return why_not_aliased(module)
+
+
+def _not_stock(part: nn.Module, model_type: str) -> str | None:
+    """None if a submodule computes what its class in transformers computes, otherwise why not."""
+    kind = type(part)
+    stock = kind.__module__.startswith(f"transformers.models.{model_type}.")
+    if not stock and kind not in (*_PLAIN_PARTS, type(ACT2FN["silu"])):
+        return f"is a {kind.__name__}"
+    if "forward" in vars(part):
+        return "has a forward of its own"
+    if part._forward_hooks or part._forward_pre_hooks:
+        return "has forward hooks"
+    for names in ADJACENT:
+        layers = [getattr(part, name, None) for name in names]
+        biases = {layer.bias is None for layer in layers if isinstance(layer, nn.Linear)}
+        if len(biases) > 1:
+            return f"has a bias on some of {', '.join(names)}"
     return None
 
 
@@ -135,6 +155,13 @@ class FusedForward:
     def running(self, max_context: int) -> AbstractContextManager[None]:
         """See `PagedForward`: the views must be those that training updates."""
         self.weights.check()
+        fault = why_not_fused(self.module)
+        if fault is not None:
+            raise GenerationError(
+                "RF4032",
+                f"the model has changed since the engine was made: {fault}",
+                remedy="change the model first, then make the engine",
+            )
         if len(self.cos) < max_context:
             positions = torch.arange(max_context, device=self.embedding.device)
             cos, sin = self._trunk.rotary_emb(self.embedding[:1], positions[None])

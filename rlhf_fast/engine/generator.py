@@ -30,7 +30,7 @@ from rlhf_fast.engine.requests import (
 )
 from rlhf_fast.engine.stopping import Decode, StopRule, stops_of
 from rlhf_fast.errors import DivergedGeneration, GenerationError
-from rlhf_fast.models.forward import autocast
+from rlhf_fast.models.forward import autocast, device_of
 from rlhf_fast.types import PromptBatch, Rollout, SamplingParams
 from rlhf_fast_kernels import SampleOutput, sample
 
@@ -321,7 +321,8 @@ def without_gradients(module: nn.Module) -> Iterator[None]:
         # forward casts that carry no gradient.
         torch.clear_autocast_cache()
         try:
-            with autocast(module):
+            # Off first: a caller's autocast is not how this module is trained.
+            with torch.autocast(device_of(module).type, enabled=False), autocast(module):
                 yield
         finally:
             torch.clear_autocast_cache()

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import enum
 import functools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +35,13 @@ from rlhf_fast.engine.generator import (
     require_same_version,
     without_gradients,
 )
-from rlhf_fast.engine.module_forward import ModuleForward, unwrapped, why_not_paged
+from rlhf_fast.engine.host_memory import available_host_memory
+from rlhf_fast.engine.module_forward import (
+    ModuleForward,
+    cache_shape_of,
+    unwrapped,
+    why_not_paged,
+)
 from rlhf_fast.engine.paged_batch import PagedForward
 from rlhf_fast.engine.requests import (
     Completions,
@@ -152,6 +157,7 @@ class HybridEngine:
                 eos_ids=self.eos_ids,
                 weight_version=weight_version,
                 max_batch=self.settings.max_batch,
+                max_batch_tokens=_padded_slots(module, self.settings.kv_bytes),
                 decode=decode,
                 on_progress=self._show,
             )
@@ -292,6 +298,13 @@ class HybridEngine:
                 f"requests with settings of their own need pages: {self.reason}",
                 remedy="call generate(), which runs on padded batches too",
             )
+        if self._device != self._runner.device:
+            raise GenerationError(
+                "RF4031",
+                f"the model moved from {self._runner.device} to {self._device} since the engine "
+                "was made",
+                remedy="move the model first, then make the engine",
+            )
         model = unwrapped(self.module)
         vocab = int(model.get_input_embeddings().weight.shape[0])
         check_requests(requests, vocab, context_limit(model.config))
@@ -325,6 +338,12 @@ def _choose_path(module: nn.Module, wish: str) -> tuple[str, str]:
     """(path, why that one)."""
     if wish not in PATHS:
         raise GenerationError("RF4032", f"no path {wish!r}", expected=f"one of {', '.join(PATHS)}")
+    if any(c.is_prompt_learning for c in getattr(module, "peft_config", {}).values()):
+        raise GenerationError(
+            "RF4003",
+            "adapters of prompt learning put tokens before the prompt, which no path samples from",
+            expected="adapters inside the layers, such as LoRA",
+        )
     not_fused = why_not_fused(module)
     not_paged = why_not_paged(module)
     obstacles = {"fused": not_fused, "modules": not_paged, "padded": None}
@@ -344,6 +363,11 @@ def _choose_path(module: nn.Module, wish: str) -> tuple[str, str]:
     return wish, "asked for"
 
 
+def _padded_slots(module: nn.Module, kv_bytes: int) -> int | None:
+    """Tokens that a padded batch may hold in all; None: no limit was set."""
+    return kv_bytes // cache_shape_of(module).token_bytes if kv_bytes else None
+
+
 def _cache_budget(device: torch.device, wish: int) -> int:
     """Bytes of key-value memory at most."""
     if wish > 0:
@@ -352,8 +376,4 @@ def _cache_budget(device: torch.device, wish: int) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(_GPU_SHARE * (free + held))
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # macOS
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return int(_CPU_SHARE * free)
+    return int(_CPU_SHARE * available_host_memory())

@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 
 from rlhf_fast.engine.paged_batch import PagedBatch
 from rlhf_fast.engine.paged_cache import CacheShape
+from rlhf_fast.errors import GenerationError
 from rlhf_fast.models.attention_mode import attention_configs, attention_mode
 from rlhf_fast.models.forward import PACKED_MODEL_TYPES, compute_dtype
 from rlhf_fast_kernels import paged_attention, rope_and_store
@@ -145,6 +146,12 @@ class ModuleForward:
 
     def running(self, max_context: int) -> AbstractContextManager[None]:
         """See `PagedForward`; the modules read the parameters themselves."""
+        if cache_shape_of(self.module) != self.cache_shape:
+            raise GenerationError(
+                "RF4031",
+                "the model computes in another type than when the engine was made",
+                remedy="cast the model first, then make the engine",
+            )
         return attention_mode(attention_configs(self.module), PAGED_ATTENTION)
 
     def logits(self, batch: PagedBatch) -> Tensor:

@@ -204,6 +204,7 @@ class _Run:
             jobs = scheduler.admit()
             if jobs:
                 self._prefill(jobs)
+            self._retire()  # a first token may be the last: such a row needs no page
             self._burst()
             self._retire()
         self.cache.sweep()
@@ -318,12 +319,13 @@ class _Run:
         """End rows whose text now contains one of their stop strings."""
         if not self._strings:
             return
-        live, steps, _ = self.rows.observe()
+        _, steps, broken = self.rows.observe()
         hits = []
         for index in indices:
             row = self.scheduler.rows[index].sample
             rule = self._strings.get(row.request.sampling.stop_strings)
-            if rule is None or not live[index]:
+            # A row that has drawn all it may can have ended with its last token.
+            if rule is None or broken[index]:
                 continue
             if bool(rule.completed(self.out.tokens[row.index : row.index + 1, : steps[index]])):
                 hits.append(index)

@@ -210,15 +210,30 @@ class Scheduler:
     def _cost(self, job: Job, samples: int) -> int:
         """Pages that a job is expected to take in the end: the prompt once, growth per sample."""
         prompt = len(job.tokens) // self.allocator.page_size
-        growth = [
+        return prompt + sum(self._growth(job, samples))
+
+    def _growth(self, job: Job, samples: int) -> list[int]:
+        """Pages that each of a job's first samples is expected to take beyond full shared ones."""
+        shared = len(job.tokens) // self.allocator.page_size
+        return [
             max(
                 self._pages(len(job.tokens) - job.step + _expected(s, self.typical_length)),
                 self._pages(len(job.tokens) + 1),
             )
-            - prompt
+            - shared
             for s in list(job.samples)[:samples]
         ]
-        return prompt + sum(growth)
+
+    def _affordable(self, job: Job) -> int:
+        """Samples of a prefilled job that can start: one at least if nobody runs."""
+        budget = self.allocator.free_pages - self._expected_growth()
+        count = 0
+        for pages in self._growth(job, len(job.samples)):
+            if pages > budget:
+                break
+            budget -= pages
+            count += 1
+        return count if self.rows else max(count, 1)
 
     def _expected_growth(self) -> int:
         """Pages that running samples are expected to take beyond what they hold."""
@@ -233,7 +248,7 @@ class Scheduler:
 
         The rest starts from the same pages later, see `half_started`.
         """
-        count = min(len(job.samples), self.max_rows - len(self.rows))
+        count = min(len(job.samples), self.max_rows - len(self.rows), self._affordable(job))
         chosen = [job.samples.popleft() for _ in range(count)]
         if job.samples:
             handles = self.allocator.fork(job.handle, count) if count else []
@@ -253,8 +268,10 @@ class Scheduler:
 
     @property
     def half_started(self) -> list[Job]:
-        """Prefilled jobs with samples left, if a row is free."""
-        return list(self._half_started) if len(self.rows) < self.max_rows else []
+        """Prefilled jobs with samples left, if there is a row and pages for one of them."""
+        if len(self.rows) >= self.max_rows:
+            return []
+        return [job for job in self._half_started if self._affordable(job) > 0]
 
     # ---- decoding -----------------------------------------------------------------------------
 

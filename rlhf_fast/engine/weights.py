@@ -13,6 +13,7 @@ questions: `linear(...)`, `check()`, `nbytes`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -45,6 +46,34 @@ def _adjacent_groups(module: nn.Module) -> Iterable[list[nn.Parameter]]:
                 yield [layer.bias for layer in layers]
 
 
+def why_not_aliased(module: nn.Module) -> str | None:
+    """None if all parameters can become views of one buffer, otherwise why not."""
+    if len({p.device for p in module.parameters()}) > 1:
+        return "parameters lie on several devices"
+    spans = []
+    for name, parameter in module.named_parameters():
+        if type(parameter.data) is not Tensor or not parameter.is_contiguous():
+            return f"{name} is not an ordinary dense tensor"
+        start = parameter.data_ptr()
+        spans.append((start, start + parameter.numel() * parameter.itemsize, name))
+    spans.sort()
+    for (_, end, name), (start, _, other) in itertools.pairwise(spans):
+        if start < end:
+            return f"{name} and {other} share storage"
+    seen: set[int] = set()
+    for group in _adjacent_groups(module):
+        ids = {id(p) for p in group}
+        if len(ids) < len(group) or ids & seen or len({p.dtype for p in group}) > 1:
+            return "a projection is used in two places"
+        seen |= ids
+    return None
+
+
+def _names(module: nn.Module) -> dict[str, int]:
+    """Which parameter each name means, tied ones under all of theirs."""
+    return {n: id(p) for n, p in module.named_parameters(remove_duplicate=False)}
+
+
 # One view a module, whoever asks; a second layout would pull the bytes away from the first.
 _views: WeakKeyDictionary[nn.Module, AliasedWeights] = WeakKeyDictionary()
 
@@ -61,20 +90,21 @@ class AliasedWeights:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = ref(module)
+        self._names = _names(module)
         self._places: list[tuple[str, nn.Parameter, int]] = []
         self._buffers: dict[torch.dtype, Tensor] = {}
         names = {id(p): name for name, p in module.named_parameters()}
         groups = [g for g in _adjacent_groups(module) if len({p.dtype for p in g}) == 1]
         grouped = {id(p) for group in groups for p in group}
         groups += [[p] for p in module.parameters() if id(p) not in grouped]
-        for parameter in module.parameters():
-            if type(parameter.data) is not Tensor or not parameter.is_contiguous():
-                raise GenerationError(
-                    "RF4030",
-                    f"parameter {names[id(parameter)]} is not an ordinary dense tensor",
-                    expected="dense, contiguous parameters on one device",
-                    remedy="use engine.path=modules for this model",
-                )
+        fault = why_not_aliased(module)
+        if fault is not None:
+            raise GenerationError(
+                "RF4030",
+                f"the weights cannot become views of one buffer: {fault}",
+                expected="dense, contiguous parameters with storage of their own, on one device",
+                remedy="use engine.path=modules for this model",
+            )
         for dtype in dict.fromkeys(p.dtype for p in module.parameters()):
             self._lay_out([g for g in groups if g[0].dtype == dtype], dtype, names)
 
@@ -119,8 +149,11 @@ class AliasedWeights:
     def holds(self) -> bool:
         """Whether every parameter still lies where it was put."""
         module = self._module()
-        present = {} if module is None else dict(module.named_parameters())
-        return all(present.get(n) is p and p.data_ptr() == a for n, p, a in self._places)
+        if module is None:
+            return False
+        return _names(module) == self._names and all(
+            parameter.data_ptr() == address for _, parameter, address in self._places
+        )
 
     def check(self) -> None:
         """Refuse to generate from memory that training no longer updates.

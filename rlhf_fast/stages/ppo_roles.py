@@ -316,6 +316,7 @@ def build_roles(
     critic_optimizer = None
     if value_model is not None and value_head is None:
         critic_optimizer = build_optimizer(config, value_model.module.to(device), "critic")
+        engine.guard(critic_optimizer.optimizer)
     optimizers = [o for o in (actor_optimizer, critic_optimizer) if o is not None]
     return Roles(
         actor=policy,
@@ -351,6 +352,7 @@ def _shared_roles(
     critic_optimizer = None
     if value_model is not None:
         critic_optimizer = guarded_optimizer(config, value_model.module, "critic")
+        engine.guard(critic_optimizer.optimizer)
     optimizers = [o for o in (actor_optimizer, critic_optimizer) if o is not None]
     return Roles(
         actor=policy,
