@@ -23,7 +23,6 @@ from rlhf_fast.engine.decode_plan import DecodePlan
 from rlhf_fast.engine.module_forward import batch_dependent_rope, cache_shape_of, unwrapped
 from rlhf_fast.engine.paged_batch import PagedBatch
 from rlhf_fast.engine.weights import ADJACENT, AliasedWeights, why_not_aliased
-from rlhf_fast.errors import GenerationError
 from rlhf_fast.models.forward import compute_dtype
 from rlhf_fast_kernels import paged_attention, rms_norm, rope_and_store, silu_mul
 
@@ -155,13 +154,6 @@ class FusedForward:
     def running(self, max_context: int) -> AbstractContextManager[None]:
         """See `PagedForward`: the views must be those that training updates."""
         self.weights.check()
-        fault = why_not_fused(self.module)
-        if fault is not None:
-            raise GenerationError(
-                "RF4032",
-                f"the model has changed since the engine was made: {fault}",
-                remedy="change the model first, then make the engine",
-            )
         if len(self.cos) < max_context:
             positions = torch.arange(max_context, device=self.embedding.device)
             cos, sin = self._trunk.rotary_emb(self.embedding[:1], positions[None])

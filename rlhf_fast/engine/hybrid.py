@@ -298,6 +298,7 @@ class HybridEngine:
                 f"requests with settings of their own need pages: {self.reason}",
                 remedy="call generate(), which runs on padded batches too",
             )
+        self._follow_changes()
         if self._device != self._runner.device:
             raise GenerationError(
                 "RF4031",
@@ -319,6 +320,22 @@ class HybridEngine:
                     self._runner.release()
         require_same_version(version, self._weight_version())
         return out
+
+    def _follow_changes(self) -> None:
+        """A hook or a patch put on since then is not in the fused forward."""
+        fault = why_not_fused(self.module) if self.path == "fused" else None
+        if fault is None:
+            return
+        if self.settings.path == "fused" or why_not_paged(self.module) is not None:
+            raise GenerationError(
+                "RF4032",
+                f"the model has changed since the engine was made: {fault}",
+                remedy="use engine.path=auto, or change the model before the engine is made",
+            )
+        assert self.weights is not None
+        self.weights.check()
+        self.path, self.reason = "modules", fault
+        self._runner = self._make_runner()
 
     @property
     def preemptions(self) -> int:
