@@ -137,6 +137,7 @@ def _write(module: AdapterModule, tokenizer: Any, draft: Path) -> None:
     )
     choose_pad_token(tokenizer, int(module.get_input_embeddings().weight.shape[0]))
     config.save_pretrained(str(draft))
+    _sort_targets(draft / ADAPTER_CONFIG)
     contents = {key: value.cpu().contiguous() for key, value in tensors.items()}
     save_file(contents, draft / WEIGHTS, metadata={"format": "pt"})
     with quiet_transformers():
@@ -144,6 +145,15 @@ def _write(module: AdapterModule, tokenizer: Any, draft: Path) -> None:
     calibration = get_calibration(module)
     record = {"trunk_sha256": trunk.digest, "calibration": vars(calibration)}
     (draft / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _sort_targets(path: Path) -> None:
+    """peft holds the targets in a set, whose order differs between processes: equal runs would
+    leave unequal files.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["target_modules"] = sorted(content["target_modules"])
+    path.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _read_json(directory: Path, name: str) -> dict[str, Any]:
