@@ -199,12 +199,14 @@ class _Run:
         """Run until nothing is left; every page is free again."""
         scheduler = self.scheduler
         while not scheduler.done:
-            for job in scheduler.half_started:
+            waiting = scheduler.half_started
+            for job in waiting:
                 self._start([job], self._logits[id(job)])
             jobs = scheduler.admit()
             if jobs:
                 self._prefill(jobs)
-            self._retire()  # a first token may be the last: such a row needs no page
+            if waiting or jobs:
+                self._retire()  # a first token may be the last: such a row needs no page
             self._burst()
             self._retire()
         self.cache.sweep()

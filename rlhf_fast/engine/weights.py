@@ -12,7 +12,6 @@ questions: `linear(...)`, `check()`, `nbytes`.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -184,11 +183,3 @@ class AliasedWeights:
         rows = sum(p.shape[0] for p in parameters)
         shape = (rows, *first.shape[1:])
         return first.detach().as_strided(shape, first.stride(), first.storage_offset())
-
-    def digest(self) -> str:
-        """SHA-256 of the bytes of all parameters; for tests that nothing has touched them."""
-        total = hashlib.sha256()
-        for name, parameter, _ in sorted(self._places, key=lambda place: place[0]):
-            total.update(name.encode())
-            total.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return total.hexdigest()
