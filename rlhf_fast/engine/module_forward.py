@@ -19,7 +19,7 @@ from rlhf_fast.engine.paged_batch import PagedBatch
 from rlhf_fast.engine.paged_cache import CacheShape
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.models.attention_mode import attention_configs, attention_mode
-from rlhf_fast.models.forward import PACKED_MODEL_TYPES, compute_dtype
+from rlhf_fast.models.forward import PACKED_MODEL_TYPES, compute_dtype, foreign_attention
 from rlhf_fast_kernels import paged_attention, rope_and_store
 
 PAGED_ATTENTION = "rlhf_fast_paged"
@@ -43,14 +43,9 @@ def why_not_paged(module: nn.Module) -> str | None:
     config = model.config
     if config.model_type not in PAGED_MODEL_TYPES:
         return f"architecture {config.model_type} is not known to run on pages"
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    if not layer_types <= {"full_attention", "sliding_attention"}:
-        return f"layers of type {', '.join(sorted(layer_types))}"
-    if getattr(config, "reorder_and_upcast_attn", False):
-        return "reorder_and_upcast_attn does not go through the attention interface"
     if batch_dependent_rope(config):
         return "its rotary embedding depends on the longest sequence of the batch"
-    return None
+    return foreign_attention(config)
 
 
 def batch_dependent_rope(config: Any) -> bool:

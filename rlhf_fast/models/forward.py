@@ -94,12 +94,23 @@ def device_of(module: nn.Module) -> torch.device:
 def runs_packed(module: nn.Module) -> bool:
     """True if the architecture runs on packed tokens, false if it needs right padding."""
     config: Any = module.config
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    return (
-        config.model_type in PACKED_MODEL_TYPES
-        and layer_types <= {"full_attention", "sliding_attention"}
-        and not getattr(config, "reorder_and_upcast_attn", False)
-    )
+    return config.model_type in PACKED_MODEL_TYPES and foreign_attention(config) is None
+
+
+def foreign_attention(config: Any) -> str | None:
+    """What in a config keeps attention out of our hands; None if it all goes through the interface.
+
+    Packed training and generation over pages both stand on that.
+    """
+    others = set(getattr(config, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    if others:
+        return f"layers of type {', '.join(sorted(others))}"
+    if getattr(config, "reorder_and_upcast_attn", False):
+        return "reorder_and_upcast_attn does not go through the attention interface"
+    return None
 
 
 def packed_hidden(module: nn.Module, sequences: PackedSequences) -> Tensor:
