@@ -15,7 +15,7 @@
 //     RLHF_FAST_CPU_OP(<op>, <Op>Args)
 //
 // which declares the three functions and defines rlhf_fast::<op>(args), which picks one at run time.
-// A new op is therefore two files here, one block in csrc/bindings.cpp and nothing in CMakeLists.txt.
+// A new op is therefore two files here, one block in csrc/bindings/ and nothing in CMakeLists.txt.
 //
 // Two rules keep a processor without AVX from meeting AVX code:
 //   1. Files in csrc/cpu use no inline functions or templates of the C++ library (std::min, vector,

@@ -1,4 +1,4 @@
-// csrc/cuda/rewards_and_gae.cu on the CPU, with a C function for ctypes in place of csrc/bindings.cpp.
+// csrc/cuda/rewards_and_gae.cu on the CPU, with a C function for ctypes in place of csrc/bindings/.
 #include "cuda/rewards_and_gae.cu"
 
 using namespace rlhf_fast;

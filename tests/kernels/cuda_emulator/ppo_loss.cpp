@@ -1,4 +1,4 @@
-// csrc/cuda/ppo_loss.cu on the CPU, with C functions for ctypes in place of csrc/bindings.cpp.
+// csrc/cuda/ppo_loss.cu on the CPU, with C functions for ctypes in place of csrc/bindings/.
 #include "cuda/ppo_loss.cu"
 
 #include <limits>

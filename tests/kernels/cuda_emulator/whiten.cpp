@@ -1,4 +1,4 @@
-// csrc/cuda/whiten.cu on the CPU, with C functions for ctypes in place of csrc/bindings.cpp.
+// csrc/cuda/whiten.cu on the CPU, with C functions for ctypes in place of csrc/bindings/.
 #include "cuda/whiten.cu"
 
 using namespace rlhf_fast;

@@ -1,0 +1,115 @@
+// Attention over pages.
+#include "bindings/families.h"
+
+#include "bindings/arguments.h"
+#include "cpu/paged_attention.h"
+#include "cpu/rope_and_store.h"
+
+namespace rlhf_fast {
+namespace {
+
+//
+// Everything but the addresses of a layer's tensors is put into an object once: the engine calls it for
+// every layer of a step, and then the tuples would cost more than the work.
+
+template <size_t count>
+void set_strides(int64_t (&strides)[count], py::handle values) {
+  const auto fields = py::reinterpret_borrow<py::tuple>(values);
+  for (size_t i = 0; i < count; ++i) strides[i] = fields[i].cast<int64_t>();
+}
+
+// shape: (sequences, query heads, kv heads, head dim, page size); strides: of q,
+// keys, values, out, table; indices: addresses of page_table, context_lengths, cu_queries or 0.
+PagedAttentionArgs make_paged_attention(int dtype, const py::tuple& shape, const py::tuple& strides,
+                                        const py::tuple& indices, float scale, float softcap,
+                                        int64_t window) {
+  PagedAttentionArgs args;
+  args.dtype = static_cast<DType>(dtype);
+  args.sequences = shape[0].cast<int64_t>();
+  args.query_heads = shape[1].cast<int64_t>();
+  args.kv_heads = shape[2].cast<int64_t>();
+  args.head_dim = shape[3].cast<int64_t>();
+  args.page_size = shape[4].cast<int64_t>();
+  set_strides(args.q_strides, strides[0]);
+  set_strides(args.key_strides, strides[1]);
+  set_strides(args.value_strides, strides[2]);
+  set_strides(args.out_strides, strides[3]);
+  args.table_stride = strides[4].cast<int64_t>();
+  args.page_table = pointer<const int32_t>(indices[0]);
+  args.context_lengths = pointer<const int32_t>(indices[1]);
+  args.cu_queries = pointer<const int32_t>(indices[2]);
+  args.scale = scale;
+  args.softcap = softcap;
+  args.window = window;
+  return args;
+}
+
+void bind_paged_attention(py::module_& m) {
+  py::class_<PagedAttentionArgs>(m, "PagedAttention")
+      .def(py::init(&make_paged_attention))
+      .def("__call__", [](PagedAttentionArgs args, uintptr_t q, uintptr_t keys, uintptr_t values,
+                          uintptr_t out, int threads) {
+        args.q = reinterpret_cast<const void*>(q);
+        args.keys = reinterpret_cast<const void*>(keys);
+        args.values = reinterpret_cast<const void*>(values);
+        args.out = reinterpret_cast<void*>(out);
+        args.threads = threads;
+        const py::gil_scoped_release release;
+        paged_attention(args);
+      });
+}
+
+// shape: (tokens, query heads, kv heads, head dim, rotary dim, page size);
+// strides: of q, k, v, keys, values, cos, sin; indices: addresses of slots, positions, cos, sin.
+RopeAndStoreArgs make_rope_and_store(int dtype, const py::tuple& shape, const py::tuple& strides,
+                                     const py::tuple& indices, float norm_eps) {
+  RopeAndStoreArgs args;
+  args.dtype = static_cast<DType>(dtype);
+  args.tokens = shape[0].cast<int64_t>();
+  args.query_heads = shape[1].cast<int64_t>();
+  args.kv_heads = shape[2].cast<int64_t>();
+  args.head_dim = shape[3].cast<int64_t>();
+  args.rotary_dim = shape[4].cast<int64_t>();
+  args.page_size = shape[5].cast<int64_t>();
+  set_strides(args.q_strides, strides[0]);
+  set_strides(args.k_strides, strides[1]);
+  set_strides(args.v_strides, strides[2]);
+  set_strides(args.key_strides, strides[3]);
+  set_strides(args.value_strides, strides[4]);
+  args.cos_stride = strides[5].cast<int64_t>();
+  args.sin_stride = strides[6].cast<int64_t>();
+  args.slots = pointer<const int64_t>(indices[0]);
+  args.positions = pointer<const int64_t>(indices[1]);
+  args.cos = pointer<const float>(indices[2]);
+  args.sin = pointer<const float>(indices[3]);
+  args.norm_eps = norm_eps;
+  return args;
+}
+
+void bind_rope_and_store(py::module_& m) {
+  py::class_<RopeAndStoreArgs>(m, "RopeAndStore")
+      .def(py::init(&make_rope_and_store))
+      .def("__call__", [](RopeAndStoreArgs args, uintptr_t q, uintptr_t k, uintptr_t v,
+                          uintptr_t keys, uintptr_t values, uintptr_t q_norm, uintptr_t k_norm,
+                          int threads) {
+        args.q = reinterpret_cast<void*>(q);
+        args.k = reinterpret_cast<const void*>(k);
+        args.v = reinterpret_cast<const void*>(v);
+        args.keys = reinterpret_cast<void*>(keys);
+        args.values = reinterpret_cast<void*>(values);
+        args.q_norm = reinterpret_cast<const void*>(q_norm);
+        args.k_norm = reinterpret_cast<const void*>(k_norm);
+        args.threads = threads;
+        const py::gil_scoped_release release;
+        rope_and_store(args);
+      });
+}
+
+}  // namespace
+
+void bind_attention(py::module_& m) {
+  bind_paged_attention(m);
+  bind_rope_and_store(m);
+}
+
+}  // namespace rlhf_fast

@@ -1,0 +1,119 @@
+// The small ops of a decoding step.
+#include "bindings/families.h"
+
+#include "bindings/arguments.h"
+#include "cpu/linear_small.h"
+#include "cpu/rms_norm.h"
+#include "cpu/sample.h"
+#include "cpu/silu_mul.h"
+
+namespace rlhf_fast {
+namespace {
+
+// ---- sample ------------------------------------------------------------------------------------
+
+// shape: (rows, row stride, vocabulary); settings: addresses of seeds, steps, temperature, top_k,
+// top_p, min_p; outputs: of tokens, logprobs, raw_logprobs and entropy or 0.
+void bind_sample(py::module_& m) {
+  m.def("sample", [](uintptr_t logits, int dtype, const py::tuple& shape,
+                     const py::tuple& settings, const py::tuple& outputs, int threads) {
+    SampleArgs args;
+    args.logits = reinterpret_cast<const void*>(logits);
+    args.dtype = static_cast<DType>(dtype);
+    args.rows = shape[0].cast<int64_t>();
+    args.row_stride = shape[1].cast<int64_t>();
+    args.vocab = shape[2].cast<int64_t>();
+    args.seeds = pointer<const int64_t>(settings[0]);
+    args.steps = pointer<const int64_t>(settings[1]);
+    args.temperature = pointer<const float>(settings[2]);
+    args.top_k = pointer<const int64_t>(settings[3]);
+    args.top_p = pointer<const float>(settings[4]);
+    args.min_p = pointer<const float>(settings[5]);
+    args.tokens = pointer<int64_t>(outputs[0]);
+    args.logprobs = pointer<float>(outputs[1]);
+    args.raw_logprobs = pointer<float>(outputs[2]);
+    args.entropy = pointer<float>(outputs[3]);
+    args.threads = threads;
+    const py::gil_scoped_release release;
+    sample(args);
+  });
+}
+
+// ---- rms_norm, silu_mul, linear_small ----------------------------------------------------------
+
+// Below this many elements the call is over before another thread would have got the GIL.
+constexpr int64_t kElementsWithGil = 16384;
+
+template <class Args>
+void run_short(void (*op)(const Args&), const Args& args) {
+  if (args.rows * args.columns <= kElementsWithGil) return op(args);
+  const py::gil_scoped_release release;
+  op(args);
+}
+
+// Called several times a layer and token: plain integers, which cost least to hand over. A RowsView is
+// an address (0: absent) and the strides of [outer, inner].
+void bind_decoder_ops(py::module_& m) {
+  m.def("rms_norm", [](int dtype, int64_t rows, int64_t inner, int64_t columns, uintptr_t x,
+                       int64_t x_outer, int64_t x_inner, uintptr_t weight, uintptr_t residual,
+                       int64_t residual_outer, int64_t residual_inner, uintptr_t out,
+                       int64_t out_outer, int64_t out_inner, float eps, float offset,
+                       int threads) {
+    RmsNormArgs args;
+    args.dtype = static_cast<DType>(dtype);
+    args.rows = rows;
+    args.inner = inner;
+    args.columns = columns;
+    args.x = {reinterpret_cast<void*>(x), x_outer, x_inner};
+    args.weight = reinterpret_cast<const void*>(weight);
+    args.residual = {reinterpret_cast<void*>(residual), residual_outer, residual_inner};
+    args.out = {reinterpret_cast<void*>(out), out_outer, out_inner};
+    args.eps = eps;
+    args.offset = offset;
+    args.threads = threads;
+    run_short(&rms_norm, args);
+  });
+  m.def("silu_mul", [](int dtype, int64_t rows, int64_t columns, uintptr_t gate_up,
+                       int64_t row_stride, uintptr_t out, int64_t out_row_stride, int threads) {
+    SiluMulArgs args;
+    args.dtype = static_cast<DType>(dtype);
+    args.rows = rows;
+    args.columns = columns;
+    args.gate_up = reinterpret_cast<const void*>(gate_up);
+    args.row_stride = row_stride;
+    args.out = reinterpret_cast<void*>(out);
+    args.out_row_stride = out_row_stride;
+    args.threads = threads;
+    run_short(&silu_mul, args);
+  });
+  m.def("linear_small", [](int64_t rows, int64_t inner, int64_t columns, uintptr_t x,
+                           int64_t x_stride, uintptr_t weight, int64_t weight_stride,
+                           uintptr_t bias, uintptr_t residual, int64_t residual_stride,
+                           uintptr_t out, int64_t out_stride, int threads) {
+    LinearSmallArgs args;
+    args.rows = rows;
+    args.inner = inner;
+    args.columns = columns;
+    args.x = reinterpret_cast<const float*>(x);
+    args.x_stride = x_stride;
+    args.weight = reinterpret_cast<const float*>(weight);
+    args.weight_stride = weight_stride;
+    args.bias = reinterpret_cast<const float*>(bias);
+    args.residual = reinterpret_cast<const float*>(residual);
+    args.residual_stride = residual_stride;
+    args.out = reinterpret_cast<float*>(out);
+    args.out_stride = out_stride;
+    args.threads = threads;
+    const py::gil_scoped_release release;
+    linear_small(args);
+  });
+}
+
+}  // namespace
+
+void bind_decoding(py::module_& m) {
+  bind_sample(m);
+  bind_decoder_ops(m);
+}
+
+}  // namespace rlhf_fast
