@@ -171,8 +171,8 @@ class EngineConfig:
     path: str = setting(
         "auto",
         "what runs the model: fused forward, its modules over pages, padded batches; auto takes "
-        "the first that can",
-        choices=("auto", "fused", "modules", "padded"),
+        "the first of these that can. transformers: its continuous batching with our sampler",
+        choices=("auto", "fused", "modules", "transformers", "padded"),
     )
     kv_gb: float = setting(
         0.0,

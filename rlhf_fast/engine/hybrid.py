@@ -11,6 +11,8 @@ addresses. What runs a model is chosen once and can be asked for (`path`, `reaso
     fused     our forward over the aliased parameters: Llama, Mistral, Qwen2, Qwen3
     modules   the Hugging Face modules, attention through the paged ops
     padded    `HFGenerator`: the modules with their own cache, for every other architecture
+
+One more can be asked for: `transformers`, continuous batching of transformers with our sampler.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -54,11 +56,15 @@ from rlhf_fast.engine.requests import (
 )
 from rlhf_fast.engine.runner import Runner, RunnerSettings
 from rlhf_fast.engine.stopping import Decode, stops_of
+from rlhf_fast.engine.transformers_path import why_not_transformers
 from rlhf_fast.engine.weights import AliasedWeights
 from rlhf_fast.errors import DivergedGeneration, GenerationError
 from rlhf_fast.types import PromptBatch, Rollout, SamplingParams
 
-PATHS = ("auto", "fused", "modules", "padded")
+if TYPE_CHECKING:
+    from rlhf_fast.engine.transformers_runner import TransformersRunner
+
+PATHS = ("auto", "fused", "modules", "transformers", "padded")
 # Of what is free before a rollout: the rest is for activations and for what else runs.
 _GPU_SHARE, _CPU_SHARE = 0.8, 0.25
 
@@ -149,7 +155,7 @@ class HybridEngine:
         self.expected = ExpectedLengths() if expected is None else expected
         self.path, self.reason = _choose_path(module, self.settings.path)
         self.weights: AliasedWeights | None = None
-        self._runner: Runner | None = None
+        self._runner: Runner | TransformersRunner | None = None
         self._padded: HFGenerator | None = None
         if self.path == "padded":
             self._padded = HFGenerator(
@@ -173,28 +179,31 @@ class HybridEngine:
         eos_ids, decode = stops_of(module, tokenizer)
         return cls(module, eos_ids=eos_ids, decode=decode, **options)
 
-    def _make_runner(self) -> Runner:
+    def _make_runner(self) -> Runner | TransformersRunner:
         settings = self.settings
-        forward: PagedForward
-        if self.path == "fused":
-            self.weights = AliasedWeights.of(self.module)
-            forward = FusedForward(self.module, self.weights)
-        else:
-            forward = ModuleForward(self.module)
-        return Runner(
-            forward,
-            self._device,
-            eos_ids=self.eos_ids,
-            decode=self._decode,
-            settings=RunnerSettings(
+        options: dict[str, Any] = {
+            "eos_ids": self.eos_ids,
+            "decode": self._decode,
+            "settings": RunnerSettings(
                 max_rows=settings.max_batch,
                 page_size=settings.page_size,
                 prefill_tokens=settings.prefill_tokens,
                 burst=settings.burst,
                 poison=settings.poison,
             ),
-            cache_bytes=functools.partial(_cache_budget, self._device, settings.kv_bytes),
-        )
+            "cache_bytes": functools.partial(_cache_budget, self._device, settings.kv_bytes),
+        }
+        if self.path == "transformers":
+            from rlhf_fast.engine.transformers_runner import TransformersRunner
+
+            return TransformersRunner(self.module, self._device, **options)
+        forward: PagedForward
+        if self.path == "fused":
+            self.weights = AliasedWeights.of(self.module)
+            forward = FusedForward(self.module, self.weights)
+        else:
+            forward = ModuleForward(self.module)
+        return Runner(forward, self._device, **options)
 
     # ---- modes --------------------------------------------------------------------------------
 
@@ -296,7 +305,8 @@ class HybridEngine:
             raise GenerationError(
                 "RF4035",
                 f"requests with settings of their own need pages: {self.reason}",
-                remedy="call generate(), which runs on padded batches too",
+                remedy="call generate(), which runs on padded batches too, or try "
+                "engine.path=transformers",
             )
         self._follow_changes()
         if self._device != self._runner.device:
@@ -364,6 +374,8 @@ def _choose_path(module: nn.Module, wish: str) -> tuple[str, str]:
     not_fused = why_not_fused(module)
     not_paged = why_not_paged(module)
     obstacles = {"fused": not_fused, "modules": not_paged, "padded": None}
+    if wish == "transformers":
+        obstacles[wish] = why_not_transformers(module)
     if wish == "auto":
         if not_fused is None:
             return "fused", "the fused forward knows this architecture"

@@ -24,8 +24,15 @@ from rlhf_fast_kernels import paged_attention, rope_and_store
 
 PAGED_ATTENTION = "rlhf_fast_paged"
 
-# As for packed training, and those whose masks or softcap only the paged kernel has.
-PAGED_MODEL_TYPES = PACKED_MODEL_TYPES | {"gemma2", "gemma3_text", "opt"}
+# As for packed training, those whose masks or softcap only the paged kernel has, and decoders of
+# which `generate` and teacher forcing are equalled without more being known of them.
+PAGED_MODEL_TYPES = PACKED_MODEL_TYPES | {
+    *("afmoe", "apertus", "arcee", "cohere", "cohere2", "cohere2_moe", "cwm", "ernie4_5"),
+    *("ernie4_5_moe", "exaone4", "flex_olmo", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe"),
+    *("gpt_bigcode", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense"),
+    *("hunyuan_v1_moe", "internlm3", "jais2", "minimax_m2", "ministral", "ministral3", "nanochat"),
+    *("olmo", "olmo3", "olmoe", "opt", "persimmon", "seed_oss", "solar_open", "vaultgemma"),
+}
 
 # Rotary tables that depend on the longest sequence of a batch make a sample depend on its company.
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")

@@ -1,7 +1,7 @@
 """Generation against transformers' `generate`, against itself in other batches, and abused.
 
-Every path of the engine meets the same contract: the fused forward, the modules over pages, and the
-padded generator.
+Every path of the engine meets the same contract: the fused forward, the modules over pages,
+transformers' continuous batching, and the padded generator.
 """
 
 from __future__ import annotations
@@ -118,9 +118,12 @@ FUSED = ("llama", "llama-bias", "mistral", "qwen2", "qwen2-tied", "qwen3")
 RUNS = [
     *(("fused", name) for name in FUSED),
     *(("modules", name) for name in FAMILIES if name != "llama-bias"),
+    *(("transformers", name) for name in ("llama", "mistral", "gpt2")),
     *(("padded", name) for name in ("llama", "mistral", "gpt2")),
 ]
-PATHS = ("fused", "modules", "padded")
+PATHS = ("fused", "modules", "transformers", "padded")
+# These compute in bf16 over fp32 weights.
+OVER_MASTERS = ("modules", "padded")
 
 
 @pytest.fixture(params=PATHS)
@@ -257,7 +260,7 @@ def test_rollout_logprobs_equal_the_trainers(path: str, name: str) -> None:
 def test_bfloat16_autocast_stays_near_float32(path: str) -> None:
     module = build()
     set_compute_dtype(module, "bfloat16")
-    path = "modules" if path == "fused" else path  # its weights are fp32
+    path = path if path in OVER_MASTERS else "modules"
     rollout = run(module, ragged(), SamplingParams(12), group=2, path=path)
     flat = [x for row in trainer_logprobs(build(), rollout) for x in row]
     gap = (rollout.rollout_logprobs[rollout.response_mask] - torch.tensor(flat)).abs()
@@ -369,7 +372,7 @@ def test_training_works_after_generating_under_inference_mode_and_outer_autocast
     with torch.inference_mode():
         run(module, ragged(2), SamplingParams(3), path=path)
     set_compute_dtype(module, "bfloat16")
-    path = "modules" if path == "fused" else path
+    path = path if path in OVER_MASTERS else "modules"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         run(module, ragged(2), SamplingParams(3), path=path)
         module(input_ids=torch.tensor([[3, 4, 5]])).logits.float().sum().backward()
@@ -378,7 +381,7 @@ def test_training_works_after_generating_under_inference_mode_and_outer_autocast
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_generation_sees_every_weight_change(path: str, dtype: Any) -> None:
-    path = "modules" if (path, dtype) == ("fused", "bfloat16") else path
+    path = path if path in OVER_MASTERS or dtype == "float32" else "modules"
     greedy = SamplingParams(6, temperature=0.0)
 
     def negated(module: Any) -> Any:
@@ -427,6 +430,7 @@ def test_progress_counts_up_to_everything(path: str) -> None:
     if path != "padded":
         assert max(p.running for p in seen) == 4
         assert (seen[0].waiting, seen[-1].waiting) == (6, 0)
+    if path in ("fused", "modules"):
         assert 0 < max(p.cache_use for p in seen) <= 1
         assert seen[-1].cache_use == 0
 

@@ -1,0 +1,31 @@
+"""Which models may run through transformers' continuous batching."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rlhf_fast.engine.module_forward import PAGED_MODEL_TYPES, batch_dependent_rope, unwrapped
+from rlhf_fast.models.forward import compute_dtype, foreign_attention
+
+# Each is held by a test: what transformers cannot run it may get wrong without a word (softcaps).
+TRANSFORMERS_MODEL_TYPES = (PAGED_MODEL_TYPES - {"gemma2", "gpt_neox", "opt", "vaultgemma"}) | {
+    *("diffllama", "doge", "gpt_oss", "granite_swa", "granitemoe_swa", "jetmoe", "phimoe"),
+}
+
+
+def why_not_transformers(module: nn.Module) -> str | None:
+    """None if transformers' continuous batching can draw what the engine promises, or why not."""
+    try:
+        import rlhf_fast.engine.transformers_runner  # noqa: F401
+    except ImportError as error:
+        return f"continuous batching of this transformers takes no sampler of ours ({error})"
+    config = unwrapped(module).config
+    if config.model_type not in TRANSFORMERS_MODEL_TYPES:
+        return f"architecture {config.model_type} is not known to run in continuous batching"
+    if batch_dependent_rope(config):
+        return "its rotary embedding depends on the longest sequence of the batch"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "its attention leaves the softcap of the scores out"
+    if compute_dtype(module) != "float32":
+        return "it runs in a thread of its own, where bf16 over fp32 masters is not switched on"
+    return foreign_attention(config)
