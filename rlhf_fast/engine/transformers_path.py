@@ -9,7 +9,7 @@ from rlhf_fast.models.forward import compute_dtype, foreign_attention
 
 # Each is held by a test: what transformers cannot run it may get wrong without a word (softcaps).
 TRANSFORMERS_MODEL_TYPES = (PAGED_MODEL_TYPES - {"gemma2", "gpt_neox", "opt", "vaultgemma"}) | {
-    *("diffllama", "doge", "gpt_oss", "granite_swa", "granitemoe_swa", "jetmoe", "phimoe"),
+    *("gpt_oss", "granite_swa", "granitemoe_swa", "phimoe"),
 }
 
 

@@ -30,6 +30,8 @@ from rlhf_fast.models.attention_mode import attention_configs, attention_mode
 # Without a flash kernel every step attends under a mask [tokens of the step, all tokens in pages],
 # which exists at its largest from the start.
 _MASKED_TOKENS = 256
+# What transformers 5.17 called `block_size`.
+PAGE_SIZE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"
 
 
 class TransformersRunner:
@@ -137,7 +139,7 @@ class TransformersRunner:
                 remedy="raise engine.kv_gb",
             )
         return {
-            "page_size": size,
+            PAGE_SIZE: size,
             "num_blocks": min((rows + 1) * needed, affordable),
             "max_requests_per_batch": rows,
             "max_batch_tokens": max(rows, min(self.settings.prefill_tokens, _MASKED_TOKENS)),

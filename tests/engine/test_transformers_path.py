@@ -10,6 +10,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from rlhf_fast.engine.hybrid import EngineSettings, HybridEngine
 from rlhf_fast.engine.requests import Completions, Request
+from rlhf_fast.engine.transformers_runner import PAGE_SIZE
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.models.forward import set_compute_dtype
 from rlhf_fast.types import SamplingParams
@@ -36,7 +37,7 @@ def generate_batch(module: Any, prompts: list[list[int]]) -> list[tuple[list[int
             max_new_tokens=12, do_sample=False, eos_token_id=EOS, pad_token_id=0
         ),
         continuous_batching_config=ContinuousBatchingConfig(
-            page_size=4, num_blocks=64, max_batch_tokens=64, return_logprobs=True
+            **{PAGE_SIZE: 4}, num_blocks=64, max_batch_tokens=64, return_logprobs=True
         ),
     )
     assert all(output.error is None for output in outputs.values())
@@ -141,7 +142,7 @@ def test_a_manager_kept_on_the_model_is_not_taken_over() -> None:
         inputs=[[5, 6, 7]],
         generation_config=GenerationConfig(max_new_tokens=2, do_sample=True, eos_token_id=-1),
         continuous_batching_config=ContinuousBatchingConfig(
-            page_size=4, num_blocks=8, max_batch_tokens=16
+            **{PAGE_SIZE: 4}, num_blocks=8, max_batch_tokens=16
         ),
         persistent_manager=True,
     )
