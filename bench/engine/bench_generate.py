@@ -1,14 +1,15 @@
-"""Tokens per second of the hybrid engine beside transformers, on the same weights and lengths.
+"""Tokens per second of the hybrid engine beside other generators, on the same weights and lengths.
 
     python -m bench.engine.bench_generate [--shapes small,large] [--batches 1,16,64] [--rounds 5]
-        [--lengths uniform,long-tailed] [--peers generate,generate_batch]
+        [--lengths uniform,long-tailed] [--peers generate,generate_batch,continuous_batching,vllm]
         [--device cuda --dtype bf16] [--json results.json]
 
 Every side samples at temperature 1 from the same prompts and draws the same number of tokens for
 each: responses end at a length fixed in advance, not at a token. `uniform` gives all of them the
 maximum, `long-tailed` draws lengths from an exponential whose mean is a quarter of it; `generate`
-then runs to the longest of the batch, which is its way. Rounds alternate between the sides; medians
-are compared, so a machine that slows down slows all of them.
+then runs to the longest of the batch, which is its way (`bench/engine/peers.py` says what is in the
+time of each side). Rounds alternate between the sides; medians are compared, so a machine that
+slows down slows all of them.
 
 The roofline of a step is the larger of its arithmetic at the rate of a large product and its memory
 traffic (weights once, keys and values of all contexts once) at the bandwidth of a large read, both
@@ -27,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.engine import peers
 from bench.kernels.environment import environment
 from bench.kernels.probes import bandwidth_probe, calibrate
 from rlhf_fast.engine.hybrid import EngineSettings, HybridEngine
@@ -38,7 +40,6 @@ from rlhf_fast.types import SamplingParams
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LENGTHS = ("uniform", "long-tailed")
-PEERS = ("generate", "generate_batch")
 
 
 @dataclass(frozen=True)
@@ -120,43 +121,6 @@ def engine_side(model: Any, prompts: list[list[int]], lengths: list[int]) -> Cal
     return run
 
 
-def generate_side(model: Any, prompts: list[list[int]], lengths: list[int]) -> Callable[[], None]:
-    """The same through `generate`: one padded batch, to the longest response."""
-    ids = torch.tensor(prompts, device=model.device)
-    longest = max(lengths)
-
-    def run() -> None:
-        with torch.no_grad():
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=longest,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                pad_token_id=0,
-            )
-        assert out.shape[1] == ids.shape[1] + longest
-
-    return run
-
-
-def generate_batch_side(
-    model: Any, prompts: list[list[int]], lengths: list[int]
-) -> Callable[[], None]:
-    """The same through transformers' continuous batching; it has one limit for all requests."""
-    config = GenerationConfig(
-        max_new_tokens=max(lengths), do_sample=True, temperature=1.0, top_k=0, eos_token_id=-1,
-        pad_token_id=0,
-    )  # fmt: skip
-
-    def run() -> None:
-        out = model.generate_batch(inputs=prompts, generation_config=config)
-        assert len(out) == len(prompts)
-
-    return run
-
-
 def roofline_seconds(
     shape: Shape, prompt: int, lengths: Sequence[int], width: int, found: dict[str, float]
 ) -> float:
@@ -178,6 +142,24 @@ def roofline_seconds(
     return total
 
 
+def medians_of(
+    sides: dict[str, Callable[[], None]], rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Seconds of every side; each round runs all of them."""
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for round_ in range(rounds + 1):
+        for side, run in sides.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if round_:  # the first is a warm-up
+                seconds[side].append(time.perf_counter() - start)
+    return {side: statistics.median(times) for side, times in seconds.items()}
+
+
 def measure(
     options: argparse.Namespace, name: str, batch: int, kind: str, found: dict[str, float]
 ) -> Row:
@@ -190,21 +172,12 @@ def measure(
     prompts = torch.randint(10, shape.vocab, (batch, options.prompt), generator=generator).tolist()
     maximum = options.new_tokens if kind == "uniform" else options.longest
     lengths = lengths_for(kind, batch, maximum)
-    makers = {"generate": generate_side, "generate_batch": generate_batch_side}
     sides = {"engine": engine_side(model, prompts, lengths)}
-    sides |= {peer: makers[peer](model, prompts, lengths) for peer in options.peers}
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for round_ in range(options.rounds + 1):
-        for side, run in sides.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if round_:  # the first is a warm-up
-                seconds[side].append(time.perf_counter() - start)
-    medians = {side: statistics.median(times) for side, times in seconds.items()}
+    sides |= {peer: peers.MAKERS[peer](model, prompts, lengths) for peer in options.peers}
+    try:
+        medians = medians_of(sides, options.rounds, device)
+    finally:
+        peers.close(sides)
     tokens = sum(lengths)
     ours = medians["engine"]
     return Row(
@@ -229,7 +202,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", type=names, default=["small", "large"])
     parser.add_argument("--batches", type=names, default=["1", "16", "64"])
     parser.add_argument("--lengths", type=names, default=list(LENGTHS))
-    parser.add_argument("--peers", type=names, default=["generate"])
+    parser.add_argument("--peers", type=names, default=list(peers.MAKERS))
     parser.add_argument("--prompt", type=int, default=16, help="prompt tokens")
     parser.add_argument("--new-tokens", type=int, default=64, help="uniform response tokens")
     parser.add_argument("--longest", type=int, default=192, help="longest long-tailed response")
@@ -248,11 +221,15 @@ def main() -> None:
     device = torch.device(options.device)
     facts = environment(options.threads, device)
     found = calibrate(bandwidth_probe(device))
+    absent = [peer for peer in options.peers if not peers.installed(peer)]
+    options.peers = [peer for peer in options.peers if peer not in absent]
+    if absent:
+        print(f"not installed: {', '.join(absent)}")
     print(
         f"{'shape':8}{'batch':>6} {'lengths':12}{'tokens/s':>11}{'ms/step':>9}{'roofline':>10}",
         end="",
     )
-    print("".join(f"{'x ' + peer:>18}" for peer in options.peers), flush=True)
+    print("".join(f"{'x ' + peer:>22}" for peer in options.peers), flush=True)
     rows = []
     for name in options.shapes:
         for batch in map(int, options.batches):
@@ -265,11 +242,16 @@ def main() -> None:
                 print(
                     f"{name:8}{batch:6} {kind:12}{rate:11.0f}{row.ms_per_step:9.2f}"
                     f"{row.roofline:10.0%}",
-                    "".join(f"{x:18.2f}" for x in row.times_faster.values()),
+                    "".join(f"{x:22.2f}" for x in row.times_faster.values()),
                     flush=True,
                 )
     if options.json is not None:
-        record = {"environment": facts, "calibration": found, "rows": [asdict(r) for r in rows]}
+        record = {
+            "environment": facts,
+            "calibration": found,
+            "not_installed": absent,
+            "rows": [asdict(r) for r in rows],
+        }
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

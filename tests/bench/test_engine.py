@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from bench.engine import bench_generate
+from bench.engine import bench_generate, peers
 
 
 def test_the_smallest_preset_runs_and_writes_what_it_measured(
@@ -17,6 +20,7 @@ def test_the_smallest_preset_runs_and_writes_what_it_measured(
     tiny = bench_generate.Shape(50, 16, 24, 1, 2, 1)
     monkeypatch.setitem(bench_generate.SHAPES, "tiny", tiny)
     monkeypatch.setattr(bench_generate, "calibrate", lambda _: RATES)
+    monkeypatch.setattr("bench.engine.peers.installed", lambda peer: peer != "vllm")
     path = tmp_path / "out.json"
     arguments = ["--shapes", "tiny", "--batches", "2", "--prompt", "3", "--new-tokens", "4"]
     arguments += ["--longest", "8", "--rounds", "1", "--threads", "1", "--json", str(path)]
@@ -25,9 +29,35 @@ def test_the_smallest_preset_runs_and_writes_what_it_measured(
     rows = json.loads(path.read_text())["rows"]
     assert [(r["batch"], r["lengths"]) for r in rows] == [(2, "uniform"), (2, "long-tailed")]
     for row in rows:
-        assert set(row["tokens_per_second"]) == {"engine", "generate"}
-        assert row["times_faster"]["generate"] > 0
+        peers = {"generate", "generate_batch", "continuous_batching"}
+        assert set(row["tokens_per_second"]) == {"engine", *peers}
+        assert all(row["times_faster"][peer] > 0 for peer in peers)
     assert "long-tailed" in capsys.readouterr().out
+
+
+def test_vllm_gets_the_weights_the_prompts_and_the_lengths(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stand-in with its calling convention: vllm itself needs a GPU."""
+    seen: dict[str, Any] = {}
+
+    class LLM:
+        def __init__(self, model: str, **options: Any) -> None:
+            seen.update(options, files=sorted(path.name for path in Path(model).iterdir()))
+
+        def generate(self, prompts: Any, limits: Any, use_tqdm: bool) -> Any:
+            seen["prompts"] = prompts
+            tokens = [SimpleNamespace(token_ids=[0] * limit.max_tokens) for limit in limits]
+            return [SimpleNamespace(outputs=[row]) for row in tokens]
+
+    stand_in = SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: SimpleNamespace(**options))
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    shape = bench_generate.Shape(50, 16, 24, 1, 2, 1)
+    model = shape.build(torch.device("cpu"), torch.float32)
+    peers.vllm(model, [[3, 4], [5]], [2, 6])()
+    assert "model.safetensors" in seen["files"]
+    assert (seen["dtype"], seen["max_model_len"]) == ("float32", 8)
+    assert seen["prompts"] == [{"prompt_token_ids": [3, 4]}, {"prompt_token_ids": [5]}]
 
 
 RATES = {"matmul_fp32_tflop_per_s": 1e-3, "read_gb_per_s": 1.0}
