@@ -135,21 +135,10 @@ class HFGenerator:
         samples_per_prompt: int,
         seeds: Sequence[int],
     ) -> Rollout:
-        """Draw G samples per prompt.
-
-        `rollout_logprobs` are under softmax(logits / temperature), before top-k, top-p and min-p
-        (softmax(logits) at temperature 0): the quantity that the trainer recomputes. R is the
-        length of the longest response. Tensors come back on the device of the prompts. Modes of the
-        module and its submodules are what they were before, whatever happens.
-
-        Args:
-            prompts: B prompts of at least one token each.
-            sampling: how to draw.
-            samples_per_prompt: G.
-            seeds: S = B*G integers, see `rlhf_fast.seeds.derive_seed`.
+        """Draw G samples per prompt, as `HybridEngine.generate` says.
 
         Raises:
-            GenerationError: RF4001 to RF4009; nothing is generated if a check of the input fails.
+            GenerationError: RF4001 to RF4010; nothing is generated if a check of the input fails.
         """
         wrapped: Any = self.module
         vocab = int(wrapped.get_input_embeddings().weight.shape[0])

@@ -43,7 +43,7 @@ from rlhf_fast.ppo.exact_kl import require_exact_kl
 from rlhf_fast.ppo.trunk import require_trunk_head
 from rlhf_fast.stages.adapted import open_trunk
 from rlhf_fast.stages.evaluate import choose_prompts
-from rlhf_fast.stages.ppo_roles import check_tokenizers
+from rlhf_fast.stages.ppo_checks import check_tokenizers
 from rlhf_fast.stages.shared_roles import check_adapters
 from rlhf_fast.stages.training import (
     choose_device,

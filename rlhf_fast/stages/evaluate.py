@@ -48,7 +48,7 @@ from rlhf_fast.ppo.trainer import sampling_params
 from rlhf_fast.protocols import PolicyModel, Reward
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.stages.messages import say, show_reports
-from rlhf_fast.stages.ppo_roles import check_tokenizers
+from rlhf_fast.stages.ppo_checks import check_tokenizers
 from rlhf_fast.stages.progress import ProgressBar
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.training import (

@@ -33,12 +33,8 @@ from rlhf_fast.ppo.health import hints
 from rlhf_fast.ppo.trainer import PPOLearner, StepOutput
 from rlhf_fast.stages.adapted import ADAPTER_NAME, export_adapted, trunk_digest
 from rlhf_fast.stages.messages import say, show_reports
-from rlhf_fast.stages.ppo_roles import (
-    PretrainingBatches,
-    build_roles,
-    check_roles,
-    critic_to_export,
-)
+from rlhf_fast.stages.ppo_checks import check_roles
+from rlhf_fast.stages.ppo_roles import PretrainingBatches, build_roles, critic_to_export
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.shared_roles import shared_bytes, shared_trunk
 from rlhf_fast.stages.training import (

@@ -1,0 +1,84 @@
+"""What PPO refuses about its roles before anything is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from rlhf_fast.errors import ConfigError
+from rlhf_fast.models.checks import check_context, check_same_tokenizer, check_vocabulary
+from rlhf_fast.models.forward import ComputeDtype
+from rlhf_fast.models.loading import (
+    adopt_module,
+    load_tokenizer,
+)
+from rlhf_fast.models.rewards import ModelReward, SumReward
+from rlhf_fast.models.roles import TrunkCritic
+from rlhf_fast.ppo.roles import Roles
+
+
+def check_tokenizers(tokenizer: Any, **directories: str) -> None:
+    """Refuse roles with another tokenizer than the actor's: ids are handed over as they are.
+
+    Args:
+        tokenizer: the actor's.
+        directories: role -> its directory, empty if it comes from elsewhere.
+
+    Raises:
+        ModelError: RF3023.
+    """
+    for role, directory in directories.items():
+        if directory:
+            check_same_tokenizer(tokenizer, load_tokenizer(directory), names=f"actor, {role}")
+
+
+def check_roles(roles: Roles, tokenizer: Any, prompt: int, response: int) -> None:
+    """Refuse a role that cannot read the longest sequence, before anything is generated.
+
+    Args:
+        roles: the roles as built.
+        tokenizer: the actor's.
+        prompt: tokens of the longest prompt.
+        response: tokens of the longest response.
+
+    Raises:
+        ModelError: ids without an embedding (RF3021), or too few positions (RF3022).
+    """
+    modules = {"actor": roles.actor.module, "reference": roles.reference.module}
+    if roles.critic is not None and not isinstance(roles.critic, TrunkCritic):
+        modules["critic"] = roles.critic.module
+    parts = [part for _, part in roles.reward.parts] if isinstance(roles.reward, SumReward) else []
+    for part in parts or [roles.reward]:
+        if isinstance(part, ModelReward):
+            modules["reward model"] = part.reward_model.module
+    for role, module in modules.items():
+        check_vocabulary(tokenizer, module, role=role)
+        check_context(module, prompt, response, role=role)
+
+
+def adopt_modules(dtype: ComputeDtype, modules: Mapping[str, nn.Module | None]) -> None:
+    """Bring modules made elsewhere, by role, to what the loaders return: fp32 masters and so on.
+
+    Raises:
+        ConfigError: RF1041, a trained role shares weights with another.
+        ModelError: a weight is NaN or Inf (RF3020).
+    """
+    owners: dict[nn.Parameter, str] = {}
+    for role, module in modules.items():
+        if module is None:
+            continue
+        for parameter in module.parameters():
+            owner = owners.setdefault(parameter, role)
+            if owner != role and {owner, role} & {"model", "critic"}:
+                raise ConfigError(
+                    "RF1041",
+                    f"{owner} and {role} are the same weights",
+                    where=f"{owner}, {role}",
+                    expected="models of their own: one of the two is trained",
+                    remedy=f"leave out {role}, which makes a copy, or pass copy.deepcopy of it"
+                    if role in ("reference", "critic")
+                    else f"pass copy.deepcopy of {role}",
+                )
+        adopt_module(module, dtype=dtype, role=role)
