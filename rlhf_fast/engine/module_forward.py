@@ -24,8 +24,8 @@ from rlhf_fast_kernels import paged_attention, rope_and_store
 
 PAGED_ATTENTION = "rlhf_fast_paged"
 
-# As for packed training, those whose masks or softcap only the paged kernel has, and decoders of
-# which `generate` and teacher forcing are equalled without more being known of them.
+# As for packed training, those whose masks or softcap only the paged kernel has, and decoders that
+# packed training has not been tried on.
 PAGED_MODEL_TYPES = PACKED_MODEL_TYPES | {
     *("afmoe", "apertus", "arcee", "cohere", "cohere2", "cohere2_moe", "cwm", "ernie4_5"),
     *("ernie4_5_moe", "exaone4", "flex_olmo", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe"),

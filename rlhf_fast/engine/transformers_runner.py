@@ -23,6 +23,7 @@ from rlhf_fast.engine.module_forward import cache_shape_of, unwrapped
 from rlhf_fast.engine.requests import Completions, Progress, Request
 from rlhf_fast.engine.runner import RunnerSettings
 from rlhf_fast.engine.stopping import Decode
+from rlhf_fast.engine.transformers_path import why_not_transformers
 from rlhf_fast.engine.transformers_sampler import SeededSampler
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.models.attention_mode import attention_configs, attention_mode
@@ -88,12 +89,19 @@ class TransformersRunner:
                 another thread.
 
         Raises:
-            GenerationError: RF4007, a sample does not fit into the pages; RF4036, transformers
-                failed.
+            GenerationError: RF4007, a sample does not fit into the pages; RF4032, the model has
+                become one that transformers would get wrong; RF4036, transformers failed.
             DivergedGeneration: RF4010, logits that are no distribution.
         """
         if not any(request.seeds for request in requests):
             return Completions.empty(0, 0, self.device)
+        fault = why_not_transformers(self.module)
+        if fault is not None:
+            raise GenerationError(
+                "RF4032",
+                f"the model has changed since the engine was made: {fault}",
+                remedy="change the model before the engine is made",
+            )
         sizes = self._sizes(requests)
 
         def cancel(index: int) -> None:

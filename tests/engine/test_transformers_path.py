@@ -185,6 +185,14 @@ def test_what_it_would_get_wrong_is_refused(make: Any, why: str) -> None:
         engine_for(make(), "transformers")
 
 
+def test_bfloat16_switched_on_later_is_refused() -> None:
+    module = build()
+    engine = engine_for(module, "transformers")
+    set_compute_dtype(module, "bfloat16")
+    with pytest.raises(GenerationError, match=r"RF4032.*has changed"):
+        engine.generate(batch_of([[3, 4]]), GREEDY, samples_per_prompt=1, seeds=[0])
+
+
 def test_pages_that_hold_no_sample_are_refused() -> None:
     engine = engine_for(build(), "transformers", kv_bytes=bytes_of_pages(3))
     with pytest.raises(GenerationError, match="RF4007"):
