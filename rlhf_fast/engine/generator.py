@@ -9,9 +9,10 @@ alone: batch size, order, padding and the company in the batch change nothing bu
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 
 from rlhf_fast.engine.batching import PaddedPrompts, pad_left, plan_batches
 from rlhf_fast.engine.kv_cache import DecodeCache, keeps_keys_and_values
+from rlhf_fast.engine.progress import GenerationSummary, Progress, ProgressReports
 from rlhf_fast.engine.requests import (
     Completions,
-    Progress,
     check_requests,
     context_limit,
     prompt_name,
@@ -68,8 +69,20 @@ class _Job:
     seeds: Tensor
     stop: StopRule
     out: Completions
+    reports: ProgressReports | None
+    started: float = field(default_factory=time.perf_counter)
     finished: int = 0
     tokens: int = 0
+
+    def summary(self) -> GenerationSummary:
+        return GenerationSummary(self.tokens, time.perf_counter() - self.started)
+
+    def progress(self, running: int) -> Progress:
+        samples = self.out.lengths.numel()
+        return Progress(
+            *(self.finished, samples, self.tokens, running, samples - self.finished - running),
+            tokens_per_second=self.summary().tokens_per_second,
+        )
 
 
 class HFGenerator:
@@ -83,6 +96,7 @@ class HFGenerator:
         max_batch_tokens: key-value slots (rows x longest prompt plus response) of a batch at most.
         decode: ids to texts, for stop strings.
         on_progress: called after every token step with a `Progress`.
+        progress_seconds: but not more often than that.
     """
 
     def __init__(
@@ -95,12 +109,15 @@ class HFGenerator:
         max_batch_tokens: int | None = None,
         decode: Decode | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        progress_seconds: float = 0.0,
     ) -> None:
         self.module = module
         self.eos_ids = tuple(sorted(set(eos_ids)))
         self.max_batch = max_batch
         self.max_batch_tokens = max_batch_tokens
         self.on_progress = on_progress
+        self.progress_seconds = progress_seconds
+        self.last: GenerationSummary | None = None
         self._weight_version = weight_version
         self._decode_texts = decode
         # peft's forward hides the model's parameters behind **kwargs.
@@ -166,6 +183,7 @@ class HFGenerator:
                 self.max_batch_tokens,
             ):
                 self._run_batch(job, batch)
+        self.last = job.summary()
         require_same_version(version, self._weight_version())
         return rollout_of(prompts, sampling, samples_per_prompt, job.out, version)
 
@@ -181,6 +199,9 @@ class HFGenerator:
             torch.tensor(seeds, dtype=torch.int64, device=device),
             StopRule(ids, sampling.stop_strings, self._decode_texts, device),
             Completions.empty(len(prompts) * group, sampling.max_new_tokens, device),
+            None
+            if self.on_progress is None
+            else ProgressReports(self.on_progress, self.progress_seconds),
         )
 
     def _device(self) -> torch.device:
@@ -267,8 +288,11 @@ class HFGenerator:
         job.tokens += before
         last = step + 1 == job.sampling.max_new_tokens
         job.finished += before if last else before - alive
-        if self.on_progress is not None:
-            self.on_progress(Progress(job.finished, out.lengths.numel(), job.tokens))
+        if job.reports is not None:
+            job.reports.give(
+                lambda: job.progress(running=0 if last else alive),
+                last=job.finished == out.lengths.numel(),
+            )
         return alive
 
     def _raise_unusable(self, job: _Job, samples: list[int], step: int) -> None:

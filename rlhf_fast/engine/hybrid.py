@@ -43,9 +43,9 @@ from rlhf_fast.engine.module_forward import (
     why_not_paged,
 )
 from rlhf_fast.engine.paged_batch import PagedForward
+from rlhf_fast.engine.progress import GenerationSummary, Progress, ProgressReports
 from rlhf_fast.engine.requests import (
     Completions,
-    Progress,
     Request,
     check_requests,
     context_limit,
@@ -120,6 +120,7 @@ class HybridEngine:
         settings: how generation runs.
         decode: ids to texts, for stop strings.
         on_progress: called after every burst of decoding steps.
+        progress_seconds: but not more often than that, and at the end; may be set later.
         expected: lengths that earlier rollouts had, to go on from.
 
     Raises:
@@ -136,12 +137,14 @@ class HybridEngine:
         settings: EngineSettings | None = None,
         decode: Decode | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        progress_seconds: float = 0.0,
         expected: ExpectedLengths | None = None,
     ) -> None:
         self.module = module
         self.settings = EngineSettings() if settings is None else settings
         self.eos_ids = tuple(sorted(set(eos_ids)))
         self.on_progress = on_progress
+        self.progress_seconds = progress_seconds
         self.on_finished: Callable[[list[int], Completions], None] | None = None
         self._weight_version = weight_version
         self._decode = decode
@@ -159,7 +162,6 @@ class HybridEngine:
                 max_batch=self.settings.max_batch,
                 max_batch_tokens=_padded_slots(module, self.settings.kv_bytes),
                 decode=decode,
-                on_progress=self._show,
             )
         else:
             self._runner = self._make_runner()
@@ -270,6 +272,8 @@ class HybridEngine:
         """
         requests = requests_of(prompts, sampling, samples_per_prompt, seeds, self.expected)
         if self._padded is not None:
+            self._padded.on_progress = self.on_progress
+            self._padded.progress_seconds = self.progress_seconds
             with self._in(Mode.GENERATE):
                 return self._padded.generate(
                     prompts, sampling, samples_per_prompt=samples_per_prompt, seeds=seeds
@@ -312,7 +316,9 @@ class HybridEngine:
         version = self._weight_version()
         with self._in(Mode.GENERATE), without_gradients(self.module), evaluation_mode(self.module):
             try:
-                out = self._runner.run(requests, on_progress=self._show, on_finished=self._finished)
+                out = self._runner.run(
+                    requests, reports=self._reports(), on_finished=self._finished
+                )
             except DivergedGeneration as error:
                 raise diverged(self.module, error.what, error.where) from None
             finally:
@@ -338,13 +344,20 @@ class HybridEngine:
         self._runner = self._make_runner()
 
     @property
+    def last(self) -> GenerationSummary | None:
+        """What the last rollout took; None before the first."""
+        source = self._padded if self._runner is None else self._runner
+        return None if source is None else source.last
+
+    @property
     def preemptions(self) -> int:
         """Samples of the last rollout that gave their pages back and were recomputed."""
-        return 0 if self._runner is None else self._runner.last_preemptions
+        return 0 if self.last is None else self.last.preemptions
 
-    def _show(self, progress: Progress) -> None:
-        if self.on_progress is not None:
-            self.on_progress(progress)
+    def _reports(self) -> ProgressReports | None:
+        if self.on_progress is None:
+            return None
+        return ProgressReports(self.on_progress, self.progress_seconds)
 
     def _finished(self, samples: list[int], out: Completions) -> None:
         if self.on_finished is not None:
