@@ -32,6 +32,7 @@ from rlhf_fast.engine.requests import (
 from rlhf_fast.engine.stopping import Decode, StopRule, stops_of
 from rlhf_fast.errors import DivergedGeneration, GenerationError
 from rlhf_fast.models.forward import autocast, device_of
+from rlhf_fast.protocols import FinishedScorer
 from rlhf_fast.types import PromptBatch, Rollout, SamplingParams
 from rlhf_fast_kernels import SampleOutput, sample
 
@@ -151,6 +152,7 @@ class HFGenerator:
         *,
         samples_per_prompt: int,
         seeds: Sequence[int],
+        scorer: FinishedScorer | None = None,
     ) -> Rollout:
         """Draw G samples per prompt.
 
@@ -164,6 +166,7 @@ class HFGenerator:
             sampling: how to draw.
             samples_per_prompt: G.
             seeds: S = B*G integers, see `rlhf_fast.seeds.derive_seed`.
+            scorer: is given nothing: whole batches end, not samples.
 
         Raises:
             GenerationError: RF4001 to RF4009; nothing is generated if a check of the input fails.
@@ -353,15 +356,41 @@ def without_gradients(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule has the mode it had, not just the root's."""
+def evaluation_mode(module: nn.Module) -> Iterator[list[nn.Module]]:
+    """Eval mode inside; afterwards every submodule has the mode it had, not just the root's.
+
+    Yields:
+        Those that were in train mode.
+    """
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
-        yield
+        yield training
     finally:
         for part in training:
             part.training = True
+
+
+@contextmanager
+def training_mode(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside `evaluation_mode`: these submodules in train mode, for a while."""
+    for part in parts:
+        part.training = True
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.training = False
+
+
+@contextmanager
+def no_autocast(module: nn.Module) -> Iterator[None]:
+    """Inside `without_gradients`: autocast off, and what is cast by those who turn it on not kept.
+
+    The outermost region would keep the casts of every model that is read here to its end.
+    """
+    with torch.autocast(device_of(module).type, enabled=False, cache_enabled=False):
+        yield
 
 
 def _sample(logits: Tensor, seeds: Tensor, step: int, sampling: SamplingParams) -> SampleOutput:

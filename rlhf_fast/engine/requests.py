@@ -68,6 +68,12 @@ class Completions:
             torch.zeros(samples, dtype=torch.bool, device=device),
         )
 
+    def select(self, samples: Sequence[int]) -> Completions:
+        """A copy of the named samples."""
+        index = torch.tensor(samples, dtype=torch.int64, device=self.lengths.device)
+        parts = (self.tokens, self.logprobs, self.raw_logprobs, self.lengths, self.ended)
+        return Completions(*(part[index] for part in parts))
+
 
 def requests_of(
     prompts: PromptBatch,

@@ -95,6 +95,7 @@ class Runner:
         *,
         reports: ProgressReports | None = None,
         on_finished: Callable[[list[int], Completions], None] | None = None,
+        after_burst: Callable[[int, int, Completions], None] | None = None,
     ) -> Completions:
         """Generate all samples of all requests, in the order they are asked for.
 
@@ -103,6 +104,8 @@ class Runner:
             reports: given the progress after every burst.
             on_finished: called with the samples that finished in a burst, while others go on; their
                 rows of the completions are final.
+            after_burst: called with the numbers of running and of waiting samples; the forward may
+                be `paused` in it.
 
         Raises:
             GenerationError: RF4007, a sample does not fit into all pages.
@@ -113,7 +116,7 @@ class Runner:
         longest = max(len(r.prompt) + r.sampling.max_new_tokens for r in requests)
         try:
             cache = self._cache_for(requests, longest)
-            run = _Run(self, requests, cache, longest, reports, on_finished)
+            run = _Run(self, requests, cache, longest, reports, on_finished, after_burst)
             with self.forward.running(longest):
                 run.all()
             self.last = run.summary()
@@ -158,6 +161,7 @@ class _Run:
         longest: int,
         reports: ProgressReports | None,
         on_finished: Callable[[list[int], Completions], None] | None,
+        after_burst: Callable[[int, int, Completions], None] | None,
     ) -> None:
         self.runner = runner
         self.cache = cache
@@ -165,6 +169,7 @@ class _Run:
         self.longest = longest
         self.reports = reports
         self.on_finished = on_finished
+        self.after_burst = after_burst
         device = runner.device
         self.samples = sum(len(request.seeds) for request in requests)
         columns = max(request.sampling.max_new_tokens for request in requests)
@@ -356,6 +361,8 @@ class _Run:
             self.cache.sweep()
             if self.on_finished is not None:
                 self.on_finished([finished_before[i].sample.index for i in ended], self.out)
+        if self.after_burst is not None:
+            self.after_burst(len(scheduler.rows), scheduler.waiting_samples, self.out)
         if self.reports is not None:
             self.reports.give(self._progress, last=self._finished == self.samples)
 

@@ -72,9 +72,9 @@ def read_both(
     require_exact_kl(*(None if rows is None else rows.head for rows in (actor, reference)))
     assert actor is not None
     assert reference is not None
-    targets = targets.to(actor.hidden.device)
-    # Looked up once for all three: each look makes the host wait for an accelerator.
+    # Looked up once for all three, where the targets are: an accelerator has to be waited for.
     chosen = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    targets = targets.to(actor.hidden.device)
     old, ref = (
         linear_logprobs(
             rows.hidden,
