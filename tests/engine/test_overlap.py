@@ -107,7 +107,7 @@ def test_what_is_scored_inside_equals_what_is_scored_after(name: str, path: str)
     assert torch.is_grad_enabled()
 
 
-def test_packs_hold_finished_samples_once_within_the_budget_and_repeat() -> None:
+def test_packs_are_full_hold_finished_samples_once_and_repeat() -> None:
     runs = []
     for _ in range(2):
         engine = engine_for("llama", "fused")
@@ -117,7 +117,8 @@ def test_packs_hold_finished_samples_once_within_the_budget_and_repeat() -> None
         early = [s for pack in recorder.packs for s in pack]
         assert 0 < len(early) == len(set(early)) < len(rollout)
         for pack, part in zip(recorder.packs, recorder.parts, strict=True):
-            assert int((part.prompt_lengths + part.lengths).sum()) <= recorder.pack_tokens
+            tokens = part.prompt_lengths + part.lengths
+            assert recorder.pack_tokens - 29 < int(tokens.sum()) <= recorder.pack_tokens
             assert part.samples_per_prompt == 1
             assert part.prompts.uid == tuple(rollout.prompts.uid[s // 2] for s in pack)
             assert part.response_ids() == [rollout.response_ids()[s] for s in pack]
