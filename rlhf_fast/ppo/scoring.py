@@ -32,11 +32,15 @@ class Scoring:
     Args:
         config: the PPO stage's config.
         roles: the four models.
+
+    Attributes:
+        early_fraction: part of the samples of the last rollout that was read during generation.
     """
 
     def __init__(self, config: PPOConfig, roles: Roles) -> None:
         self.config = config
         self.roles = roles
+        self.early_fraction = 0.0
         self._early: EarlyScores | None = None
         self._exact = config.kl.estimator == "exact" and config.kl.placement == "reward"
         self._anchored = config.algorithm.old_logprobs == "rollout"
@@ -65,6 +69,7 @@ class Scoring:
         # Everything up to the update happens where the actor is, wherever the generator worked.
         rollout = rollout.to(self._device)
         rest = sorted(set(range(len(rollout))) - set(early.samples))
+        self.early_fraction = len(early.samples) / max(len(rollout), 1)
         scores, scored = self._reward(rollout, rest, early)
         packs = early.packs + [
             self.read(rollout, samples)

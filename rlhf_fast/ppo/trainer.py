@@ -121,7 +121,11 @@ class PPOLearner:
         self.kl_controller.update(kl, int(scored.scored.sum()))
         self.steps += 1
         self.episodes += len(rollout)
-        metrics |= update | {"episode": float(self.episodes), "kl_coef": self.kl_controller.coef}
+        metrics |= update | {
+            "episode": float(self.episodes),
+            "kl_coef": self.kl_controller.coef,
+            "rollout/early_scored_fraction": self.scoring.early_fraction,
+        }
         return StepOutput(metrics, experience, warnings)
 
     def generate(self, prompts: PromptBatch) -> Rollout:
