@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.transfer import sent
+
 IGNORE_INDEX = -100
 
 
@@ -85,7 +87,7 @@ class PackedSequences:
     def to(self, device: torch.device) -> PackedSequences:
         """The same sequences on another device."""
         return PackedSequences(
-            self.ids.to(device), self.positions.to(device), self.cu_seqlens.to(device)
+            sent(self.ids, device), sent(self.positions, device), sent(self.cu_seqlens, device)
         )
 
 

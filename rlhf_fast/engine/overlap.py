@@ -72,8 +72,10 @@ class Overlap:
             return
         pack = self._next_pack(out)
         if pack:
+            # Read by the stream that has just been waited for; the other one may be at work.
+            rollout = self._rollout(pack, out)
             with self._surroundings(), self._aside():
-                self._scorer.score(pack, self._rollout(pack, out))
+                self._scorer.score(pack, rollout)
 
     def join(self) -> None:
         """What was scored may be read by the stream that generates."""

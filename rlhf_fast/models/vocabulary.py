@@ -26,6 +26,7 @@ from rlhf_fast.models.forward import (
     packed_hidden,
     right_pad,
 )
+from rlhf_fast.transfer import sent
 from rlhf_fast.types import IGNORE_INDEX, PackedSequences, VocabularyHead
 from rlhf_fast_kernels import linear_logprobs, logprobs_from_logits
 
@@ -110,7 +111,8 @@ def target_logprobs(
     device = device_of(module)
     # Targets on the host are looked through there: an accelerator that looks has to be waited for.
     chosen = _rows_with_target(targets) if targets.device != device else None
-    targets = targets.to(device)
+    chosen = None if chosen is None else sent(chosen, device)
+    targets = sent(targets, device)
     head = vocabulary_head(module, vocab_size=vocab_size, chunk_rows=chunk_rows)
     if head is not None:
         return linear_logprobs(
@@ -129,7 +131,7 @@ def target_logprobs(
     }
     return _module_logprobs(
         *(module, sequences, targets),
-        _rows_with_target(targets) if chosen is None else chosen.to(device),
+        _rows_with_target(targets) if chosen is None else chosen,
         chunk_rows or MODULE_ROWS,
         settings,
     )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.errors import ModelError
+from rlhf_fast.transfer import sent
 from rlhf_fast.types import IGNORE_INDEX, HeadRows, VocabularyHead
 from rlhf_fast_kernels import linear_kl, linear_logprobs
 
@@ -73,8 +74,9 @@ def read_both(
     assert actor is not None
     assert reference is not None
     # Looked up once for all three, where the targets are: an accelerator has to be waited for.
-    chosen = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    targets = targets.to(actor.hidden.device)
+    device = actor.hidden.device
+    chosen = sent((targets != IGNORE_INDEX).nonzero().squeeze(1), device)
+    targets = sent(targets, device)
     old, ref = (
         linear_logprobs(
             rows.hidden,

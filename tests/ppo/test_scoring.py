@@ -58,8 +58,8 @@ def config_for(overlap, *, kl=None, **algorithm):
     )
 
 
-def learner(config, *, reward=None, path="auto", kv_bytes=0, trunk=False):
-    actor = Actor(tiny_actor(0))
+def learner(config, *, reward=None, path="auto", kv_bytes=0, trunk=False, device="cpu"):
+    actor = Actor(tiny_actor(0).to(device))
     critic = None
     if config.algorithm.estimator == "gae":
         critic = TrunkCritic(actor.module) if trunk else Critic(tiny_critic(1))
