@@ -6,7 +6,7 @@ of the rows run, samples that are finished are handed to a scorer between two bu
 time, on a stream of its own on CUDA. What is left when the last row ends is scored afterwards.
 
 Which samples share a pack follows from the order in which they finished and from nothing else: no
-clock decides, so a run repeats to the bit. On a CPU there is nothing idle and nothing to gain.
+clock decides, so a run with as many pages repeats to the bit. On a CPU nothing is idle.
 """
 
 from __future__ import annotations

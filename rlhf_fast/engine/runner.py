@@ -211,6 +211,7 @@ class _Run:
                 self._start([job], self._logits[id(job)])
             jobs = scheduler.admit()
             if jobs:
+                self._note_pages()
                 self._prefill(jobs)
             if waiting or jobs:
                 self._retire()  # a first token may be the last: such a row needs no page
@@ -218,6 +219,9 @@ class _Run:
             self._retire()
         self.cache.sweep()
         assert self.cache.allocator.used_pages == 0, "a finished run holds pages"
+
+    def _note_pages(self) -> None:
+        self._peak_pages = max(self._peak_pages, self.cache.allocator.used_pages)
 
     def _drawn(self, sample: Sample, count: int) -> tuple[int, ...]:
         return tuple(self.out.tokens[sample.index, :count].tolist())
@@ -306,7 +310,7 @@ class _Run:
         if steps == 0:
             return  # every row has drawn all it may
         reservation = scheduler.reserve(steps)
-        self._peak_pages = max(self._peak_pages, self.cache.allocator.used_pages)
+        self._note_pages()
         if reservation.preempted:
             gone = set(reservation.preempted)
             self.rows.keep([i for i in range(self.rows.count) if i not in gone])

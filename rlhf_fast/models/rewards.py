@@ -37,6 +37,8 @@ class ModelReward:
         ModelError: tokenizers differ and `retokenize` is off.
     """
 
+    splits = True
+
     def __init__(
         self,
         reward_model: RewardModel,
@@ -55,8 +57,6 @@ class ModelReward:
         self.retokenize = retokenize
         self.render = render
         self.token_budget = token_budget
-
-    splits = True
 
     def score(self, rollout: Rollout) -> RewardOutput:
         """Scores [S] float32 on the rollout's device; every row is scored.

@@ -1,10 +1,13 @@
 """PPO runs that score during generation, or take the generator's log-probs as anchors."""
 
 import dataclasses
+import os
+import signal
 
 import pytest
 
 from rlhf_fast.config import AlgorithmConfig, EngineConfig, LoraConfig, MemoryConfig, RolloutConfig
+from rlhf_fast.errors import Interrupted
 from rlhf_fast.metrics import read_metrics
 from rlhf_fast.ppo.scoring import EarlyScores
 from tests.stages.test_ppo import judge, settings, tokenizer, trainer, without_times
@@ -81,3 +84,25 @@ def test_anchors_of_the_generator_train_and_are_measured(tmp_path, tokenizer):
         assert row["rollout/logprob_k3"] < 1e-9
         assert 0 < row["rollout/logprob_gap"] < 1e-4
         assert row["val/first_ratio_gap"] < 1e-3
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, tokenizer):
+    rules = AlgorithmConfig(ppo_epochs=2, old_logprobs="rollout", rollout_correction=2.0)
+
+    def config(folder):
+        return dataclasses.replace(waves(folder, "on"), algorithm=rules, total_steps=3)
+
+    def interrupt(step, output):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    trainer(whole, tokenizer, config(whole)).train()
+    with pytest.raises(Interrupted):
+        trainer(parts, tokenizer, config(parts), on_step=interrupt).train()
+    trainer(parts, tokenizer, config(parts)).train()
+    assert without_times(parts) == without_times(whole)
+    assert (parts / "model" / "model.safetensors").read_bytes() == (
+        whole / "model" / "model.safetensors"
+    ).read_bytes()
+    assert all(row["rollout/early_scored_fraction"] > 0 for row in without_times(whole))
