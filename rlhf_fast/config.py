@@ -185,6 +185,12 @@ class EngineConfig:
     burst: int = setting(
         0, "decoding steps between two looks of the host; 0: 1 on a CPU, 8 on a GPU", low=0
     )
+    overlap_scoring: str = setting(
+        "auto",
+        "PPO scores finished samples while the last ones are drawn; auto: on a GPU, a CPU gains "
+        "nothing",
+        choices=("auto", "on", "off"),
+    )
 
 
 @dataclass(frozen=True)
@@ -271,6 +277,18 @@ class AlgorithmConfig:
     whiten_unbiased: bool = setting(False, "Bessel's correction (TRL, verl on; OAI off)")
     rollout_correction: float = setting(
         0.0, "cap of the truncated importance weight trainer/generator; 0 is off", low=0
+    )
+    old_logprobs: str = setting(
+        "recompute",
+        "anchor of the ratio: recomputed by the actor, or the generator's own, which saves that "
+        "forward and needs rollout_correction",
+        choices=("recompute", "rollout"),
+    )
+    max_rollout_kl: float = setting(
+        1e-4,
+        "nats a token (k3) between generator and trainer, measured in each step, above which "
+        "old_logprobs=rollout recomputes",
+        above=0,
     )
     max_logprob_gap: float = setting(
         1.0, "mean |trainer - generator| log-prob that aborts the run; 0.05 warns", above=0

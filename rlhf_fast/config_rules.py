@@ -85,6 +85,7 @@ def _ppo_violations(config: PPOConfig, given: Collection[str]) -> list[str]:
             f"kl.estimator=exact in the reward is not defined with {other}: take kl.placement=loss"
             for other in others
         ]
+    faults += _anchor_violations(config)
     longest = config.data.max_prompt_length + config.sampling.max_new_tokens
     if longest > config.data.max_length:
         faults.append(
@@ -98,6 +99,31 @@ def _ppo_violations(config: PPOConfig, given: Collection[str]) -> list[str]:
         reward_model=config.reward.model,
     )
     return faults + _memory_violations(config, given)
+
+
+def _anchor_violations(config: PPOConfig) -> list[str]:
+    """Log-probs of the generator as the anchor: their ratio is capped, and a forward is saved."""
+    algorithm = config.algorithm
+    if algorithm.old_logprobs != "rollout":
+        return []
+    faults = []
+    if algorithm.rollout_correction <= 1:
+        faults.append(
+            "algorithm.old_logprobs=rollout needs algorithm.rollout_correction above 1, got "
+            f"{algorithm.rollout_correction}: nothing else bounds the ratio to the generator where "
+            "advantages are negative (2 usual)"
+        )
+    if config.memory.value_head == "actor":
+        faults.append(
+            "algorithm.old_logprobs=rollout with memory.value_head=actor saves nothing: the values "
+            "come from the actor's forward, take recompute"
+        )
+    if config.kl.estimator == "exact" and config.kl.placement == "reward":
+        faults.append(
+            "algorithm.old_logprobs=rollout with kl.estimator=exact in the reward saves nothing: "
+            "the exact KL reads the actor's forward, take recompute"
+        )
+    return faults
 
 
 def _memory_violations(config: PPOConfig, given: Collection[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -87,6 +87,48 @@ class Reward(Protocol):
 
 
 @runtime_checkable
+class SampleReward(Reward, Protocol):
+    """A reward of whose samples some may be scored before others.
+
+    `splits`: whether that is so. A function over all texts of a rollout is not split.
+    """
+
+    @property
+    def splits(self) -> bool:
+        """Whether a sample's score depends on that sample alone, and is one number."""
+        ...
+
+    def start(self, rollout: Rollout, samples: Sequence[int]) -> Callable[[], RewardOutput]:
+        """Launch the scoring of K samples; what is returned waits for the scores [K].
+
+        An accelerator is not waited for before that. `samples` are the K numbers that messages call
+        them by.
+        """
+        ...
+
+
+class FinishedScorer(Protocol):
+    """Reads samples that are finished while others are still drawn.
+
+    `pack_tokens`: tokens of prompts and responses that one call takes at most.
+    """
+
+    @property
+    def pack_tokens(self) -> int:
+        """Tokens of one call at most; less is not worth a forward."""
+        ...
+
+    def score(self, samples: Sequence[int], rollout: Rollout) -> None:
+        """Read K finished samples, on the host.
+
+        Args:
+            samples: their K indices among all samples.
+            rollout: these K alone, each with its prompt (G = 1).
+        """
+        ...
+
+
+@runtime_checkable
 class Generator(Protocol):
     """Samples responses from the actor's present weights."""
 
@@ -97,9 +139,11 @@ class Generator(Protocol):
         *,
         samples_per_prompt: int,
         seeds: Sequence[int],
+        scorer: FinishedScorer | None = None,
     ) -> Rollout:
         """Draw G samples per prompt; `seeds` has S = B*G entries, one a sample.
 
-        A sample depends on its prompt, its seed and the weights alone, not on its batch.
+        A sample depends on its prompt, its seed and the weights alone, not on its batch. `scorer`
+        may be given finished samples while others are drawn: some, all or none of them.
         """
         ...

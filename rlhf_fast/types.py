@@ -11,12 +11,14 @@ cannot pretend to have advantages. One field is optional: the exact KL, which fe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rlhf_fast.transfer import sent
 
 IGNORE_INDEX = -100
 
@@ -85,7 +87,7 @@ class PackedSequences:
     def to(self, device: torch.device) -> PackedSequences:
         """The same sequences on another device."""
         return PackedSequences(
-            self.ids.to(device), self.positions.to(device), self.cu_seqlens.to(device)
+            sent(self.ids, device), sent(self.positions, device), sent(self.cu_seqlens, device)
         )
 
 
@@ -112,6 +114,15 @@ class PromptBatch:
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    def select(self, indices: Sequence[int]) -> PromptBatch:
+        """The named prompts, in the order given, as often as they are named."""
+        return PromptBatch(
+            self.sequences.select(list(indices)),
+            tuple(self.uid[b] for b in indices),
+            tuple(self.rows[b] for b in indices),
+            tuple(self.texts[b] for b in indices),
+        )
 
     def to(self, device: torch.device) -> PromptBatch:
         """The same prompts on another device."""
@@ -181,6 +192,17 @@ class Rollout:
         tensors = {name: getattr(self, name).to(device) for name in names}
         return replace(self, prompts=self.prompts.to(device), **tensors)
 
+    def select(self, samples: Sequence[int]) -> Rollout:
+        """The named samples, each with its prompt to itself (G = 1)."""
+        index = torch.as_tensor(samples, dtype=torch.int64, device=self.responses.device)
+        names = ("responses", "response_mask", "lengths", "ended", "rollout_logprobs")
+        return replace(
+            self,
+            prompts=self.prompts.select([s // self.samples_per_prompt for s in samples]),
+            samples_per_prompt=1,
+            **{name: getattr(self, name)[index] for name in names},
+        )
+
     @property
     def prompt_lengths(self) -> Tensor:
         """[S] int64 prompt tokens of each sample."""
@@ -204,6 +226,22 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class LogprobGap:
+    """How far the trainer's log-probs of sampled tokens are from the generator's.
+
+    Args:
+        samples: responses that were compared.
+        absolute: mean of |trainer - generator|, nats a token.
+        k3: mean of exp(d) - 1 - d with d = trainer - generator, nats a token: never negative, and
+            an estimate of KL(generator || trainer) if sampling was plain (Schulman 2020).
+    """
+
+    samples: int
+    absolute: float
+    k3: float
+
+
+@dataclass(frozen=True)
 class ScoredRollout:
     """A rollout and what the four roles say of it.
 
@@ -211,11 +249,14 @@ class ScoredRollout:
         rollout: the sampled responses.
         scores: [S] or [S, R] float32, reward-model output before the KL term; 0 where not scored.
         scored: [S] bool, false where the reward abstained; such rows take no part in the losses.
-        old_logprobs: [S, R] float32, recomputed by the actor: the anchor of the PPO ratio.
+        old_logprobs: [S, R] float32, the anchor of the PPO ratio: recomputed by the actor, or the
+            generator's own.
         ref_logprobs: [S, R] float32 under the reference.
         values: [S, R] float32 by the critic; all 0 in critic-free estimators.
         exact_kl: [S, R] float32 KL(actor || reference) over the whole vocabulary, in the state
             before each token; None unless it belongs in the reward.
+        anchor_gap: what recomputing some of them showed, if `old_logprobs` are the generator's
+            own; None: they were recomputed.
     """
 
     rollout: Rollout
@@ -225,6 +266,7 @@ class ScoredRollout:
     ref_logprobs: Tensor
     values: Tensor
     exact_kl: Tensor | None = None
+    anchor_gap: LogprobGap | None = None
 
     def __post_init__(self) -> None:
         s, r = self.rollout.responses.shape
@@ -269,7 +311,8 @@ class Microbatch:
 
     Index n is position n of the packed input; `targets[n]` is the token that follows it, or
     IGNORE_INDEX where `loss_mask` is false. `num_loss_tokens` is the GLOBAL loss-token count of the
-    optimizer step: every loss is a sum divided by it.
+    optimizer step: every loss is a sum divided by it. `ratio_cap` bounds the ratio new/old of
+    tokens with a negative advantage, beside `dual_clip`; 0 is no bound.
     """
 
     sequences: PackedSequences
@@ -282,6 +325,7 @@ class Microbatch:
     returns: Tensor
     weights: Tensor
     num_loss_tokens: int
+    ratio_cap: float = 0.0
 
     def __post_init__(self) -> None:
         n = self.sequences.ids.numel()

@@ -10,7 +10,7 @@ tokens of both against each other.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,6 +167,10 @@ class FusedForward:
             yield
         finally:
             self._plan = None  # with the pages it points at
+
+    def paused(self) -> AbstractContextManager[None]:
+        """See `PagedForward`; nothing of the module is changed while this runs."""
+        return nullcontext()
 
     def logits(self, batch: PagedBatch) -> Tensor:
         """See `PagedForward`; those of a decoding step are overwritten by the next."""

@@ -9,9 +9,10 @@ alone: batch size, order, padding and the company in the batch change nothing bu
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 
 from rlhf_fast.engine.batching import PaddedPrompts, pad_left, plan_batches
 from rlhf_fast.engine.kv_cache import DecodeCache, keeps_keys_and_values
+from rlhf_fast.engine.progress import GenerationSummary, Progress, ProgressReports
 from rlhf_fast.engine.requests import (
     Completions,
-    Progress,
     check_requests,
     context_limit,
     prompt_name,
@@ -31,6 +32,7 @@ from rlhf_fast.engine.requests import (
 from rlhf_fast.engine.stopping import Decode, StopRule, stops_of
 from rlhf_fast.errors import DivergedGeneration, GenerationError
 from rlhf_fast.models.forward import autocast, device_of
+from rlhf_fast.protocols import FinishedScorer
 from rlhf_fast.types import PromptBatch, Rollout, SamplingParams
 from rlhf_fast_kernels import SampleOutput, sample
 
@@ -68,8 +70,20 @@ class _Job:
     seeds: Tensor
     stop: StopRule
     out: Completions
+    reports: ProgressReports | None
+    started: float = field(default_factory=time.perf_counter)
     finished: int = 0
     tokens: int = 0
+
+    def summary(self) -> GenerationSummary:
+        return GenerationSummary(self.tokens, time.perf_counter() - self.started)
+
+    def progress(self, running: int) -> Progress:
+        samples = self.out.lengths.numel()
+        return Progress(
+            *(self.finished, samples, self.tokens, running, samples - self.finished - running),
+            tokens_per_second=self.summary().tokens_per_second,
+        )
 
 
 class HFGenerator:
@@ -83,6 +97,7 @@ class HFGenerator:
         max_batch_tokens: key-value slots (rows x longest prompt plus response) of a batch at most.
         decode: ids to texts, for stop strings.
         on_progress: called after every token step with a `Progress`.
+        progress_seconds: but not more often than that.
     """
 
     def __init__(
@@ -95,12 +110,15 @@ class HFGenerator:
         max_batch_tokens: int | None = None,
         decode: Decode | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        progress_seconds: float = 0.0,
     ) -> None:
         self.module = module
         self.eos_ids = tuple(sorted(set(eos_ids)))
         self.max_batch = max_batch
         self.max_batch_tokens = max_batch_tokens
         self.on_progress = on_progress
+        self.progress_seconds = progress_seconds
+        self.last: GenerationSummary | None = None
         self._weight_version = weight_version
         self._decode_texts = decode
         # peft's forward hides the model's parameters behind **kwargs.
@@ -134,8 +152,11 @@ class HFGenerator:
         *,
         samples_per_prompt: int,
         seeds: Sequence[int],
+        scorer: FinishedScorer | None = None,
     ) -> Rollout:
         """Draw G samples per prompt, as `HybridEngine.generate` says.
+
+        A `scorer` is given nothing: whole batches end, not samples.
 
         Raises:
             GenerationError: RF4001 to RF4010; nothing is generated if a check of the input fails.
@@ -155,6 +176,7 @@ class HFGenerator:
                 self.max_batch_tokens,
             ):
                 self._run_batch(job, batch)
+        self.last = job.summary()
         require_same_version(version, self._weight_version())
         return rollout_of(prompts, sampling, samples_per_prompt, job.out, version)
 
@@ -170,6 +192,9 @@ class HFGenerator:
             torch.tensor(seeds, dtype=torch.int64, device=device),
             StopRule(ids, sampling.stop_strings, self._decode_texts, device),
             Completions.empty(len(prompts) * group, sampling.max_new_tokens, device),
+            None
+            if self.on_progress is None
+            else ProgressReports(self.on_progress, self.progress_seconds),
         )
 
     def _device(self) -> torch.device:
@@ -256,8 +281,11 @@ class HFGenerator:
         job.tokens += before
         last = step + 1 == job.sampling.max_new_tokens
         job.finished += before if last else before - alive
-        if self.on_progress is not None:
-            self.on_progress(Progress(job.finished, out.lengths.numel(), job.tokens))
+        if job.reports is not None:
+            job.reports.give(
+                lambda: job.progress(running=0 if last else alive),
+                last=job.finished == out.lengths.numel(),
+            )
         return alive
 
     def _raise_unusable(self, job: _Job, samples: list[int], step: int) -> None:
@@ -318,15 +346,41 @@ def without_gradients(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule has the mode it had, not just the root's."""
+def evaluation_mode(module: nn.Module) -> Iterator[list[nn.Module]]:
+    """Eval mode inside; afterwards every submodule has the mode it had, not just the root's.
+
+    Yields:
+        Those that were in train mode.
+    """
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
-        yield
+        yield training
     finally:
         for part in training:
             part.training = True
+
+
+@contextmanager
+def training_mode(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside `evaluation_mode`: these submodules in train mode, for a while."""
+    for part in parts:
+        part.training = True
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.training = False
+
+
+@contextmanager
+def no_autocast(module: nn.Module) -> Iterator[None]:
+    """Inside `without_gradients`: autocast off, and what is cast by those who turn it on not kept.
+
+    The outermost region would keep the casts of every model that is read here to its end.
+    """
+    with torch.autocast(device_of(module).type, enabled=False, cache_enabled=False):
+        yield
 
 
 def _sample(logits: Tensor, seeds: Tensor, step: int, sampling: SamplingParams) -> SampleOutput:

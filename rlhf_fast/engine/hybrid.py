@@ -2,7 +2,8 @@
 
     TRAIN     weights may change; nothing is generated
     GENERATE  the runner reads the weights; an optimizer step raises
-    SCORE     finished sequences are read by the roles; an optimizer step raises
+    SCORE     finished sequences are read by the roles; an optimizer step raises. Also between two
+              bursts of GENERATE, where a scorer reads what is finished
 
 The engine does not copy weights. On one device the parameters become views of one flat buffer
 (`AliasedWeights`) whose bytes training updates and generation reads; a switch of mode is a check of
@@ -34,7 +35,9 @@ from rlhf_fast.engine.generator import (
     HFGenerator,
     diverged,
     evaluation_mode,
+    no_autocast,
     require_same_version,
+    training_mode,
     without_gradients,
 )
 from rlhf_fast.engine.host_memory import available_host_memory
@@ -44,10 +47,12 @@ from rlhf_fast.engine.module_forward import (
     unwrapped,
     why_not_paged,
 )
+from rlhf_fast.engine.overlap import Overlap
 from rlhf_fast.engine.paged_batch import PagedForward
+from rlhf_fast.engine.path_choice import choose_path
+from rlhf_fast.engine.progress import GenerationSummary, Progress, ProgressReports
 from rlhf_fast.engine.requests import (
     Completions,
-    Progress,
     Request,
     check_requests,
     context_limit,
@@ -56,15 +61,14 @@ from rlhf_fast.engine.requests import (
 )
 from rlhf_fast.engine.runner import Runner, RunnerSettings
 from rlhf_fast.engine.stopping import Decode, stops_of
-from rlhf_fast.engine.transformers_path import why_not_transformers
 from rlhf_fast.engine.weights import AliasedWeights
 from rlhf_fast.errors import DivergedGeneration, GenerationError
+from rlhf_fast.protocols import FinishedScorer
 from rlhf_fast.types import PromptBatch, Rollout, SamplingParams
 
 if TYPE_CHECKING:
     from rlhf_fast.engine.transformers_runner import TransformersRunner
 
-PATHS = ("auto", "fused", "modules", "transformers", "padded")
 # Of what is free before a rollout: the rest is for activations and for what else runs.
 _GPU_SHARE, _CPU_SHARE = 0.8, 0.25
 
@@ -126,6 +130,7 @@ class HybridEngine:
         settings: how generation runs.
         decode: ids to texts, for stop strings.
         on_progress: called after every burst of decoding steps.
+        progress_seconds: but not more often than that, and at the end; may be set later.
         expected: lengths that earlier rollouts had, to go on from.
 
     Raises:
@@ -142,18 +147,21 @@ class HybridEngine:
         settings: EngineSettings | None = None,
         decode: Decode | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        progress_seconds: float = 0.0,
         expected: ExpectedLengths | None = None,
     ) -> None:
         self.module = module
         self.settings = EngineSettings() if settings is None else settings
         self.eos_ids = tuple(sorted(set(eos_ids)))
         self.on_progress = on_progress
+        self.progress_seconds = progress_seconds
         self.on_finished: Callable[[list[int], Completions], None] | None = None
         self._weight_version = weight_version
         self._decode = decode
         self._mode = Mode.TRAIN
+        self._in_train_mode: list[nn.Module] = []
         self.expected = ExpectedLengths() if expected is None else expected
-        self.path, self.reason = _choose_path(module, self.settings.path)
+        self.path, self.reason = choose_path(module, self.settings.path)
         self.weights: AliasedWeights | None = None
         self._runner: Runner | TransformersRunner | None = None
         self._padded: HFGenerator | None = None
@@ -165,7 +173,6 @@ class HybridEngine:
                 max_batch=self.settings.max_batch,
                 max_batch_tokens=_padded_slots(module, self.settings.kv_bytes),
                 decode=decode,
-                on_progress=self._show,
             )
         else:
             self._runner = self._make_runner()
@@ -233,6 +240,22 @@ class HybridEngine:
         with self._in(Mode.SCORE):
             yield
 
+    @contextmanager
+    def _scoring_between_bursts(self) -> Iterator[None]:
+        """SCORE within GENERATE; the module is as it is after generation."""
+        assert self._mode is Mode.GENERATE
+        assert isinstance(self._runner, Runner)  # the only one that stops between bursts
+        self._mode = Mode.SCORE
+        try:
+            with (
+                self._runner.forward.paused(),
+                training_mode(self._in_train_mode),
+                no_autocast(self.module),
+            ):
+                yield
+        finally:
+            self._mode = Mode.GENERATE
+
     def guard(self, optimizer: torch.optim.Optimizer) -> None:
         """Make every step of `optimizer` outside TRAIN an error (RF4034)."""
 
@@ -260,6 +283,7 @@ class HybridEngine:
         *,
         samples_per_prompt: int,
         seeds: Sequence[int],
+        scorer: FinishedScorer | None = None,
     ) -> Rollout:
         """Draw G samples per prompt.
 
@@ -273,18 +297,30 @@ class HybridEngine:
             sampling: how to draw.
             samples_per_prompt: G.
             seeds: S = B*G integers, see `rlhf_fast.seeds.derive_seed`.
+            scorer: reads finished samples while the last ones are drawn, in mode SCORE; see
+                `rlhf_fast.engine.overlap`. The padded path hands it none.
 
         Raises:
             GenerationError: RF4001 to RF4034; nothing is generated if a check of the input fails.
         """
         requests = requests_of(prompts, sampling, samples_per_prompt, seeds, self.expected)
         if self._padded is not None:
+            self._padded.on_progress = self.on_progress
+            self._padded.progress_seconds = self.progress_seconds
             with self._in(Mode.GENERATE):
                 return self._padded.generate(
                     prompts, sampling, samples_per_prompt=samples_per_prompt, seeds=seeds
                 )
         version = self._weight_version()
-        out = self.complete(requests)
+        overlap = None
+        if scorer is not None:
+            overlap = Overlap(
+                *(scorer, prompts, sampling, samples_per_prompt, version),
+                capacity=self.settings.max_batch,
+                surroundings=self._scoring_between_bursts,
+                device=self._device,
+            )
+        out = self._complete(requests, overlap)
         self.expected.observe(prompts.uid, out.lengths.tolist())
         return rollout_of(prompts, sampling, samples_per_prompt, out, version)
 
@@ -301,6 +337,9 @@ class HybridEngine:
             GenerationError: as `generate`; RF4035 on the padded path, which has one set of settings
                 for all.
         """
+        return self._complete(requests, None)
+
+    def _complete(self, requests: Sequence[Request], overlap: Overlap | None) -> Completions:
         if self._runner is None:
             raise GenerationError(
                 "RF4035",
@@ -320,12 +359,30 @@ class HybridEngine:
         vocab = int(model.get_input_embeddings().weight.shape[0])
         check_requests(requests, vocab, context_limit(model.config))
         version = self._weight_version()
-        with self._in(Mode.GENERATE), without_gradients(self.module), evaluation_mode(self.module):
+
+        def finished(samples: list[int], out: Completions) -> None:
+            if self.on_finished is not None:
+                self.on_finished(samples, out)
+            if overlap is not None:
+                overlap.finished(samples)
+
+        with (
+            self._in(Mode.GENERATE),
+            without_gradients(self.module),
+            evaluation_mode(self.module) as self._in_train_mode,
+        ):
             try:
-                out = self._runner.run(requests, on_progress=self._show, on_finished=self._finished)
+                out = self._runner.run(
+                    requests,
+                    reports=self._reports(),
+                    on_finished=finished,
+                    after_burst=None if overlap is None else overlap.after_burst,
+                )
             except DivergedGeneration as error:
                 raise diverged(self.module, error.what, error.where) from None
             finally:
+                if overlap is not None:
+                    overlap.join()
                 if self._device.type != "cpu":
                     self._runner.release()
         require_same_version(version, self._weight_version())
@@ -348,48 +405,20 @@ class HybridEngine:
         self._runner = self._make_runner()
 
     @property
+    def last(self) -> GenerationSummary | None:
+        """What the last rollout took; None before the first."""
+        source = self._padded if self._runner is None else self._runner
+        return None if source is None else source.last
+
+    @property
     def preemptions(self) -> int:
         """Samples of the last rollout that gave their pages back and were recomputed."""
-        return 0 if self._runner is None else self._runner.last_preemptions
+        return 0 if self.last is None else self.last.preemptions
 
-    def _show(self, progress: Progress) -> None:
-        if self.on_progress is not None:
-            self.on_progress(progress)
-
-    def _finished(self, samples: list[int], out: Completions) -> None:
-        if self.on_finished is not None:
-            self.on_finished(samples, out)
-
-
-def _choose_path(module: nn.Module, wish: str) -> tuple[str, str]:
-    """(path, why that one)."""
-    if wish not in PATHS:
-        raise GenerationError("RF4032", f"no path {wish!r}", expected=f"one of {', '.join(PATHS)}")
-    if any(c.is_prompt_learning for c in getattr(module, "peft_config", {}).values()):
-        raise GenerationError(
-            "RF4003",
-            "adapters of prompt learning put tokens before the prompt, which no path samples from",
-            expected="adapters inside the layers, such as LoRA",
-        )
-    not_fused = why_not_fused(module)
-    not_paged = why_not_paged(module)
-    obstacles = {"fused": not_fused, "modules": not_paged, "padded": None}
-    if wish == "transformers":
-        obstacles[wish] = why_not_transformers(module)
-    if wish == "auto":
-        if not_fused is None:
-            return "fused", "the fused forward knows this architecture"
-        if not_paged is None:
-            return "modules", not_fused
-        return "padded", not_paged
-    obstacle = obstacles[wish]
-    if obstacle is not None:
-        raise GenerationError(
-            "RF4032",
-            f"engine.path={wish} cannot run: {obstacle}",
-            remedy="use engine.path=auto",
-        )
-    return wish, "asked for"
+    def _reports(self) -> ProgressReports | None:
+        if self.on_progress is None:
+            return None
+        return ProgressReports(self.on_progress, self.progress_seconds)
 
 
 def _padded_slots(module: nn.Module, kv_bytes: int) -> int | None:

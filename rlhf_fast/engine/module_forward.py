@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from rlhf_fast.engine.paged_batch import PagedBatch
 from rlhf_fast.engine.paged_cache import CacheShape
 from rlhf_fast.errors import GenerationError
-from rlhf_fast.models.attention_mode import attention_configs, attention_mode
+from rlhf_fast.models.attention_mode import attention_configs, attention_mode, implementations
 from rlhf_fast.models.forward import PACKED_MODEL_TYPES, compute_dtype, foreign_attention
 from rlhf_fast_kernels import paged_attention, rope_and_store
 
@@ -145,6 +145,7 @@ class ModuleForward:
         accepted = inspect.signature(model.forward).parameters
         self._keeps_rows = "logits_to_keep" in accepted
         self._takes_positions = "position_ids" in accepted
+        self._outside: tuple[str, ...] = ()
 
     def running(self, max_context: int) -> AbstractContextManager[None]:
         """See `PagedForward`; the modules read the parameters themselves."""
@@ -154,7 +155,13 @@ class ModuleForward:
                 "the model computes in another type than when the engine was made",
                 remedy="cast the model first, then make the engine",
             )
-        return attention_mode(attention_configs(self.module), PAGED_ATTENTION)
+        configs = attention_configs(self.module)
+        self._outside = implementations(configs)
+        return attention_mode(configs, PAGED_ATTENTION)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """See `PagedForward`: attention layers call what they call outside of generation."""
+        return attention_mode(attention_configs(self.module), *self._outside)
 
     def logits(self, batch: PagedBatch) -> Tensor:
         """See `PagedForward`."""

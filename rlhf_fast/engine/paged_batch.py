@@ -51,6 +51,10 @@ class PagedForward(Protocol):
         """Surrounds a run: weights are checked, no sequence grows beyond `max_context` tokens."""
         ...
 
+    def paused(self) -> AbstractContextManager[None]:
+        """Inside `running`, between two forwards: the module is for others what it was outside."""
+        ...
+
     def logits(self, batch: PagedBatch) -> Tensor:
         """[rows, V] logits of the rows asked for; keys and values of all tokens are stored."""
         ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,27 +68,11 @@ class Completions:
             torch.zeros(samples, dtype=torch.bool, device=device),
         )
 
-
-class Progress(NamedTuple):
-    """What a progress bar wants to know.
-
-    Args:
-        finished: samples finished.
-        samples: samples in all.
-        tokens: response tokens drawn so far.
-        running: samples that decode now.
-        waiting: samples that wait for room.
-        cache_use: part of the key-value memory in use, 0 to 1.
-        tokens_per_second: response tokens drawn per second of wall clock since the start.
-    """
-
-    finished: int
-    samples: int
-    tokens: int
-    running: int = 0
-    waiting: int = 0
-    cache_use: float = 0.0
-    tokens_per_second: float = 0.0
+    def select(self, samples: Sequence[int]) -> Completions:
+        """A copy of the named samples."""
+        index = torch.tensor(samples, dtype=torch.int64, device=self.lengths.device)
+        parts = (self.tokens, self.logprobs, self.raw_logprobs, self.lengths, self.ended)
+        return Completions(*(part[index] for part in parts))
 
 
 def requests_of(

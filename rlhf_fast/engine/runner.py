@@ -22,7 +22,8 @@ from torch import Tensor
 from rlhf_fast.engine.decode_rows import DecodeRows, NewRow
 from rlhf_fast.engine.paged_batch import PagedBatch, PagedForward
 from rlhf_fast.engine.paged_cache import PagedCache
-from rlhf_fast.engine.requests import Completions, Progress, Request
+from rlhf_fast.engine.progress import GenerationSummary, Progress, ProgressReports
+from rlhf_fast.engine.requests import Completions, Request
 from rlhf_fast.engine.scheduler import Job, Row, Sample, Scheduler, jobs_of
 from rlhf_fast.engine.stopping import Decode, StopRule
 from rlhf_fast.errors import DivergedGeneration, GenerationError
@@ -82,7 +83,7 @@ class Runner:
         # A look costs a GPU its queue of launches; a CPU has none, and an ended row costs it work.
         self.burst = settings.burst or (1 if on_cpu else 8)
         self.cache: PagedCache | None = None
-        self.last_preemptions = 0
+        self.last: GenerationSummary | None = None
 
     def release(self) -> None:
         """Give the key-value memory back."""
@@ -92,16 +93,19 @@ class Runner:
         self,
         requests: Sequence[Request],
         *,
-        on_progress: Callable[[Progress], None] | None = None,
+        reports: ProgressReports | None = None,
         on_finished: Callable[[list[int], Completions], None] | None = None,
+        after_burst: Callable[[int, int, Completions], None] | None = None,
     ) -> Completions:
         """Generate all samples of all requests, in the order they are asked for.
 
         Args:
             requests: checked by `check_requests`.
-            on_progress: called after every burst.
+            reports: given the progress after every burst.
             on_finished: called with the samples that finished in a burst, while others go on; their
                 rows of the completions are final.
+            after_burst: called with the numbers of running and of waiting samples; the forward may
+                be `paused` in it.
 
         Raises:
             GenerationError: RF4007, a sample does not fit into all pages.
@@ -112,10 +116,10 @@ class Runner:
         longest = max(len(r.prompt) + r.sampling.max_new_tokens for r in requests)
         try:
             cache = self._cache_for(requests, longest)
-            run = _Run(self, requests, cache, longest, on_progress, on_finished)
+            run = _Run(self, requests, cache, longest, reports, on_finished, after_burst)
             with self.forward.running(longest):
                 run.all()
-            self.last_preemptions = run.scheduler.preemptions
+            self.last = run.summary()
         except BaseException:
             self.cache = None  # its pages are held by samples that will not come back
             raise
@@ -155,15 +159,17 @@ class _Run:
         requests: Sequence[Request],
         cache: PagedCache,
         longest: int,
-        on_progress: Callable[[Progress], None] | None,
+        reports: ProgressReports | None,
         on_finished: Callable[[list[int], Completions], None] | None,
+        after_burst: Callable[[int, int, Completions], None] | None,
     ) -> None:
         self.runner = runner
         self.cache = cache
         self.requests = requests
         self.longest = longest
-        self.on_progress = on_progress
+        self.reports = reports
         self.on_finished = on_finished
+        self.after_burst = after_burst
         device = runner.device
         self.samples = sum(len(request.seeds) for request in requests)
         columns = max(request.sampling.max_new_tokens for request in requests)
@@ -194,6 +200,7 @@ class _Run:
         self._started = time.perf_counter()
         self._finished = 0
         self._tokens = 0
+        self._peak_pages = 0
 
     def all(self) -> None:
         """Run until nothing is left; every page is free again."""
@@ -204,6 +211,7 @@ class _Run:
                 self._start([job], self._logits[id(job)])
             jobs = scheduler.admit()
             if jobs:
+                self._note_pages()
                 self._prefill(jobs)
             if waiting or jobs:
                 self._retire()  # a first token may be the last: such a row needs no page
@@ -211,6 +219,9 @@ class _Run:
             self._retire()
         self.cache.sweep()
         assert self.cache.allocator.used_pages == 0, "a finished run holds pages"
+
+    def _note_pages(self) -> None:
+        self._peak_pages = max(self._peak_pages, self.cache.allocator.used_pages)
 
     def _drawn(self, sample: Sample, count: int) -> tuple[int, ...]:
         return tuple(self.out.tokens[sample.index, :count].tolist())
@@ -299,6 +310,7 @@ class _Run:
         if steps == 0:
             return  # every row has drawn all it may
         reservation = scheduler.reserve(steps)
+        self._note_pages()
         if reservation.preempted:
             gone = set(reservation.preempted)
             self.rows.keep([i for i in range(self.rows.count) if i not in gone])
@@ -353,11 +365,21 @@ class _Run:
             self.cache.sweep()
             if self.on_finished is not None:
                 self.on_finished([finished_before[i].sample.index for i in ended], self.out)
-        if self.on_progress is not None:
-            self.on_progress(self._progress())
+        if self.after_burst is not None:
+            self.after_burst(len(scheduler.rows), scheduler.waiting_samples, self.out)
+        if self.reports is not None:
+            self.reports.give(self._progress, last=self._finished == self.samples)
+
+    def summary(self) -> GenerationSummary:
+        """What the run took so far."""
+        return GenerationSummary(
+            tokens=self._tokens,
+            seconds=time.perf_counter() - self._started,
+            preemptions=self.scheduler.preemptions,
+            peak_cache_use=self._peak_pages / self.cache.pages,
+        )
 
     def _progress(self) -> Progress:
-        elapsed = max(time.perf_counter() - self._started, 1e-9)
         return Progress(
             finished=self._finished,
             samples=self.samples,
@@ -365,7 +387,7 @@ class _Run:
             running=len(self.scheduler.rows),
             waiting=self.scheduler.waiting_samples,
             cache_use=self.cache.use,
-            tokens_per_second=self._tokens / elapsed,
+            tokens_per_second=self.summary().tokens_per_second,
         )
 
     def _raise_broken(self, broken: list[bool], steps: list[int]) -> None:

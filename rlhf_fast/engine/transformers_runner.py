@@ -8,7 +8,9 @@ keeps the keys and values of prompts it has seen, which belong to older weights.
 
 from __future__ import annotations
 
+import functools
 import queue
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +22,8 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 
 from rlhf_fast.engine.module_forward import cache_shape_of, unwrapped
-from rlhf_fast.engine.requests import Completions, Progress, Request
+from rlhf_fast.engine.progress import GenerationSummary, Progress, ProgressReports
+from rlhf_fast.engine.requests import Completions, Request
 from rlhf_fast.engine.runner import RunnerSettings
 from rlhf_fast.engine.stopping import Decode
 from rlhf_fast.engine.transformers_path import why_not_transformers
@@ -50,8 +53,6 @@ class TransformersRunner:
         cache_bytes: how much key-value memory there may be, asked for before each run.
     """
 
-    last_preemptions = 0
-
     def __init__(
         self,
         module: nn.Module,
@@ -68,6 +69,7 @@ class TransformersRunner:
         self.decode = decode
         self.settings = settings
         self.page_size = settings.page_size or (64 if device.type == "cpu" else 256)
+        self.last: GenerationSummary | None = None
         self._cache_bytes = cache_bytes
 
     def release(self) -> None:
@@ -77,16 +79,18 @@ class TransformersRunner:
         self,
         requests: Sequence[Request],
         *,
-        on_progress: Callable[[Progress], None] | None = None,
+        reports: ProgressReports | None = None,
         on_finished: Callable[[list[int], Completions], None] | None = None,
+        after_burst: Callable[[int, int, Completions], None] | None = None,
     ) -> Completions:
         """Generate all samples of all requests, in the order they are asked for.
 
         Args:
             requests: checked by `check_requests`.
-            on_progress: called after every step.
+            reports: given the progress after every step.
             on_finished: called once, with all samples: while others go on, the model is in use by
                 another thread.
+            after_burst: never called, for the same reason.
 
         Raises:
             GenerationError: RF4007, a sample does not fit into the pages; RF4032, the model has
@@ -102,7 +106,7 @@ class TransformersRunner:
                 f"the model has changed since the engine was made: {fault}",
                 remedy="change the model before the engine is made",
             )
-        sizes = self._sizes(requests)
+        sizes, started = self._sizes(requests), time.perf_counter()
 
         def cancel(index: int) -> None:
             manager.cancel_request(str(index))
@@ -120,12 +124,14 @@ class TransformersRunner:
             try:
                 manager.start()
                 _submit(manager, sampler)
-                _follow(manager, sampler, on_progress)
+                _follow(manager, sampler, reports)
                 finished = True
             finally:
                 manager.stop(block=True, hard_stop=not finished)
                 manager.destroy()
             _require_agreement(manager, sampler)
+        tokens = int(sampler.out.lengths.sum())
+        self.last = GenerationSummary(tokens, time.perf_counter() - started)
         if on_finished is not None:
             on_finished(list(range(sampler.samples)), sampler.out)
         return sampler.out
@@ -183,9 +189,7 @@ def _submit(manager: Any, sampler: SeededSampler) -> None:
         )
 
 
-def _follow(
-    manager: Any, sampler: SeededSampler, on_progress: Callable[[Progress], None] | None
-) -> None:
+def _follow(manager: Any, sampler: SeededSampler, reports: ProgressReports | None) -> None:
     """Wait for the last sample, or raise what went wrong in the other thread."""
     while True:
         try:
@@ -196,10 +200,15 @@ def _follow(
             raise _failure(manager, "its loop ended early") from None
         if isinstance(event, BaseException):
             raise event
-        if on_progress is not None:
-            on_progress(event)
-        if event.finished == event.samples:
+        last = event.finished == event.samples
+        if reports is not None:
+            reports.give(functools.partial(_same, event), last=last)
+        if last:
             return
+
+
+def _same(event: Progress) -> Progress:
+    return event
 
 
 def _require_agreement(manager: Any, sampler: SeededSampler) -> None:

@@ -19,7 +19,8 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
 )
 
-from rlhf_fast.engine.requests import Completions, Progress, Request
+from rlhf_fast.engine.progress import Progress
+from rlhf_fast.engine.requests import Completions, Request
 from rlhf_fast.engine.stopping import Decode, StopRule
 from rlhf_fast.errors import DivergedGeneration
 from rlhf_fast_kernels import sample

@@ -18,7 +18,7 @@ from rlhf_fast.models.forward import packed_hidden
 from rlhf_fast.models.heads import get_calibration, scalar_outputs, set_calibration
 from rlhf_fast.models.loading import critic_from
 from rlhf_fast.models.roles import Actor, Critic, RewardModel, last_token_hidden
-from rlhf_fast.protocols import Generator
+from rlhf_fast.protocols import FinishedScorer, Generator
 from rlhf_fast.types import (
     HeadRows,
     PackedSequences,
@@ -166,11 +166,13 @@ class AdapterGenerator:
         *,
         samples_per_prompt: int,
         seeds: Sequence[int],
+        scorer: FinishedScorer | None = None,
     ) -> Rollout:
-        """As `rlhf_fast.protocols.Generator.generate`."""
+        """As `rlhf_fast.protocols.Generator.generate`; a scorer selects adapters for itself."""
+        more: dict[str, Any] = {} if scorer is None else {"scorer": scorer}
         with self.trunk.adapter(self.name):
             return self.generator.generate(
-                prompts, sampling, samples_per_prompt=samples_per_prompt, seeds=seeds
+                prompts, sampling, samples_per_prompt=samples_per_prompt, seeds=seeds, **more
             )
 
 

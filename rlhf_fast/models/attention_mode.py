@@ -15,18 +15,26 @@ def attention_configs(module: nn.Module) -> tuple[Any, ...]:
     return tuple(c for c in configs.values() if hasattr(c, "_attn_implementation"))
 
 
+def implementations(configs: tuple[Any, ...]) -> tuple[str, ...]:
+    """What the attention layers of each config call now."""
+    return tuple(config._attn_implementation for config in configs)
+
+
 @contextmanager
-def attention_mode(configs: tuple[Any, ...], implementation: str) -> Iterator[None]:
-    """Make attention layers call `implementation` until the block is left, however it is left.
+def attention_mode(configs: tuple[Any, ...], *names: str) -> Iterator[None]:
+    """Make attention layers call other implementations until the block is left, however it is left.
+
+    Blocks nest: each puts back what it found.
 
     Args:
         configs: of the module, `attention_configs(module)`.
-        implementation: a name registered with `transformers.AttentionInterface`.
+        names: registered with `transformers.AttentionInterface`: one for all configs, or one each.
     """
-    previous = [config._attn_implementation for config in configs]
+    chosen = names * len(configs) if len(names) == 1 else names
+    previous = implementations(configs)
     try:
-        for config in configs:
-            config._attn_implementation = implementation
+        for config, name in zip(configs, chosen, strict=True):
+            config._attn_implementation = name
         yield
     finally:
         for config, name in zip(configs, previous, strict=True):

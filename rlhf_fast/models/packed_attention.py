@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from rlhf_fast.models.attention_mode import attention_configs, attention_mode
+from rlhf_fast.transfer import sent
 from rlhf_fast.types import PackedSequences
 
 PACKED_ATTENTION = "rlhf_fast_packed"
@@ -84,7 +85,7 @@ class PackedLayout:
 
         Sequences on the host cost the device no synchronisation.
         """
-        return cls(sequences.cu_seqlens.to(device), sequences.lengths.cpu())
+        return cls(sent(sequences.cu_seqlens, device), sequences.lengths.cpu())
 
     @functools.cached_property
     def max_length(self) -> int:
@@ -117,9 +118,9 @@ class PackedLayout:
             index = (starts[segments, None] + torch.minimum(column, size - 1)).flatten()
             real = (column < size).flatten()
             ungather[index[real]] = offset + torch.nonzero(real).squeeze(1)
-            groups.append(SegmentGroup(len(segments), width, index.to(device)))
+            groups.append(SegmentGroup(len(segments), width, sent(index, device)))
             offset += index.numel()
-        return PaddedGroups(tuple(groups), ungather.to(device))
+        return PaddedGroups(tuple(groups), sent(ungather, device))
 
 
 def packed_attention_forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 from rlhf_fast.errors import RewardError
 from rlhf_fast.models.checks import check_same_tokenizer, max_positions
 from rlhf_fast.models.roles import DEFAULT_TOKEN_BUDGET, RewardModel
-from rlhf_fast.protocols import Reward, RewardOutput
+from rlhf_fast.protocols import Reward, RewardOutput, SampleReward
 from rlhf_fast.types import PackedSequences, Rollout
 
 Render = Callable[[str, str], str]
@@ -35,6 +36,8 @@ class ModelReward:
     Raises:
         ModelError: tokenizers differ and `retokenize` is off.
     """
+
+    splits = True
 
     def __init__(
         self,
@@ -62,22 +65,16 @@ class ModelReward:
             RewardError: a sample is longer than the reward model's positions, or its score is not
                 finite; the row is named.
         """
-        sequences = self._retokenized(rollout) if self.retokenize else rollout.sequences()
-        self._require_fitting(sequences)
-        scores = self.reward_model.score_sequences(sequences, token_budget=self.token_budget)
-        bad = torch.nonzero(~torch.isfinite(scores)).flatten().tolist()
-        if bad:
-            raise RewardError(
-                "RF5011",
-                f"the reward model scored {len(bad)} of {len(scores)} samples NaN or Inf",
-                where=f"sample {bad[0]}: {float(scores[bad[0]])}",
-                remedy="check its weights and calibration; try dtype=float32",
-            )
-        device = rollout.responses.device
-        scored = torch.ones(len(rollout), dtype=torch.bool, device=device)
-        return RewardOutput(scores.to(device), scored)
+        return self.start(rollout, range(len(rollout)))()
 
-    def _require_fitting(self, sequences: PackedSequences) -> None:
+    def start(self, rollout: Rollout, samples: Sequence[int]) -> Callable[[], RewardOutput]:
+        """As `score`, of a rollout whose rows are called `samples`; see `SampleReward.start`."""
+        sequences = self._retokenized(rollout) if self.retokenize else rollout.sequences()
+        self._require_fitting(sequences, samples)
+        scores = self.reward_model.score_sequences(sequences, token_budget=self.token_budget)
+        return functools.partial(_finite, scores, samples, rollout.responses.device)
+
+    def _require_fitting(self, sequences: PackedSequences, samples: Sequence[int]) -> None:
         limit = max_positions(self.reward_model.module)
         lengths = sequences.lengths.tolist()
         long = [s for s, n in enumerate(lengths) if limit is not None and n > limit]
@@ -85,7 +82,7 @@ class ModelReward:
             raise RewardError(
                 "RF5012",
                 f"{len(long)} of {len(lengths)} samples are too long for the reward model",
-                where=f"sample {long[0]} has {lengths[long[0]]} tokens",
+                where=f"sample {samples[long[0]]} has {lengths[long[0]]} tokens",
                 expected=f"at most {limit}, its positions",
                 remedy="shorten prompts or responses, or use a reward model with more positions",
             )
@@ -112,6 +109,19 @@ class ModelReward:
         return text
 
 
+def _finite(scores: Tensor, samples: Sequence[int], device: torch.device) -> RewardOutput:
+    """Scores of a model, all of them finite, on `device`."""
+    bad = torch.nonzero(~torch.isfinite(scores)).flatten().tolist()
+    if bad:
+        raise RewardError(
+            "RF5011",
+            f"the reward model scored {len(bad)} of {len(scores)} samples NaN or Inf",
+            where=f"sample {samples[bad[0]]}: {float(scores[bad[0]])}",
+            remedy="check its weights and calibration; try dtype=float32",
+        )
+    return RewardOutput(scores.to(device), torch.ones(len(scores), dtype=torch.bool, device=device))
+
+
 class SumReward:
     """The weighted sum of several rewards.
 
@@ -132,7 +142,22 @@ class SumReward:
     def score(self, rollout: Rollout) -> RewardOutput:
         """Scores [S], or [S, R] if any part is per token; then the others' scores land on the last
         response token."""
-        outputs = [(weight, reward.score(rollout)) for weight, reward in self.parts]
+        return self._sum([reward.score(rollout) for _, reward in self.parts], rollout)
+
+    @property
+    def splits(self) -> bool:
+        """Whether every part may be asked for some samples before others."""
+        return all(isinstance(part, SampleReward) and part.splits for _, part in self.parts)
+
+    def start(self, rollout: Rollout, samples: Sequence[int]) -> Callable[[], RewardOutput]:
+        """As `score`, if `splits`; see `SampleReward.start`."""
+        parts = [part for _, part in self.parts if isinstance(part, SampleReward)]
+        assert len(parts) == len(self.parts), "a part of the sum cannot be split"
+        started = [part.start(rollout, samples) for part in parts]
+        return lambda: self._sum([finish() for finish in started], rollout)
+
+    def _sum(self, found: Sequence[RewardOutput], rollout: Rollout) -> RewardOutput:
+        outputs = [(weight, out) for (weight, _), out in zip(self.parts, found, strict=True)]
         per_token = any(out.scores.dim() == 2 for _, out in outputs)
         total = torch.zeros(
             rollout.responses.shape if per_token else rollout.responses.shape[:1],

@@ -21,6 +21,7 @@ from rlhf_fast.models.forward import device_of, packed_hidden
 from rlhf_fast.models.heads import ValueHead, scalar_head, scalar_outputs
 from rlhf_fast.models.offload import StreamedModule
 from rlhf_fast.models.vocabulary import likeliest_tokens, target_logprobs, vocabulary_head
+from rlhf_fast.transfer import sent
 from rlhf_fast.types import HeadRows, PackedSequences, VocabularyHead
 
 DEFAULT_TOKEN_BUDGET = 16384
@@ -257,7 +258,7 @@ class RewardModel:
         scores = torch.zeros(len(sequences), device=device_of(self.module))
         for chosen in microbatches(lengths, token_budget):
             part = sequences.select(chosen)
-            index = torch.tensor(chosen, device=scores.device)
+            index = sent(torch.tensor(chosen), scores.device)
             with self._weights():
                 scores[index] = scalar_outputs(self.module, self._last_hidden(part))
         return scores
@@ -276,7 +277,7 @@ def _weights_of(
 def last_token_hidden(module: nn.Module, sequences: PackedSequences) -> Tensor:
     """[K, H] hidden state of the last token of each segment; gradients flow."""
     hidden = packed_hidden(module, sequences)
-    last = sequences.cu_seqlens[1:].to(hidden.device, torch.int64) - 1
+    last = sent(sequences.cu_seqlens[1:].to(torch.int64), hidden.device) - 1
     return hidden.index_select(0, last)
 
 

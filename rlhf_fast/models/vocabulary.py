@@ -26,6 +26,7 @@ from rlhf_fast.models.forward import (
     packed_hidden,
     right_pad,
 )
+from rlhf_fast.transfer import sent
 from rlhf_fast.types import IGNORE_INDEX, PackedSequences, VocabularyHead
 from rlhf_fast_kernels import linear_logprobs, logprobs_from_logits
 
@@ -107,13 +108,18 @@ def target_logprobs(
             belong to no token. None keeps all.
         chunk_rows: rows whose logits exist at once; None: what suits the device.
     """
-    targets = targets.to(device_of(module))
+    device = device_of(module)
+    # Targets on the host are looked through there: an accelerator that looks has to be waited for.
+    chosen = _rows_with_target(targets) if targets.device != device else None
+    chosen = None if chosen is None else sent(chosen, device)
+    targets = sent(targets, device)
     head = vocabulary_head(module, vocab_size=vocab_size, chunk_rows=chunk_rows)
     if head is not None:
         return linear_logprobs(
             packed_hidden(module, sequences),
             head.weight,
             targets,
+            rows=chosen,
             with_entropy=with_entropy,
             **head.settings(temperature),
         )
@@ -123,18 +129,27 @@ def target_logprobs(
         "vocab_size": vocab_size,
         "with_entropy": with_entropy,
     }
-    return _module_logprobs(module, sequences, targets, chunk_rows or MODULE_ROWS, settings)
+    return _module_logprobs(
+        *(module, sequences, targets),
+        _rows_with_target(targets) if chosen is None else chosen,
+        chunk_rows or MODULE_ROWS,
+        settings,
+    )
+
+
+def _rows_with_target(targets: Tensor) -> Tensor:
+    return torch.nonzero(targets != IGNORE_INDEX).squeeze(1)
 
 
 def _module_logprobs(
     module: nn.Module,
     sequences: PackedSequences,
     targets: Tensor,
+    index: Tensor,
     chunk_rows: int,
     settings: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """As `target_logprobs`, where logits are what a module says they are."""
-    index = torch.nonzero(targets != IGNORE_INDEX).squeeze(1)
+    """As `target_logprobs`, where logits are what a module says they are; `index`: the targets."""
     labels = targets.index_select(0, index)
     model: Any = module
     head = model.get_output_embeddings()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.errors import ModelError
+from rlhf_fast.transfer import sent
 from rlhf_fast.types import IGNORE_INDEX, HeadRows, VocabularyHead
 from rlhf_fast_kernels import linear_kl, linear_logprobs
 
@@ -72,9 +73,10 @@ def read_both(
     require_exact_kl(*(None if rows is None else rows.head for rows in (actor, reference)))
     assert actor is not None
     assert reference is not None
-    targets = targets.to(actor.hidden.device)
-    # Looked up once for all three: each look makes the host wait for an accelerator.
-    chosen = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    # Looked up once for all three, where the targets are: an accelerator has to be waited for.
+    device = actor.hidden.device
+    chosen = sent((targets != IGNORE_INDEX).nonzero().squeeze(1), device)
+    targets = sent(targets, device)
     old, ref = (
         linear_logprobs(
             rows.hidden,

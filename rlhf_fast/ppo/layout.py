@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.data.packing import pack_by_tokens
 from rlhf_fast.types import IGNORE_INDEX, Experience, Microbatch, PackedSequences, Rollout
 
 
@@ -43,6 +44,14 @@ class ResponseSlots:
     def to_padded(self, packed: Tensor, out: Tensor) -> None:
         """Write `packed` [N], on any device, into `out` [S, R] at the slots."""
         out[self.rows, self.cols] = packed.to(out.device)[self.positions].to(out.dtype)
+
+
+def token_packs(rollout: Rollout, samples: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Split samples of a rollout into forwards of at most `budget` tokens, evened out."""
+    lengths = (rollout.prompt_lengths.cpu() + rollout.lengths.cpu()).tolist()
+    chosen = list(samples)
+    for pack in pack_by_tokens([lengths[s] for s in chosen], budget, balanced=True):
+        yield [chosen[i] for i in pack]
 
 
 def response_slots(rollout: Rollout, indices: Sequence[int]) -> ResponseSlots:
@@ -91,6 +100,7 @@ def build_microbatch(
     advantages: Tensor,
     weights: Tensor,
     num_loss_tokens: int,
+    ratio_cap: float = 0.0,
 ) -> Microbatch:
     """Pack samples `indices` with everything their update reads.
 
@@ -100,6 +110,7 @@ def build_microbatch(
         advantages: [S, R] float32, whitened as configured.
         weights: [S, R] float32 detached importance weights.
         num_loss_tokens: loss tokens of the whole optimizer step.
+        ratio_cap: see `Microbatch`.
     """
     scored = experience.scored
     slots = response_slots(scored.rollout, indices)
@@ -115,4 +126,5 @@ def build_microbatch(
         returns=slots.to_packed(experience.returns),
         weights=slots.to_packed(weights),
         num_loss_tokens=num_loss_tokens,
+        ratio_cap=ratio_cap,
     )

@@ -94,7 +94,7 @@ def _policy_rules(
         "normalizer": microbatch.num_loss_tokens,
         "clip_eps_low": algorithm.clip_eps_low,
         "clip_eps_high": algorithm.clip_eps_high,
-        "dual_clip": algorithm.dual_clip or None,
+        "dual_clip": min(filter(None, (algorithm.dual_clip, microbatch.ratio_cap)), default=None),
         "entropy_coef": algorithm.entropy_coef,
         "ref_logprobs": microbatch.ref_logprobs,
         "kl_coef": kl_coef if kl.placement == "loss" else 0.0,

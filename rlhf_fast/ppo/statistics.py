@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.optim import StepResult
+from rlhf_fast.ppo.anchors import gap_of
 from rlhf_fast.ppo.rewards import sequence_sum
 from rlhf_fast.types import Experience, LossOutput
 
@@ -38,7 +39,7 @@ def rollout_metrics(experience: Experience, shaped: Tensor, *, kl_coef: float) -
     raw = scored.scores if scored.scores.dim() == 1 else sequence_sum(scored.scores, mask)
     total = shaped if shaped.dim() == 1 else sequence_sum(shaped, mask)
     surprise = sequence_sum(-scored.old_logprobs, mask)[rows]
-    gap = (scored.old_logprobs - rollout.rollout_logprobs).abs()
+    gap = gap_of(scored)
     lengths = rollout.lengths.double()
     exact = {}
     if scored.exact_kl is not None:
@@ -59,7 +60,9 @@ def rollout_metrics(experience: Experience, shaped: Tensor, *, kl_coef: float) -
         "rollout/length": _mean(lengths),
         "rollout/ended_fraction": _mean(rollout.ended.double()),
         "val/num_eos_tokens": float(rollout.ended.sum()),
-        "rollout/logprob_gap": _mean(gap[rollout.response_mask]),
+        "rollout/logprob_gap": gap.absolute,
+        "rollout/logprob_k3": gap.k3,
+        "rollout/recomputed_fraction": gap.samples / max(len(rollout), 1),
         "rollout/score_length_correlation": _correlation(raw[rows], lengths[rows]),
     }
 

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config import PPOConfig, SamplingConfig
-from rlhf_fast.data.packing import pack_by_tokens
 from rlhf_fast.errors import NumericalError
 from rlhf_fast.ppo.advantages import estimate, importance_weights, whitened
-from rlhf_fast.ppo.exact_kl import read_both, require_exact_kl
+from rlhf_fast.ppo.anchors import ratio_cap
+from rlhf_fast.ppo.exact_kl import require_exact_kl
 from rlhf_fast.ppo.kl_control import KLController
-from rlhf_fast.ppo.layout import build_microbatch, response_slots
+from rlhf_fast.ppo.layout import build_microbatch, response_slots, token_packs
 from rlhf_fast.ppo.losses import linear_policy_loss, policy_loss, value_loss
 from rlhf_fast.ppo.rewards import RunningMoments, shape_scores
 from rlhf_fast.ppo.roles import PretrainingSource, Roles
+from rlhf_fast.ppo.scoring import Scoring
 from rlhf_fast.ppo.statistics import UpdateStatistics, rollout_metrics
-from rlhf_fast.ppo.trunk import require_trunk_head, row_logprobs
+from rlhf_fast.ppo.trunk import require_trunk_head
 from rlhf_fast.protocols import TrunkValueModel
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import (
@@ -93,6 +94,7 @@ class PPOLearner:
         self.config = config
         self.roles = roles
         self.phase = phase
+        self.scoring = Scoring(config, roles)
         self.kl_controller = KLController(config.kl)
         self.score_moments = RunningMoments()
         self.steps = 0
@@ -109,16 +111,21 @@ class PPOLearner:
         with self.phase("prepare"):
             experience, shaped = self.prepare(scored)
         metrics = rollout_metrics(experience, shaped, kl_coef=self.kl_controller.coef)
-        warnings = self._check_logprob_gap(metrics)
+        warnings = self._check_logprob_gap(metrics) + self._check_anchors(metrics, scored)
         with self.phase("update"):
             update = self.update(experience)
-        warnings += self._check_first_ratio(update)
+        if scored.anchor_gap is None:  # a ratio to the generator says how far the two are apart
+            warnings += self._check_first_ratio(update)
         # Rows that abstained are in no mean: without any, there is no KL to steer by.
         kl = metrics.get("objective/kl_exact", metrics["objective/kl"])
         self.kl_controller.update(kl, int(scored.scored.sum()))
         self.steps += 1
         self.episodes += len(rollout)
-        metrics |= update | {"episode": float(self.episodes), "kl_coef": self.kl_controller.coef}
+        metrics |= update | {
+            "episode": float(self.episodes),
+            "kl_coef": self.kl_controller.coef,
+            "rollout/early_scored_fraction": self.scoring.early_fraction,
+        }
         return StepOutput(metrics, experience, warnings)
 
     def generate(self, prompts: PromptBatch) -> Rollout:
@@ -129,53 +136,15 @@ class PPOLearner:
             for uid in prompts.uid
             for g in range(group)
         ]
+        scorer = self.scoring.begin()
+        more: dict[str, Any] = {} if scorer is None else {"scorer": scorer}
         return self.roles.generator.generate(
-            prompts, self.sampling, samples_per_prompt=group, seeds=seeds
+            prompts, self.sampling, samples_per_prompt=group, seeds=seeds, **more
         )
 
-    @torch.no_grad()
     def score(self, rollout: Rollout) -> ScoredRollout:
-        """The four roles read the finished sequences."""
-        # Everything up to the update happens where the actor is, wherever the generator worked.
-        rollout = rollout.to(next(self.roles.actor.module.parameters()).device)
-        scores, scored = self.roles.reward.score(rollout)
-        shape, device = rollout.responses.shape, rollout.responses.device
-        old, ref, values, exact = (torch.zeros(shape, device=device) for _ in range(4))
-        for indices in self._packs(rollout, range(len(rollout))):
-            slots = response_slots(rollout, indices)
-            targets = slots.targets(rollout.response_mask)
-            # The exact KL is absent, and `exact` unused, unless it belongs in the reward.
-            for found, out in zip(
-                self._read(slots.sequences, targets), (old, ref, values, exact), strict=False
-            ):
-                slots.to_padded(found, out)
-        return ScoredRollout(
-            *(rollout, scores.to(device), scored.to(device), old, ref, values),
-            exact_kl=exact if self._exact_kl_in("reward") else None,
-        )
-
-    def _read(self, sequences: PackedSequences, targets: Tensor) -> tuple[Tensor, ...]:
-        """Log-probs of actor and reference, values [N]; the exact KL if it is in the reward."""
-        actor, reference, critic = self.roles.actor, self.roles.reference, self.roles.critic
-        temperature, exact = self.sampling.temperature, self._exact_kl_in("reward")
-        rows = actor.head_rows(sequences) if exact or self.trunk_critic is not None else None
-        kl: list[Tensor] = []
-        if exact:
-            old, ref, *kl = read_both(
-                rows, reference.head_rows(sequences), targets, temperature=temperature
-            )
-        else:
-            old = (
-                row_logprobs(rows, targets, temperature=temperature)
-                if rows is not None
-                else actor.logprobs(sequences, targets, temperature=temperature)[0]
-            )
-            ref, _ = reference.logprobs(sequences, targets, temperature=temperature)
-        if self.trunk_critic is not None and rows is not None:
-            values = self.trunk_critic.values_from(rows.hidden)
-        else:
-            values = torch.zeros_like(old) if critic is None else critic.values(sequences)
-        return old, ref, values, *kl
+        """The four roles read the finished sequences, those not read while others were drawn."""
+        return self.scoring.score(rollout, step=self.steps)
 
     def prepare(self, scored: ScoredRollout) -> tuple[Experience, Tensor]:
         """Shape scores, place them, subtract KL, estimate advantages; also the shaped scores."""
@@ -233,13 +202,16 @@ class PPOLearner:
             advantages[rows] = whitened(advantages[rows], mask, unbiased=algorithm.whiten_unbiased)
         tokens = int(mask.sum())
         statistics.begin_minibatch()
-        for indices in self._packs(experience.scored.rollout, minibatch):
+        for indices in token_packs(
+            experience.scored.rollout, minibatch, self.config.microbatch_tokens
+        ):
             microbatch = build_microbatch(
                 experience,
                 indices,
                 advantages=advantages,
                 weights=weights,
                 num_loss_tokens=max(tokens, 1),
+                ratio_cap=ratio_cap(experience.scored, algorithm),
             )
             self._backward(microbatch, statistics)
         if algorithm.target_kl > 0 and statistics.minibatch_kl() > algorithm.target_kl:
@@ -338,7 +310,7 @@ class PPOLearner:
             return None
         out = torch.zeros(len(rollout), device=rollout.responses.device)
         truncated = torch.nonzero(~rollout.ended).flatten().tolist()
-        for indices in self._packs(rollout, truncated):
+        for indices in token_packs(rollout, truncated, self.config.microbatch_tokens):
             slots = response_slots(rollout, indices)
             rows = torch.as_tensor(indices, device=out.device)
             out[rows] = critic.values(slots.sequences)[slots.last]
@@ -359,15 +331,6 @@ class PPOLearner:
         for start in range(0, samples, size):
             yield order[start : start + size]
 
-    def _packs(self, rollout: Rollout, indices: Sequence[int]) -> Iterator[list[int]]:
-        """Split samples into forwards of at most `microbatch_tokens` tokens."""
-        lengths = (rollout.prompt_lengths.cpu() + rollout.lengths.cpu()).tolist()
-        chosen = list(indices)
-        for pack in pack_by_tokens(
-            [lengths[i] for i in chosen], self.config.microbatch_tokens, balanced=True
-        ):
-            yield [chosen[i] for i in pack]
-
     def _check_logprob_gap(self, metrics: Mapping[str, float]) -> list[str]:
         """The generator must sample from the policy that is trained; measured in every step."""
         gap = metrics["rollout/logprob_gap"]
@@ -384,6 +347,17 @@ class PPOLearner:
         if gap > LOGPROB_GAP_WARNING:
             return [f"mean |trainer - generator| log-prob gap is {gap:.3g} nats"]
         return []
+
+    def _check_anchors(self, metrics: Mapping[str, float], scored: ScoredRollout) -> list[str]:
+        """Whether the generator's log-probs were asked for as anchors and turned down."""
+        algorithm = self.config.algorithm
+        if algorithm.old_logprobs == "recompute" or scored.anchor_gap is not None:
+            return []
+        return [
+            "generator and trainer are further apart than algorithm.max_rollout_kl="
+            f"{algorithm.max_rollout_kl:g} nats a token, so all old log-probs were recomputed "
+            f"(KL over all of them: {metrics['rollout/logprob_k3']:.3g})"
+        ]
 
     def _check_first_ratio(self, update: Mapping[str, float]) -> list[str]:
         """On the first minibatch nothing has moved yet: the ratio must be 1, to rounding."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from rlhf_fast.errors import ModelError
-from rlhf_fast.types import HeadRows, VocabularyHead
+from rlhf_fast.transfer import sent
+from rlhf_fast.types import IGNORE_INDEX, HeadRows, VocabularyHead
 from rlhf_fast_kernels import linear_logprobs
 
 
@@ -27,10 +28,14 @@ def require_trunk_head(actor: VocabularyHead | None) -> None:
 
 def row_logprobs(rows: HeadRows, targets: Tensor, *, temperature: float) -> Tensor:
     """[N] float32 log-probs of `targets` from hidden states, exact 0 where IGNORE_INDEX."""
+    device, chosen = rows.hidden.device, None
+    if targets.device != device:  # looked through on the host, so the accelerator is not waited for
+        chosen = sent((targets != IGNORE_INDEX).nonzero().squeeze(1), device)
     return linear_logprobs(
         rows.hidden,
         rows.head.weight,
-        targets.to(rows.hidden.device),
+        sent(targets, device),
+        rows=chosen,
         with_entropy=False,
         **rows.head.settings(temperature),
     )[0]

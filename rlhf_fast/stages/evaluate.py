@@ -32,7 +32,7 @@ from rlhf_fast.data import (
 from rlhf_fast.distributed.durable import storage_fault, write_atomically
 from rlhf_fast.engine.best_of_n import best_of_n_curve
 from rlhf_fast.engine.hybrid import HybridEngine, engine_settings
-from rlhf_fast.engine.requests import Progress
+from rlhf_fast.engine.progress import Progress
 from rlhf_fast.models.checks import check_context, check_vocabulary
 from rlhf_fast.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 from rlhf_fast.models.reward_function import (
@@ -47,6 +47,7 @@ from rlhf_fast.ppo.rewards import sequence_sum
 from rlhf_fast.ppo.trainer import sampling_params
 from rlhf_fast.protocols import PolicyModel, Reward
 from rlhf_fast.seeds import derive_seed
+from rlhf_fast.stages.generation import generation_fields, show_generation
 from rlhf_fast.stages.messages import say, show_reports
 from rlhf_fast.stages.ppo_checks import check_tokenizers
 from rlhf_fast.stages.progress import ProgressBar
@@ -255,8 +256,9 @@ class EvalStage:
 
         def show(progress: Progress) -> None:
             bar.advance(before + progress.finished - bar.completed)
+            bar.note(**generation_fields(progress))
 
-        self.engine.on_progress = show
+        show_generation(self.engine, show)
         group = self.config.samples_per_prompt
         seed = self.config.run.seed
         seeds = [derive_seed(seed, 0, uid, g) for uid in prompts.uid for g in range(group)]

@@ -32,6 +32,12 @@ from rlhf_fast.models.reward_function import RewardFunction
 from rlhf_fast.ppo.health import hints
 from rlhf_fast.ppo.trainer import PPOLearner, StepOutput
 from rlhf_fast.stages.adapted import ADAPTER_NAME, export_adapted, trunk_digest
+from rlhf_fast.stages.generation import (
+    engine_of,
+    generation_fields,
+    generation_metrics,
+    show_generation,
+)
 from rlhf_fast.stages.messages import say, show_reports
 from rlhf_fast.stages.ppo_checks import check_roles
 from rlhf_fast.stages.ppo_roles import PretrainingBatches, build_roles, critic_to_export
@@ -240,6 +246,8 @@ class PPOTrainer:
         if run.checkpoint is not None:
             learner.load_state_dict(state.extra)
         learner.phase = run.phase
+        engine = engine_of(self.roles.generator)
+        show_generation(engine, lambda progress: run.note(**generation_fields(progress)))
         samples = run.path / SAMPLES_NAME
         _keep_samples(samples, state.step)
 
@@ -249,7 +257,7 @@ class PPOTrainer:
             state.extra = learner.state_dict()
             done = state.step + 1
             # In a step without any update, which target_kl forbade, these are all there is.
-            metrics = self.roles.rates | output.metrics
+            metrics = self.roles.rates | output.metrics | generation_metrics(engine)
             if self.on_step is not None:
                 metrics |= self.on_step(done, output) or {}
             self._advise(output, metrics)

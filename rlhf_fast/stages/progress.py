@@ -10,7 +10,7 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TextIO, TypeVar
 
 from rich.console import Console
@@ -78,21 +78,32 @@ class ProgressBar:
         self._display = display
         self._task: TaskID | None = None
         self._fields = ""
+        self._note = ""
         self._last_line = float("-inf")
 
     def advance(self, steps: int = 1, **fields: object) -> None:
         """Count `steps` more and show `fields` (numbers are shortened) beside the bar."""
         self.completed += steps
         if fields:
-            self._fields = " ".join(f"{name}={_short(value)}" for name, value in fields.items())
+            self._fields = _joined(fields)
         self._display.update(self)
+
+    def note(self, **fields: object) -> None:
+        """Show `fields` after those of `advance` until the next note: how the step itself goes."""
+        self._note = _joined(fields)
+        self._display.update(self)
+
+    @property
+    def shown(self) -> str:
+        """The fields, and the note if there is one."""
+        return " ".join(part for part in (self._fields, self._note) if part)
 
     def line(self) -> str:
         """`sft: 120/400 (30%) loss=1.234`."""
         count = f"{self.completed}"
         if self.total:
             count += f"/{self.total} ({100 * self.completed // self.total}%)"
-        return f"{self.description}: {count} {self._fields}".rstrip()
+        return f"{self.description}: {count} {self.shown}".rstrip()
 
 
 class ProgressDisplay:
@@ -107,7 +118,7 @@ class ProgressDisplay:
         self._stream = sys.stdout if stream is None else stream
         self._interval = QUIET_SECONDS if quiet else PLAIN_SECONDS
         self._rich: Progress | None = None
-        self._open = 0
+        self._open: list[ProgressBar] = []
         console = Console(file=self._stream)
         if console.is_terminal and not quiet:
             self._rich = Progress(
@@ -145,10 +156,15 @@ class ProgressDisplay:
                 yield item
                 bar.advance()
 
+    def note(self, **fields: object) -> None:
+        """`ProgressBar.note` of the bar that was opened last, if one is open."""
+        if self._open:
+            self._open[-1].note(**fields)
+
     def update(self, bar: ProgressBar) -> None:
         """Redraw a bar, or print its line if the last one is long enough ago."""
         if self._rich is not None and bar._task is not None:
-            self._rich.update(bar._task, completed=bar.completed, shown=bar._fields)
+            self._rich.update(bar._task, completed=bar.completed, shown=bar.shown)
             return
         now = time.monotonic()
         if now - bar._last_line >= self._interval:
@@ -156,23 +172,23 @@ class ProgressDisplay:
             self._print(bar.line())
 
     def _begin(self, bar: ProgressBar) -> None:
-        self._open += 1
+        self._open.append(bar)
         if self._rich is None:
             bar._last_line = time.monotonic()
             self._print(bar.line())
             return
-        if self._open == 1:
+        if len(self._open) == 1:
             self._rich.start()
         bar._task = self._rich.add_task(
             bar.description, total=bar.total, completed=bar.completed, shown=""
         )
 
     def _end(self, bar: ProgressBar) -> None:
-        self._open -= 1
+        self._open.remove(bar)
         if self._rich is None:
             self._print(bar.line())
             return
-        if self._open == 0:
+        if not self._open:
             self._rich.stop()
             for task in list(self._rich.task_ids):
                 self._rich.remove_task(task)
@@ -181,6 +197,10 @@ class ProgressDisplay:
         # A closed pipe (`| head`) must not end a training run.
         with contextlib.suppress(OSError, ValueError):
             print(line, file=self._stream, flush=True)
+
+
+def _joined(fields: Mapping[str, object]) -> str:
+    return " ".join(f"{name}={_short(value)}" for name, value in fields.items())
 
 
 def _short(value: object) -> str:

@@ -237,6 +237,10 @@ class Run:
         """A progress bar, or sparse plain lines; `bar.advance(n, **fields)` inside the block."""
         return self._display.bar(description, total, start=start)
 
+    def note(self, **fields: object) -> None:
+        """Show `fields` beside the bar that was opened last: how its present step goes."""
+        self._display.note(**fields)
+
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """Yield `items` under a progress bar."""
         return self._display.track(items, description, total)

@@ -40,7 +40,7 @@ from transformers import (
 
 from rlhf_fast.engine.batching import pad_left, plan_batches
 from rlhf_fast.engine.hybrid import EngineSettings, HybridEngine
-from rlhf_fast.engine.requests import Progress
+from rlhf_fast.engine.progress import Progress
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.models.forward import set_compute_dtype
 from rlhf_fast.protocols import Generator

@@ -265,7 +265,11 @@ def test_wrong_expectations_end_in_preemption_not_in_a_failure() -> None:
         )
         for pages in (1000, 12)
     ]
+    assert engines[0].last is None
     free, tight = (engine.complete(requests) for engine in engines)
+    peaks = [engine.last.peak_cache_use for engine in engines if engine.last is not None]
+    assert 0 < peaks[0] < peaks[1] <= 1  # type: ignore[operator]
+    assert peaks[1] > 0.9  # type: ignore[operator]
     assert engines[0].preemptions == 0
     assert engines[1].preemptions > 3
     assert torch.equal(free.tokens, tight.tokens)
@@ -477,3 +481,20 @@ def test_admission_learns_lengths_and_takes_them_through_a_checkpoint() -> None:
     assert dict(resumed) == dict(engine.expected)
     resumed.observe([prompts.uid[0]], [0, 0])
     assert resumed[prompts.uid[0]] == means[0] / 2
+
+
+@pytest.mark.parametrize("path", ["fused", "padded"])
+def test_reports_that_are_not_due_are_not_made(path: str) -> None:
+    engine = engine_for(build(), path, max_batch=4)
+    seen: list[Any] = []
+    engine.on_progress = seen.append
+    engine.progress_seconds = 3600.0
+    rollout = engine.generate(
+        batch_of(ragged(6)), SamplingParams(9), samples_per_prompt=2, seeds=seeds_for(12)
+    )
+    tokens = int(rollout.lengths.sum())
+    assert len(seen) == 2  # the first, and the last whatever the clock says
+    assert seen[-1][:5] == (12, 12, tokens, 0, 0)
+    assert engine.last is not None
+    assert engine.last.tokens == tokens
+    assert engine.last.tokens_per_second > 0

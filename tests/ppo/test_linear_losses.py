@@ -16,6 +16,7 @@ from rlhf_fast.models.vocabulary import likeliest_tokens
 from rlhf_fast.ppo.exact_kl import read_both
 from rlhf_fast.ppo.layout import build_microbatch, response_slots
 from rlhf_fast.ppo.losses import policy_loss
+from rlhf_fast.ppo.scoring import Scoring
 from rlhf_fast.stages.sft import nll_sum
 from rlhf_fast.types import IGNORE_INDEX
 from tests.models.test_vocabulary import LowRank
@@ -172,8 +173,7 @@ def test_exact_kl_in_the_reward_is_the_sum_over_the_vocabulary(model_type):
     torch.testing.assert_close(scored.exact_kl, expected, rtol=1e-4, atol=1e-5)
     assert torch.all(scored.exact_kl[~rollout.response_mask] == 0)
     plain = dataclasses.replace(ppo.config, kl=KLConfig(coef=0.1))
-    ppo.config = plain
-    other = ppo.score(rollout)
+    other = Scoring(plain, ppo.roles).score(rollout)
     assert other.exact_kl is None
     torch.testing.assert_close(scored.old_logprobs, other.old_logprobs)
     torch.testing.assert_close(scored.ref_logprobs, other.ref_logprobs)

@@ -30,6 +30,7 @@ from rlhf_fast.stages.check import check_stage
 from rlhf_fast.tasks.reviews import prompt_split
 from rlhf_fast.tasks.tiny import build_tokenizer
 from tests.ppo.synthetic import tiny_config
+from tests.stages.tiny_runs import metric_lines
 
 PROMPTS = [{"prompt": p, "tag": i} for i, p in enumerate(prompt_split()[0][:16])]
 
@@ -204,10 +205,7 @@ def test_a_step_without_an_update_logs_the_present_learning_rates(tmp_path, toke
 
 
 def without_times(path):
-    return [
-        {k: v for k, v in row.items() if not k.startswith("time/")}
-        for row in read_metrics(path / "metrics.jsonl")
-    ]
+    return metric_lines(path)
 
 
 @pytest.mark.parametrize(

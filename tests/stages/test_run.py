@@ -610,3 +610,21 @@ def test_a_closed_pipe_does_not_end_training() -> None:
     with ProgressDisplay(stream=stream).bar("x", 1) as bar:
         bar.advance()
     assert bar.completed == 1
+
+
+def test_a_note_stands_beside_the_newest_bar_until_the_next(clock: list[float]) -> None:
+    stream = io.StringIO()
+    display = ProgressDisplay(stream=stream)
+    display.note(lost=1)  # no bar is open
+    with display.bar("ppo", 2) as bar:
+        bar.advance(1, score=0.5)
+        for running in range(5):
+            clock[0] += 4.0
+            display.note(**{"tok/s": 900, "running": running, "kv": "12%"})
+        display.note()
+        bar.advance(1, score=0.75)
+    assert stream.getvalue().splitlines() == [
+        "ppo: 0/2 (0%)",
+        "ppo: 1/2 (50%) score=0.5 tok/s=900 running=2 kv=12%",
+        "ppo: 2/2 (100%) score=0.75",
+    ]

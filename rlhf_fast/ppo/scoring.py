@@ -1,0 +1,198 @@
+"""What the four roles say of finished sequences: after generation, or of some while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.config import PPOConfig
+from rlhf_fast.ppo.anchors import checked_samples, logprob_gap
+from rlhf_fast.ppo.exact_kl import read_both
+from rlhf_fast.ppo.layout import ResponseSlots, response_slots, token_packs
+from rlhf_fast.ppo.roles import Roles
+from rlhf_fast.ppo.trunk import row_logprobs
+from rlhf_fast.protocols import RewardOutput, SampleReward, TrunkValueModel
+from rlhf_fast.types import LogprobGap, PackedSequences, Rollout, ScoredRollout
+
+
+@dataclass(frozen=True)
+class _Pack:
+    """Some samples of a rollout and what the roles said of their tokens, [N] float32 by name."""
+
+    slots: ResponseSlots
+    found: dict[str, Tensor]
+
+
+class Scoring:
+    """Log-probs of actor and reference, values and scores of a rollout.
+
+    Args:
+        config: the PPO stage's config.
+        roles: the four models.
+
+    Attributes:
+        early_fraction: part of the samples of the last rollout that was read during generation.
+    """
+
+    def __init__(self, config: PPOConfig, roles: Roles) -> None:
+        self.config = config
+        self.roles = roles
+        self.early_fraction = 0.0
+        self._early: EarlyScores | None = None
+        self._exact = config.kl.estimator == "exact" and config.kl.placement == "reward"
+        self._anchored = config.algorithm.old_logprobs == "rollout"
+        self._temperature = config.sampling.temperature
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.roles.actor.module.parameters()).device
+
+    def begin(self) -> EarlyScores | None:
+        """What takes samples while the next rollout is generated; None if all are scored after."""
+        wish = self.config.engine.overlap_scoring
+        overlaps = wish == "on" or (wish == "auto" and self._device.type == "cuda")
+        self._early = EarlyScores(self) if overlaps else None
+        return self._early
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout, *, step: int = 0) -> ScoredRollout:
+        """All roles on a rollout; what was read early is taken over.
+
+        Args:
+            rollout: S samples, anywhere.
+            step: draws which responses are checked against the generator.
+        """
+        early, self._early = self._early or EarlyScores(self), None
+        # Everything up to the update happens where the actor is, wherever the generator worked.
+        rollout = rollout.to(self._device)
+        rest = sorted(set(range(len(rollout))) - set(early.samples))
+        self.early_fraction = len(early.samples) / max(len(rollout), 1)
+        scores, scored = self._reward(rollout, rest, early)
+        packs = early.packs + [
+            self.read(rollout, samples)
+            for samples in token_packs(rollout, rest, self.config.microbatch_tokens)
+        ]
+        found = _padded(packs, rollout)
+        old, gap = self._anchors(rollout, step) if self._anchored else (found["old_logprobs"], None)
+        return ScoredRollout(
+            *(rollout, scores.to(self._device), scored.to(self._device)),
+            old_logprobs=old,
+            ref_logprobs=found["ref_logprobs"],
+            values=found["values"],
+            exact_kl=found.get("exact_kl"),
+            anchor_gap=gap,
+        )
+
+    def read(self, rollout: Rollout, samples: Sequence[int]) -> _Pack:
+        """One forward of each model over some samples."""
+        slots = response_slots(rollout, samples)
+        return _Pack(slots, self._read(slots.sequences, slots.targets(rollout.response_mask)))
+
+    def _read(self, sequences: PackedSequences, targets: Tensor) -> dict[str, Tensor]:
+        """[N] float32 by the names of `ScoredRollout`; anchors of the rollout are not read here."""
+        actor, reference, critic = self.roles.actor, self.roles.reference, self.roles.critic
+        temperature, found = self._temperature, dict[str, Tensor]()
+        on_trunk = isinstance(critic, TrunkValueModel)
+        rows = actor.head_rows(sequences) if self._exact or on_trunk else None
+        if self._exact:
+            names = ("old_logprobs", "ref_logprobs", "exact_kl")
+            read = read_both(rows, reference.head_rows(sequences), targets, temperature=temperature)
+            found |= zip(names, read, strict=True)
+        else:
+            if rows is not None:
+                found["old_logprobs"] = row_logprobs(rows, targets, temperature=temperature)
+            elif not self._anchored:
+                found["old_logprobs"] = self._actor_logprobs(sequences, targets)
+            found["ref_logprobs"], _ = reference.logprobs(
+                sequences, targets, temperature=temperature
+            )
+        if isinstance(critic, TrunkValueModel) and rows is not None:
+            found["values"] = critic.values_from(rows.hidden)
+        elif critic is None:
+            found["values"] = torch.zeros_like(found["ref_logprobs"])
+        else:
+            found["values"] = critic.values(sequences)
+        return found
+
+    def _actor_logprobs(self, sequences: PackedSequences, targets: Tensor) -> Tensor:
+        return self.roles.actor.logprobs(sequences, targets, temperature=self._temperature)[0]
+
+    def _reward(self, rollout: Rollout, rest: Sequence[int], early: EarlyScores) -> RewardOutput:
+        """Scores of all samples: one call, unless some were scored early."""
+        reward = self.roles.reward
+        if not early.rewards:
+            return reward.score(rollout)
+        assert isinstance(reward, SampleReward)
+        scores = torch.zeros(len(rollout), device=rollout.responses.device)
+        scored = torch.zeros(len(rollout), dtype=torch.bool, device=scores.device)
+        last = [(rest, reward.start(rollout.select(rest), rest))] if rest else []
+        for samples, finish in [*early.rewards, *last]:
+            output, index = finish(), torch.as_tensor(samples, device=scores.device)
+            scores[index] = output.scores.to(scores.device)
+            scored[index] = output.scored.to(scores.device)
+        return RewardOutput(scores, scored)
+
+    def _anchors(self, rollout: Rollout, step: int) -> tuple[Tensor, LogprobGap | None]:
+        """The generator's log-probs and the gap measured, or all recomputed if it is too wide."""
+        samples, mask = len(rollout), rollout.response_mask
+        checked = checked_samples(samples, self.config.run.seed, step, -2)
+        recomputed = self._recomputed(rollout, checked)
+        generators = torch.where(mask, rollout.rollout_logprobs, 0.0)
+        gap = logprob_gap(recomputed[checked], generators[checked], mask[checked])
+        if gap.k3 <= self.config.algorithm.max_rollout_kl:  # false for NaN
+            return generators, gap
+        rest = sorted(set(range(samples)) - set(checked))
+        return recomputed + self._recomputed(rollout, rest), None
+
+    def _recomputed(self, rollout: Rollout, samples: Sequence[int]) -> Tensor:
+        """[S, R] log-probs by the actor of some samples, 0 elsewhere."""
+        out = torch.zeros(rollout.responses.shape, device=rollout.responses.device)
+        for pack in token_packs(rollout, samples, self.config.microbatch_tokens):
+            slots = response_slots(rollout, pack)
+            targets = slots.targets(rollout.response_mask)
+            slots.to_padded(self._actor_logprobs(slots.sequences, targets), out)
+        return out
+
+
+class EarlyScores:
+    """`FinishedScorer` of one rollout: keeps what the roles said until the rest is there.
+
+    On an accelerator nothing here waits for it: what was read stays there, where it will be used.
+    """
+
+    def __init__(self, scoring: Scoring) -> None:
+        self._scoring = scoring
+        self.samples: list[int] = []
+        self.packs: list[_Pack] = []
+        self.rewards: list[tuple[Sequence[int], Callable[[], RewardOutput]]] = []
+
+    @property
+    def pack_tokens(self) -> int:
+        """Tokens of one forward."""
+        return self._scoring.config.microbatch_tokens
+
+    @torch.no_grad()
+    def score(self, samples: Sequence[int], rollout: Rollout) -> None:
+        """Read K finished samples; see `FinishedScorer`."""
+        pack = self._scoring.read(rollout, range(len(rollout)))
+        index = torch.as_tensor(samples, dtype=torch.int64, device=pack.slots.rows.device)
+        slots = replace(pack.slots, rows=index[pack.slots.rows])
+        reward = self._scoring.roles.reward
+        if isinstance(reward, SampleReward) and reward.splits:
+            self.rewards.append((samples, reward.start(rollout, samples)))
+        self.packs.append(replace(pack, slots=slots))
+        self.samples += samples
+
+
+def _padded(packs: Sequence[_Pack], rollout: Rollout) -> dict[str, Tensor]:
+    """[S, R] of everything that was read, by name, 0 outside the responses."""
+    shape, device = rollout.responses.shape, rollout.responses.device
+    names = {name for pack in packs for name in pack.found} | {"old_logprobs", "ref_logprobs"}
+    out = {name: torch.zeros(shape, device=device) for name in names | {"values"}}
+    for pack in packs:
+        for name, packed in pack.found.items():
+            pack.slots.to_padded(packed, out[name])
+    return out

@@ -1,0 +1,52 @@
+"""What a stage shows and logs of its generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rlhf_fast.engine.hybrid import HybridEngine
+from rlhf_fast.engine.progress import Progress
+from rlhf_fast.models.adapter_roles import AdapterGenerator
+from rlhf_fast.protocols import Generator
+
+# Often enough to look alive; a redraw of the bar costs more than a decoding step of a small model.
+SECONDS_BETWEEN_REPORTS = 0.25
+
+
+def engine_of(generator: Generator) -> HybridEngine | None:
+    """The engine behind a generator; None if it is of another kind."""
+    inner = generator.generator if isinstance(generator, AdapterGenerator) else generator
+    return inner if isinstance(inner, HybridEngine) else None
+
+
+def show_generation(engine: HybridEngine | None, show: Callable[[Progress], None]) -> None:
+    """Have the engine call `show` a few times a second while it generates, and at the end."""
+    if engine is not None:
+        engine.on_progress = show
+        engine.progress_seconds = SECONDS_BETWEEN_REPORTS
+
+
+def generation_fields(progress: Progress) -> dict[str, object]:
+    """What stands beside a bar while samples are drawn; nothing once all are there."""
+    if progress.finished == progress.samples:
+        return {}
+    return {
+        "tok/s": round(progress.tokens_per_second),
+        "running": progress.running,
+        "waiting": progress.waiting,
+        "kv": f"{progress.cache_use:.0%}",
+    }
+
+
+def generation_metrics(engine: HybridEngine | None) -> dict[str, float]:
+    """`rollout/...` of the engine's last call; see docs/metrics.md."""
+    last = None if engine is None else engine.last
+    if last is None:
+        return {}
+    metrics = {
+        "rollout/tokens_per_second": last.tokens_per_second,
+        "rollout/preemptions": float(last.preemptions),
+    }
+    if last.peak_cache_use is not None:
+        metrics["rollout/peak_kv_use"] = last.peak_cache_use
+    return metrics
