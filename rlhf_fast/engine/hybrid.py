@@ -60,7 +60,7 @@ from rlhf_fast.types import PromptBatch, Rollout, SamplingParams
 
 PATHS = ("auto", "fused", "modules", "padded")
 # Of what is free before a rollout: the rest is for activations and for what else runs.
-_GPU_SHARE, _CPU_SHARE = 0.8, 0.25
+GPU_SHARE, _CPU_SHARE = 0.8, 0.25
 
 
 class Mode(enum.Enum):
@@ -147,7 +147,7 @@ class HybridEngine:
         self._decode = decode
         self._mode = Mode.TRAIN
         self.expected = ExpectedLengths() if expected is None else expected
-        self.path, self.reason = _choose_path(module, self.settings.path)
+        self.path, self.reason = choose_path(module, self.settings.path)
         self.weights: AliasedWeights | None = None
         self._runner: Runner | None = None
         self._padded: HFGenerator | None = None
@@ -338,6 +338,12 @@ class HybridEngine:
         self._runner = self._make_runner()
 
     @property
+    def kv_bytes(self) -> int:
+        """Bytes of the pages that exist now; 0 on the padded path, whose cache lives in a batch."""
+        cache = None if self._runner is None else self._runner.cache
+        return 0 if cache is None else cache.nbytes
+
+    @property
     def preemptions(self) -> int:
         """Samples of the last rollout that gave their pages back and were recomputed."""
         return 0 if self._runner is None else self._runner.last_preemptions
@@ -351,7 +357,7 @@ class HybridEngine:
             self.on_finished(samples, out)
 
 
-def _choose_path(module: nn.Module, wish: str) -> tuple[str, str]:
+def choose_path(module: nn.Module, wish: str) -> tuple[str, str]:
     """(path, why that one)."""
     if wish not in PATHS:
         raise GenerationError("RF4032", f"no path {wish!r}", expected=f"one of {', '.join(PATHS)}")
@@ -392,5 +398,5 @@ def _cache_budget(device: torch.device, wish: int) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(_GPU_SHARE * (free + held))
+        return int(GPU_SHARE * (free + held))
     return int(_CPU_SHARE * available_host_memory())

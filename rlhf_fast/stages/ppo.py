@@ -23,6 +23,7 @@ from rlhf_fast.data import (
 )
 from rlhf_fast.data.readers import RowSource
 from rlhf_fast.distributed.durable import write_atomically
+from rlhf_fast.engine.memory_held import MemoryWatch
 from rlhf_fast.metrics import METRICS_NAME, read_metrics
 from rlhf_fast.models.adapter_files import export_adapter
 from rlhf_fast.models.adapter_roles import AdapterActor
@@ -32,6 +33,7 @@ from rlhf_fast.models.reward_function import RewardFunction
 from rlhf_fast.ppo.health import hints
 from rlhf_fast.ppo.trainer import PPOLearner, StepOutput
 from rlhf_fast.stages.adapted import ADAPTER_NAME, export_adapted, trunk_digest
+from rlhf_fast.stages.memory_report import MemoryReport, memory_report
 from rlhf_fast.stages.messages import say, show_reports
 from rlhf_fast.stages.ppo_roles import (
     PretrainingBatches,
@@ -178,6 +180,8 @@ class PPOTrainer:
         check_roles(self.roles, self.tokenizer, longest, config.sampling.max_new_tokens)
         require_budget(config.microbatch_tokens, longest + config.sampling.max_new_tokens)
         self.learner = PPOLearner(config, self.roles)
+        self.longest_prompt = longest
+        self.memory_watch: MemoryWatch | None = None
         self._hinted: set[str] = set()
 
     def _load_pretraining(
@@ -243,7 +247,7 @@ class PPOTrainer:
         load_training_state(run.checkpoint, state, allow_data_change=config.run.allow_data_change)
         if run.checkpoint is not None:
             learner.load_state_dict(state.extra)
-        learner.phase = run.phase
+        learner.phase = self.memory_watch.around(run.phase) if self.memory_watch else run.phase
         samples = run.path / SAMPLES_NAME
         _keep_samples(samples, state.step)
 
@@ -278,6 +282,17 @@ class PPOTrainer:
         metrics = {name: float(last[name] or 0.0) for name in _KEPT}
         run.mark_complete(state.step, metrics)
         return PPOResult(run.path / MODEL_NAME, state.step, metrics)
+
+    def watch_memory(self) -> None:
+        """From now on count what every role holds in every phase; see `memory_report`."""
+        if self.memory_watch is None:
+            self.memory_watch = MemoryWatch(self.roles)
+            self.memory_watch.attach()
+
+    def memory_report(self) -> MemoryReport:
+        """Predicted against held bytes of the phases seen since `watch_memory`; or of now."""
+        watch = self.memory_watch or MemoryWatch(self.roles)
+        return memory_report(self.config, self.roles, watch, longest_prompt=self.longest_prompt)
 
     def save_model(self, directory: str | Path) -> None:
         """Export the policy and its tokenizer as a Hugging Face directory, or its adapter."""

@@ -1,0 +1,103 @@
+"""Bytes by role, part and place in each phase of a PPO step, as planned and as counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+PHASES = ("load", "generate", "score", "update")
+ROLES = ("trunk", "actor", "critic", "reference", "reward_model", "generator")
+# CUDA context, workspaces of libraries, captured graphs, fragmentation: an estimate, unmeasured.
+RESERVED = 1_500_000_000
+
+
+class Slot(NamedTuple):
+    """Whose bytes, of what, and where: `device` or `host`."""
+
+    role: str
+    part: str
+    place: str = "device"
+
+
+Ledger = dict[Slot, int]
+
+
+def add(ledger: Ledger, role: str, part: str, size: int, place: str = "device") -> None:
+    """Enter bytes; nothing is entered for none."""
+    if size:
+        slot = Slot(role, part, place)
+        ledger[slot] = ledger.get(slot, 0) + size
+
+
+@dataclass(frozen=True)
+class KVPlan:
+    """Keys and values.
+
+    Args:
+        token_bytes: of one token in all layers.
+        page_size: tokens of a page.
+        longest: tokens of a sample at the most.
+        rows: samples that are to decode side by side.
+        budget: bytes there may be; None: no limit is known.
+        nbytes: bytes that will be held.
+    """
+
+    token_bytes: int
+    page_size: int
+    longest: int
+    rows: int
+    budget: int | None
+    nbytes: int
+
+    @property
+    def sample_bytes(self) -> int:
+        """Pages of one sample of the longest length."""
+        return -(-self.longest // self.page_size) * self.page_size * self.token_bytes
+
+    @property
+    def samples(self) -> int:
+        """Samples of the longest length for which the budget has pages; `rows` without a limit."""
+        return self.rows if self.budget is None else max(0, self.budget) // self.sample_bytes
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Predicted bytes.
+
+    Args:
+        held: phase -> what exists throughout it, or at its fullest moment.
+        passes: phase -> role -> part -> bytes that exist while this role runs, one role after the
+            other.
+        kv: keys and values.
+        notes: what is estimated or assumed.
+    """
+
+    held: Mapping[str, Ledger]
+    passes: Mapping[str, Mapping[str, Mapping[str, int]]]
+    kv: KVPlan
+    notes: tuple[str, ...] = ()
+
+    def device(self, phase: str) -> int:
+        """Bytes on the device at the fullest moment of a phase."""
+        return self.resident(phase) + self.transient(phase)
+
+    def resident(self, phase: str) -> int:
+        """Bytes on the device whichever role runs."""
+        return sum(n for slot, n in self.held[phase].items() if slot.place == "device")
+
+    def transient(self, phase: str) -> int:
+        """Bytes that the role which needs the most holds while it runs."""
+        return max((sum(parts.values()) for parts in self.passes[phase].values()), default=0)
+
+    def host(self, phase: str) -> int:
+        """Bytes in host memory."""
+        return sum(n for slot, n in self.held[phase].items() if slot.place == "host")
+
+    def peak(self) -> int:
+        """The most of all phases."""
+        return max(map(self.device, PHASES))
+
+    def fits(self, capacity: int) -> bool:
+        """Whether all phases and one sample's keys and values fit into `capacity` bytes."""
+        return self.peak() + RESERVED <= capacity and self.kv.samples >= 1
