@@ -74,6 +74,11 @@ def require_valid(config: StageConfig, *, given: Collection[str] = ()) -> None:
         )
 
 
+def with_values(config: C, values: Mapping[str, Any]) -> C:
+    """A copy with leaves, by dotted key, replaced; nothing is checked."""
+    return cast("C", _replace(config, values, ""))
+
+
 def to_yaml(config: StageConfig) -> str:
     """The whole config as YAML that `load_config` reads back."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

@@ -193,7 +193,7 @@ class HybridEngine:
                 burst=settings.burst,
                 poison=settings.poison,
             ),
-            cache_bytes=functools.partial(_cache_budget, self._device, settings.kv_bytes),
+            cache_bytes=functools.partial(cache_budget, self._device, settings.kv_bytes),
         )
 
     # ---- modes --------------------------------------------------------------------------------
@@ -391,7 +391,7 @@ def _padded_slots(module: nn.Module, kv_bytes: int) -> int | None:
     return kv_bytes // cache_shape_of(module).token_bytes if kv_bytes else None
 
 
-def _cache_budget(device: torch.device, wish: int) -> int:
+def cache_budget(device: torch.device, wish: int) -> int:
     """Bytes of key-value memory at most."""
     if wish > 0:
         return wish

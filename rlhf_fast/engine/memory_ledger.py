@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+from rlhf_fast.engine.paged_cache import pages_wanted
 
 PHASES = ("load", "generate", "score", "update")
 ROLES = ("trunk", "actor", "critic", "reference", "reward_model", "generator")
@@ -21,6 +23,9 @@ class Slot(NamedTuple):
 
 
 Ledger = dict[Slot, int]
+
+
+PAGES = Slot("generator", "kv")
 
 
 def add(ledger: Ledger, role: str, part: str, size: int, place: str = "device") -> None:
@@ -40,7 +45,6 @@ class KVPlan:
         longest: tokens of a sample at the most.
         rows: samples that are to decode side by side.
         budget: bytes there may be; None: no limit is known.
-        nbytes: bytes that will be held.
     """
 
     token_bytes: int
@@ -48,7 +52,15 @@ class KVPlan:
     longest: int
     rows: int
     budget: int | None
-    nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that will be held: page 0, and what is wanted or what there may be."""
+        page = self.token_bytes * self.page_size
+        pages = pages_wanted(self.rows, self.longest, self.page_size)
+        if self.budget is not None:
+            pages = min(pages, max(0, self.budget) // page)
+        return (pages + 1) * page if pages else 0
 
     @property
     def sample_bytes(self) -> int:
@@ -70,12 +82,18 @@ class MemoryPlan:
         passes: phase -> role -> part -> bytes that exist while this role runs, one role after the
             other.
         kv: keys and values.
+        parameters: of the model that generates.
+        layers: of that model.
+        frozen: whether that model is a frozen trunk.
         notes: what is estimated or assumed.
     """
 
     held: Mapping[str, Ledger]
     passes: Mapping[str, Mapping[str, Mapping[str, int]]]
     kv: KVPlan
+    parameters: int
+    layers: int
+    frozen: bool
     notes: tuple[str, ...] = ()
 
     def device(self, phase: str) -> int:
@@ -94,10 +112,24 @@ class MemoryPlan:
         """Bytes in host memory."""
         return sum(n for slot, n in self.held[phase].items() if slot.place == "host")
 
-    def peak(self) -> int:
-        """The most of all phases."""
-        return max(map(self.device, PHASES))
+    def least(self) -> int:
+        """Bytes of the fullest phase, with keys and values of one sample."""
+        return max(
+            self.device(phase)
+            - self.pages(phase)
+            + (self.kv.sample_bytes if phase == "generate" else 0)
+            for phase in PHASES
+        )
 
-    def fits(self, capacity: int) -> bool:
-        """Whether all phases and one sample's keys and values fit into `capacity` bytes."""
-        return self.peak() + RESERVED <= capacity and self.kv.samples >= 1
+    def pages(self, phase: str) -> int:
+        """Bytes of keys and values."""
+        return self.held[phase].get(PAGES, 0)
+
+    def limited(self, kv_budget: int) -> MemoryPlan:
+        """The same with so many bytes for keys and values at most."""
+        kv = replace(self.kv, budget=kv_budget)
+        held = {
+            phase: ledger | ({PAGES: kv.nbytes} if PAGES in ledger else {})
+            for phase, ledger in self.held.items()
+        }
+        return replace(self, kv=kv, held=held)

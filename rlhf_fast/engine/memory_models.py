@@ -68,6 +68,13 @@ class RolePlan:
         return sum(t.nbytes for t in self.weights)
 
 
+def layout_key(config: PPOConfig) -> str:
+    """Configs with equal keys have equal `role_plans`."""
+    memory = config.memory
+    places = memory.reference, memory.reward_model, memory.value_head
+    return repr((config.run.dtype, config.algorithm.estimator, config.lora, places))
+
+
 def role_plans(config: PPOConfig, models: ModelConfigs) -> dict[str, RolePlan]:
     """Every role by name; `trunk` first where there is one.
 

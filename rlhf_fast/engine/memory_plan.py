@@ -20,12 +20,12 @@ from torch import Tensor
 
 from rlhf_fast.adamw8bit import fresh_state
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.engine.hybrid import GPU_SHARE, choose_path
+from rlhf_fast.engine.hybrid import choose_path
 from rlhf_fast.engine.memory_activations import ForwardPlan
-from rlhf_fast.engine.memory_ledger import PHASES, RESERVED, KVPlan, Ledger, MemoryPlan, add
+from rlhf_fast.engine.memory_ledger import PHASES, KVPlan, Ledger, MemoryPlan, add
 from rlhf_fast.engine.memory_models import ModelConfigs, RolePlan, role_plans
 from rlhf_fast.engine.module_forward import cache_shape_of
-from rlhf_fast.engine.paged_cache import default_page_size, pages_wanted
+from rlhf_fast.engine.paged_cache import default_page_size
 
 Passes = dict[str, dict[str, dict[str, int]]]
 
@@ -34,8 +34,8 @@ def plan_memory(
     config: PPOConfig,
     models: ModelConfigs,
     *,
+    roles: Mapping[str, RolePlan] | None = None,
     device: str = "cuda",
-    capacity: int | None = None,
     kv_budget: int | None = None,
     longest_prompt: int | None = None,
 ) -> MemoryPlan:
@@ -44,22 +44,20 @@ def plan_memory(
     Args:
         config: of the run.
         models: configs of its models.
-        device: type of the device; it decides page sizes, chunks and whether host memory is pinned.
-        capacity: bytes of the device, from which the engine takes its share for keys and values.
-        kv_budget: bytes for keys and values where that is known otherwise.
+        roles: what `role_plans` makes of the two, if it is at hand.
+        device: its type decides page sizes, chunks and whether host memory is pinned.
+        kv_budget: bytes for keys and values at most, where `engine.kv_gb` does not say; None: no
+            limit.
         longest_prompt: tokens, where that is known; None: `data.max_prompt_length`.
 
     Raises:
         ModelError: as `role_plans`.
     """
-    roles = role_plans(config, models)
+    roles = role_plans(config, models) if roles is None else roles
     held = _held(config, roles, pinned=device != "cpu")
     passes, notes = _passes(config, roles, device)
     if config.engine.kv_gb:
         kv_budget = int(config.engine.kv_gb * 1e9)
-    elif kv_budget is None and capacity is not None:
-        free = capacity - RESERVED - sum(n for s, n in held["generate"].items() if s[2] != "host")
-        kv_budget = int(GPU_SHARE * max(0, free))
     generating = roles["trunk" if "trunk" in roles else "actor"].module
     paged = choose_path(generating, config.engine.path)[0] != "padded"
     longest = longest_prompt or config.data.max_prompt_length
@@ -73,7 +71,15 @@ def plan_memory(
     # A GPU gets the pages back after each rollout, host memory keeps them for the next.
     for phase in ("generate",) if device != "cpu" else PHASES[1:]:
         add(held[phase], "generator", "kv", kv.nbytes if paged else 0)
-    return MemoryPlan(held, passes, kv, notes)
+    shape = roles["actor"].shape
+    assert shape is not None
+    return MemoryPlan(
+        *(held, passes, kv),
+        parameters=sum(p.numel() for p in generating.parameters()),
+        layers=shape.layers,
+        frozen="trunk" in roles,
+        notes=notes,
+    )
 
 
 def _keys_and_values(
@@ -81,11 +87,7 @@ def _keys_and_values(
 ) -> KVPlan:
     size = config.engine.page_size or default_page_size(device)
     samples = config.rollout.prompts * config.rollout.samples_per_prompt
-    rows = min(samples, config.rollout.max_batch)
-    page = token_bytes * size
-    wanted = pages_wanted(rows, longest, size)
-    pages = wanted if budget is None else min(wanted, budget // page)
-    return KVPlan(token_bytes, size, longest, rows, budget, (pages + 1) * page if pages else 0)
+    return KVPlan(token_bytes, size, longest, min(samples, config.rollout.max_batch), budget)
 
 
 # ---- what exists throughout a phase -------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rlhf_fast.config import PPOConfig
+from rlhf_fast.engine.hybrid import cache_budget
 from rlhf_fast.engine.memory_held import MemoryWatch, role_models
 from rlhf_fast.engine.memory_ledger import PHASES, Ledger, MemoryPlan, Slot
 from rlhf_fast.engine.memory_models import ModelConfigs
@@ -77,17 +78,21 @@ def memory_report(
         longest_prompt: tokens of the longest prompt of the data.
     """
     device: torch.device = next(roles.actor.module.parameters()).device
-    capacity = None
-    if device.type == "cuda":
-        capacity = torch.cuda.get_device_properties(device).total_memory
     plan = plan_memory(
         config,
         configs_of(config, roles),
         device=device.type,
-        capacity=capacity,
+        kv_budget=_free_bytes(device),
         longest_prompt=longest_prompt,
     )
     return MemoryReport(plan, watch.held, watch.allocated)
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """What the engine would take for keys and values of what is free now; on a host no limit."""
+    if device.type != "cuda":
+        return None
+    return cache_budget(device, 0)
 
 
 def configs_of(config: PPOConfig, roles: Roles) -> ModelConfigs:
