@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from rlhf_fast.errors import ModelError
 from rlhf_fast_kernels.linear_head import chunk_bounds
 
 _GATED = ("llama", "mistral", "qwen2", "qwen3")
@@ -61,10 +62,24 @@ class DecoderShape:
 
     @classmethod
     def of(cls, config: Any) -> DecoderShape:
-        """From a transformers config."""
+        """From a transformers config.
+
+        Raises:
+            ModelError: RF3072, it has no layers of attention heads.
+        """
         known = config.model_type in (*_GATED, "gpt2")
         text = config.get_text_config(decoder=True)
         gpt2 = config.model_type == "gpt2"
+        sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+        lacking = [name for name in sizes if not getattr(text, name, 0)]
+        if lacking:
+            raise ModelError(
+                "RF3072",
+                f"no memory plan for this architecture: it has no {', '.join(lacking)}",
+                where=f"model_type {config.model_type}",
+                expected="a decoder of layers with attention heads",
+                remedy="name a transformer as model",
+            )
         inner = text.n_inner if gpt2 else getattr(text, "intermediate_size", None)
         heads = text.num_attention_heads
         return cls(

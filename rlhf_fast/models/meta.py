@@ -63,7 +63,8 @@ def meta_model(config: Any, *, dtype: ComputeDtype, classifier: bool = False) ->
 
 
 def _unusable(error: Exception, where: str) -> ModelError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    # Validators name the field only in their second line.
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
     return ModelError(
         "RF3025",
         f"transformers cannot build the model: {reason}",

@@ -114,7 +114,7 @@ def parse_memory(text: str) -> int:
     Raises:
         ConfigError: RF1050.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MGT]i?B)\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*([MGT]i?B)\s*", text, re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if size < 1:
         raise ConfigError(
@@ -134,6 +134,7 @@ def model_configs(config: PPOConfig) -> tuple[ModelConfigs, tuple[str, ...]]:
         ModelError: as `model_config`; too few positions (RF3022).
     """
     actor, notes = model_config(config.actor), []
+    DecoderShape.of(actor)
     check_context(
         meta_model(actor, dtype="float32"),
         config.data.max_prompt_length,
