@@ -192,11 +192,13 @@ def _generating(config: PPOConfig, actor: RolePlan, compute: int) -> dict[str, i
     rows = min(samples, config.rollout.max_batch)
     tokens = min(config.engine.prefill_tokens, rows * config.data.max_prompt_length)
     plan = ForwardPlan(actor.shape, max(tokens, rows), compute, rank=actor.rank)
+    # Decoding calls the head as a layer; scoring and update read it chunk by chunk.
+    head = 2 * actor.shape.vocab * actor.shape.width if compute == 2 and not actor.rank else 0
     return {
         "activations": plan.without_graph(),
         # Logits of a decoding step, and what the sampler makes of them.
         "logits": 2 * 4 * rows * actor.shape.vocab,
-        "casts": actor.casts,
+        "casts": actor.casts + head,
     }
 
 

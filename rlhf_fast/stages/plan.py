@@ -144,7 +144,7 @@ def model_configs(config: PPOConfig) -> tuple[ModelConfigs, tuple[str, ...]]:
     judge = model_config(config.reward.model) if config.reward.model else None
     if judge is None and not config.reward.function and not config.lora.reward_adapter:
         judge = actor
-        notes.append("no reward is named: a reward model of the actor's size is assumed")
+        notes.append("no reward is named: a reward.model of the actor's size is assumed")
     if config.run.dtype == "float32":
         notes.append("run.dtype=float32; with bfloat16 frozen models take half and forwards less")
     reference = model_config(config.reference) if config.reference else None
