@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.engine.hybrid import HybridEngine
-from rlhf_fast.engine.memory_ledger import PHASES, Ledger, add
+from rlhf_fast.engine.memory_ledger import PHASES, Ledger, add, host_block
 from rlhf_fast.engine.requests import Progress
 from rlhf_fast.models.adapter_roles import AdapterActor, AdapterGenerator
 from rlhf_fast.models.offload import StreamedModule
@@ -69,7 +69,8 @@ def _fresh_bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
         storage = tensor.untyped_storage()
         if storage._cdata not in seen:
             seen.add(storage._cdata)
-            total += storage.nbytes()
+            pinned = torch.cuda.is_initialized() and tensor.is_pinned()
+            total += host_block(storage.nbytes(), pinned)
     return total
 
 

@@ -23,8 +23,6 @@ class Slot(NamedTuple):
 
 
 Ledger = dict[Slot, int]
-
-
 PAGES = Slot("generator", "kv")
 
 
@@ -33,6 +31,11 @@ def add(ledger: Ledger, role: str, part: str, size: int, place: str = "device") 
     if size:
         slot = Slot(role, part, place)
         ledger[slot] = ledger.get(slot, 0) + size
+
+
+def host_block(size: int, pinned: bool) -> int:
+    """Bytes of a block of host memory: PyTorch rounds pinned ones up to a power of two."""
+    return 1 << (size - 1).bit_length() if pinned and size else size
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from rlhf_fast.adamw8bit import fresh_state
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.engine.hybrid import choose_path
 from rlhf_fast.engine.memory_activations import ForwardPlan
-from rlhf_fast.engine.memory_ledger import PHASES, KVPlan, Ledger, MemoryPlan, add
+from rlhf_fast.engine.memory_ledger import PHASES, KVPlan, Ledger, MemoryPlan, add, host_block
 from rlhf_fast.engine.memory_models import ModelConfigs, RolePlan, role_plans
 from rlhf_fast.engine.module_forward import cache_shape_of
 from rlhf_fast.engine.paged_cache import default_page_size
@@ -98,7 +98,7 @@ def _held(config: PPOConfig, roles: Mapping[str, RolePlan], *, pinned: bool) -> 
     away = config.memory.optimizer_state == "offload"
     for name, role in roles.items():
         moments = [_moments(config, parameter) for parameter in role.trained]
-        on_host = sum(_block(n, pinned) for sizes in moments for n in sizes[1:])
+        on_host = sum(host_block(n, pinned) for sizes in moments for n in sizes[1:])
         everywhere = sum(map(sum, moments))
         counters = sum(sizes[0] for sizes in moments)
         for phase in PHASES:
@@ -121,7 +121,7 @@ def _add_weights(ledger: Ledger, name: str, role: RolePlan, *, pinned: bool) -> 
         return
     buffers = sum(b.nbytes for b in role.module.buffers())
     add(ledger, name, "weights", buffers)
-    add(ledger, name, "weights", sum(_block(n, pinned) for n in role.streamed.blocks), "host")
+    add(ledger, name, "weights", sum(host_block(n, pinned) for n in role.streamed.blocks), "host")
 
 
 def _moments(config: PPOConfig, parameter: Tensor) -> list[int]:
@@ -130,11 +130,6 @@ def _moments(config: PPOConfig, parameter: Tensor) -> list[int]:
         state = fresh_state(parameter)
         return [state.pop("step").nbytes, *(t.nbytes for t in state.values())]
     return [4, parameter.nbytes, parameter.nbytes]
-
-
-def _block(size: int, pinned: bool) -> int:
-    """Bytes of a block of host memory: PyTorch rounds pinned ones up to a power of two."""
-    return 1 << (size - 1).bit_length() if pinned and size else size
 
 
 # ---- what exists while a role runs --------------------------------------------------------------

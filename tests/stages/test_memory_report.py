@@ -1,6 +1,7 @@
 """Predicted memory against what a run holds, for every role, phase and mode."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from rlhf_fast.tasks.tiny import build_tokenizer
 from tests.stages.test_ppo import PROMPTS, settings, short_is_good
 
 TOLERANCE = 0.05
+settings_on_cpu = settings
 AWAY = MemoryConfig(reference="offload", reward_model="offload", optimizer_state="offload")
 NO_CLIP = OptimConfig(lr=1e-3, max_grad_norm=0.0)
 MODES = {
@@ -177,3 +179,18 @@ def test_what_is_not_freed_shows(tmp_path):
     }
     moments = Slot("actor", "moments"), Slot("actor", "moments", "host")
     assert {slot for _, slot in wrong} == set(moments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["default", "offloaded", "value head, all"])
+def test_every_mode_on_a_gpu(tmp_path, mode, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "settings", on_gpu)
+    found = report(tmp_path, **MODES[mode])
+    require_equal(found)
+    assert set(found.allocated) == {"generate", "score", "update"}
+
+
+def on_gpu(folder, **changes):
+    config = settings_on_cpu(folder, **changes)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, device="cuda"))
