@@ -132,7 +132,7 @@ class AdamW8bit(Optimizer):
     def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            state.update(_fresh_state(parameter))
+            state.update(fresh_state(parameter))
         state["step"] += 1
         step = int(state["step"])
         assert parameter.grad is not None
@@ -161,7 +161,8 @@ class AdamW8bit(Optimizer):
                 codes[part], scales[blocks] = encode(moment, uniform, signed=signed)
 
 
-def _fresh_state(parameter: Tensor) -> dict[str, Tensor]:
+def fresh_state(parameter: Tensor) -> dict[str, Tensor]:
+    """The state of a parameter before its first step; of a meta tensor, its sizes alone."""
     step = torch.zeros(())
     if parameter.numel() < SMALL or not parameter.is_contiguous():
         moments = {

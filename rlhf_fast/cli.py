@@ -1,4 +1,4 @@
-"""`rlhf-fast demo | sft | rm | ppo | eval | report | env | check`.
+"""`rlhf-fast demo | sft | rm | ppo | eval | plan | report | env | check`.
 
 Exit codes: 0 ok, 1 internal error, 2 config or data, 3 environment, 4 numerical abort, 75 preempted
 after a good checkpoint, 130 interrupted. A user's mistake is one message; `--debug` adds the
@@ -149,6 +149,20 @@ def _parser() -> argparse.ArgumentParser:
         )
         stage.set_defaults(handler=_stage)
 
+    plan = commands.add_parser(
+        "plan",
+        parents=[common],
+        help="memory of a PPO run, and what fits, before anything is loaded",
+    )
+    plan.add_argument("--model", default=None, help="directory or config.json; default: actor")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N")
+    plan.add_argument(
+        "--gpu-memory", default=None, metavar="80GB", help="of each; default: the GPU here"
+    )
+    plan.add_argument("--json", action="store_true")
+    _add_config_arguments(plan)
+    plan.set_defaults(handler=_plan)
+
     report = commands.add_parser("report", parents=[common], help="report.html of a run directory")
     report.add_argument("run_dir", type=Path)
     report.add_argument("--out", type=Path, default=None, help="default: RUN_DIR/report.html")
@@ -231,6 +245,24 @@ def _report(options: argparse.Namespace) -> int:
 
     out = options.out or options.run_dir / "report.html"
     print(f"report: {build_report(options.run_dir, out)}")
+    return EXIT_OK
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from rlhf_fast.stages.plan import run_plan
+    from rlhf_fast.stages.plan_text import plan_as_json, show_plan
+
+    result = run_plan(
+        options.config,
+        options.overrides,
+        model=options.model,
+        gpus=options.gpus,
+        gpu_memory=options.gpu_memory,
+    )
+    if options.json:
+        print(json.dumps(plan_as_json(result), indent=2))
+    else:
+        show_plan(result)
     return EXIT_OK
 
 

@@ -27,8 +27,20 @@ MAX_ALIASES = 100
 C = TypeVar("C", bound=StageConfig)
 
 
-def load_config(kind: type[C], path: str | Path | None = None, overrides: Sequence[str] = ()) -> C:
+def load_config(
+    kind: type[C],
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    objects: Collection[str] = (),
+) -> C:
     """Defaults of `kind`, then a YAML file, then `key=value` overrides.
+
+    Args:
+        kind: config of which stage.
+        path: YAML file.
+        overrides: each as `key=value`.
+        objects: keys that may be empty because their object is at hand, see `violations`.
 
     Raises:
         ConfigError: unreadable file, unknown key (with the nearest one), wrong type, value out of
@@ -42,7 +54,7 @@ def load_config(kind: type[C], path: str | Path | None = None, overrides: Sequen
         for key, value in _flatten(_parse_override(override), where=f"override {override!r}"):
             given[key] = (value, f"override {override!r}")
     config = _build(kind, given)
-    require_valid(config)
+    require_valid(config, given=objects)
     return config
 
 
@@ -60,6 +72,11 @@ def require_valid(config: StageConfig, *, given: Collection[str] = ()) -> None:
             where="\n            ".join(faults),
             remedy="correct every line above; `--print-config` shows the whole config",
         )
+
+
+def with_values(config: C, values: Mapping[str, Any]) -> C:
+    """A copy with leaves, by dotted key, replaced; nothing is checked."""
+    return cast("C", _replace(config, values, ""))
 
 
 def to_yaml(config: StageConfig) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -208,6 +208,10 @@ class GuardedOptimizer:
     def offload_state(self) -> None:
         """Move the moments to host memory, where a checkpoint may read them; free on return."""
         self._host.offload()
+
+    def state_tensors(self) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """(parameter, state tensor, whether in host memory) of all there is."""
+        return self._host.tensors()
 
     def restore_state(self) -> None:
         """Bring the moments back, every bit of them; does nothing if they are not away."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -56,6 +57,16 @@ class HostState:
             back = torch.empty_like(tensor, device=parameter.device, pin_memory=False)
             slots[name] = back.copy_(tensor, non_blocking=True)
         self.away = False
+
+    def tensors(self) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """(parameter, state tensor, whether in host memory), host copies kept for later too."""
+        for parameter, slots in self._optimizer.state.items():
+            for value in slots.values():
+                if isinstance(value, Tensor):
+                    yield parameter, value, self.away and value.dim() > 0
+        if not self.away:
+            for (parameter, _), twin in self._twins.items():
+                yield parameter, twin, True
 
     def _tensors(self) -> list[tuple[tuple[Tensor, str], dict[str, Any], Tensor]]:
         return [

@@ -365,7 +365,7 @@ def test_commands_of_the_pages_are_understood() -> None:
         options, unknown = _parser().parse_known_args(words)
         assert unknown == [], line
         shown.add(options.command)
-    assert shown == {"demo", "sft", "rm", "ppo", "eval", "report", "env", "check"}
+    assert shown == {"demo", "sft", "rm", "ppo", "eval", "plan", "report", "env", "check"}
 
 
 @pytest.mark.parametrize(("page", "count"), [("README.md", 4), ("docs/data.md", 5)])

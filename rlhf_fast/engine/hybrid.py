@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from rlhf_fast.engine.transformers_runner import TransformersRunner
 
 # Of what is free before a rollout: the rest is for activations and for what else runs.
-_GPU_SHARE, _CPU_SHARE = 0.8, 0.25
+GPU_SHARE, _CPU_SHARE = 0.8, 0.25
 
 
 class Mode(enum.Enum):
@@ -198,7 +198,7 @@ class HybridEngine:
                 burst=settings.burst,
                 poison=settings.poison,
             ),
-            "cache_bytes": functools.partial(_cache_budget, self._device, settings.kv_bytes),
+            "cache_bytes": functools.partial(cache_budget, self._device, settings.kv_bytes),
         }
         if self.path == "transformers":
             from rlhf_fast.engine.transformers_runner import TransformersRunner
@@ -411,6 +411,12 @@ class HybridEngine:
         return None if source is None else source.last
 
     @property
+    def kv_bytes(self) -> int:
+        """Bytes of the pages that exist now; 0 on the paths whose cache ends with a rollout."""
+        cache = self._runner.cache if isinstance(self._runner, Runner) else None
+        return 0 if cache is None else cache.nbytes
+
+    @property
     def preemptions(self) -> int:
         """Samples of the last rollout that gave their pages back and were recomputed."""
         return 0 if self.last is None else self.last.preemptions
@@ -426,12 +432,12 @@ def _padded_slots(module: nn.Module, kv_bytes: int) -> int | None:
     return kv_bytes // cache_shape_of(module).token_bytes if kv_bytes else None
 
 
-def _cache_budget(device: torch.device, wish: int) -> int:
+def cache_budget(device: torch.device, wish: int) -> int:
     """Bytes of key-value memory at most."""
     if wish > 0:
         return wish
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(_GPU_SHARE * (free + held))
+        return int(GPU_SHARE * (free + held))
     return int(_CPU_SHARE * available_host_memory())

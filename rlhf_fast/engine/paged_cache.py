@@ -38,6 +38,23 @@ class CacheShape:
         return 2 * self.layers * self.heads * self.head_dim * self.dtype.itemsize
 
 
+def default_page_size(device_type: str) -> int:
+    """Tokens of a page.
+
+    Kernels of flash-attn want pages of a multiple of 256 tokens. On a CPU pages of 16 were much
+    slower than those of 64 where the cache lies in memory: page-table misses.
+    """
+    return 64 if device_type == "cpu" else 256
+
+
+def pages_wanted(rows: int, longest: int, page_size: int) -> int:
+    """Pages with which `rows` samples of `longest` tokens decode side by side.
+
+    Each row in whole pages, and a prompt whose samples did not all get a row.
+    """
+    return (rows + 1) * -(-longest // page_size)
+
+
 class PagedCache:
     """Pages of all layers.
 

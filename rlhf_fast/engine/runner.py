@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlhf_fast.engine.decode_rows import DecodeRows, NewRow
 from rlhf_fast.engine.paged_batch import PagedBatch, PagedForward
-from rlhf_fast.engine.paged_cache import PagedCache
+from rlhf_fast.engine.paged_cache import PagedCache, default_page_size, pages_wanted
 from rlhf_fast.engine.progress import GenerationSummary, Progress, ProgressReports
 from rlhf_fast.engine.requests import Completions, Request
 from rlhf_fast.engine.scheduler import Job, Row, Sample, Scheduler, jobs_of
@@ -77,9 +77,7 @@ class Runner:
         self.settings = settings
         self._cache_bytes = cache_bytes
         on_cpu = device.type == "cpu"
-        # Kernels of flash-attn want pages of a multiple of 256 tokens. On a CPU pages of 16 were
-        # much slower than those of 64 where the cache lies in memory: page-table misses.
-        self.page_size = settings.page_size or (64 if on_cpu else 256)
+        self.page_size = settings.page_size or default_page_size(device.type)
         # A look costs a GPU its queue of launches; a CPU has none, and an ended row costs it work.
         self.burst = settings.burst or (1 if on_cpu else 8)
         self.cache: PagedCache | None = None
@@ -130,8 +128,7 @@ class Runner:
         size, shape = self.page_size, self.forward.cache_shape
         samples = sum(len(request.seeds) for request in requests)
         rows = min(samples, self.settings.max_rows)
-        # Each row in whole pages, and a prompt whose samples did not all get a row.
-        wanted = (rows + 1) * -(-longest // size)
+        wanted = pages_wanted(rows, longest, size)
         budget = self._cache_bytes()
         affordable = budget // (shape.token_bytes * size)
         pages = min(wanted, affordable)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlhf_fast.config_lora import ALL_LINEAR
 from rlhf_fast.errors import ModelError
 from rlhf_fast.models.adapters import AdapterModule, AdapterShape, SharedTrunk
 from rlhf_fast.models.checks import choose_pad_token
@@ -97,6 +98,20 @@ def load_adapter(path: str | Path, trunk: SharedTrunk) -> AdapterFile:
     _require_same_base(directory, trunk, shape, tensors, head, record.get("trunk_sha256"))
     calibration = Calibration(**(record.get("calibration") or {}))
     return AdapterFile(directory, shape, tensors, head, calibration)
+
+
+def adapter_shape(path: str | Path, trunk: SharedTrunk) -> AdapterShape:
+    """The shape that adapter_config.json states; no weights are read.
+
+    Raises:
+        ModelError: RF3060, RF3063.
+    """
+    config = _read_json(Path(path).expanduser(), ADAPTER_CONFIG)
+    listed = config.get("target_modules")
+    # A pattern, or none: peft settles it by names; every layer of the blocks is the most it can be.
+    targets = [str(t) for t in listed] if isinstance(listed, list) else [ALL_LINEAR]
+    rank, alpha = int(config.get("r") or 0), float(config.get("lora_alpha") or 0)
+    return trunk.shape(rank, alpha, targets)
 
 
 def export_adapter(module: AdapterModule, tokenizer: Any, directory: str | Path) -> Path:

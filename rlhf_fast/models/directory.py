@@ -79,13 +79,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         ModelError: not a JSON object, or an architecture that needs code from the repository.
     """
-    file = directory / "config.json"
+    return read_config_file(directory / "config.json")
+
+
+def read_config_file(file: Path) -> dict[str, Any]:
+    """As `read_config`, from a file of any name."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ModelError(
             "RF3012",
-            f"config.json cannot be read: {error}",
+            f"{file.name} cannot be read: {error}",
             where=str(file),
             remedy="copy or download the model again",
         ) from error
@@ -102,7 +106,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         )
     raise ModelError(
         "RF3012",
-        f"config.json names no architecture that transformers knows: model_type {model_type!r}",
+        f"{file.name} names no architecture that transformers knows: model_type {model_type!r}",
         where=str(file),
         remedy="update transformers, or check that this is a language model",
     )

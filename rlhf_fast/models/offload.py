@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,47 @@ from rlhf_fast.models.forward import compute_dtype, set_device
 _ALIGNMENT = 256
 
 
+def _aligned(parameter: Tensor) -> int:
+    return -(-parameter.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+@dataclass(frozen=True)
+class StreamSizes:
+    """What `StreamedModule` will take.
+
+    Args:
+        blocks: bytes of each block of host memory.
+        device: bytes on the device at most, during a forward.
+    """
+
+    blocks: tuple[int, ...]
+    device: int
+
+
+def stream_sizes(module: nn.Module) -> StreamSizes:
+    """The sizes of a frozen module in host memory; its weights may be on the meta device.
+
+    Raises:
+        ModelError: as `StreamedModule`.
+    """
+    wrapped: Any = module
+    trunk: nn.Module = wrapped.base_model
+    layers = [sum(map(_aligned, layer.parameters())) for layer in _decoder_layers(module, trunk)]
+    inside = {m for layer in _decoder_layers(module, trunk) for m in layer.modules()}
+    of_trunk = set(trunk.modules())
+    heads, singles, others = set(), 0, set()
+    for part in module.modules():
+        own = [] if part in inside else list(part.parameters(recurse=False))
+        others.update(own)
+        if part in of_trunk:
+            singles = max(singles, sum(map(_aligned, own)))
+        else:
+            heads.update(own)
+    # While layers pass, embedding or final norm is there beside them; the head comes after them.
+    device = max(2 * max(layers) + singles, sum(map(_aligned, heads)))
+    return StreamSizes((*layers, *map(_aligned, others)), device)
+
+
 class _HostWeights:
     """Parameters that travel together, back to back in one run of host memory (pinned for CUDA)."""
 
@@ -38,7 +80,7 @@ class _HostWeights:
         self.offsets, end = [], 0
         for parameter in self.parameters:
             self.offsets.append(end)
-            end += -(-parameter.nbytes // _ALIGNMENT) * _ALIGNMENT
+            end += _aligned(parameter)
         self.host = torch.empty(end, dtype=torch.uint8, pin_memory=pin)
         for parameter, view in zip(self.parameters, self._views(self.host), strict=True):
             view.copy_(parameter.detach())
@@ -126,6 +168,9 @@ class StreamedModule:
         module: causal LM or classifier whose parameters are frozen; changed in place.
         device: where it computes.
 
+    Attributes:
+        most_device_bytes: the most that `device_bytes` has been since someone set this to 0.
+
     Raises:
         ModelError: RF3070, no list of decoder layers in it, a trained parameter, or weights that
             two layers share.
@@ -150,6 +195,7 @@ class StreamedModule:
             buffer.data = buffer.data.to(device)
         set_device(module, device)
         self._reading = False
+        self.most_device_bytes = 0
         self._buffers: _LayerBuffers | None = None
         self._loaded: dict[nn.Parameter, Tensor] = {}
         self._hook(trunk, layers, inside)
@@ -202,6 +248,7 @@ class StreamedModule:
     def _open_layers(self) -> None:
         if self._reading:
             self._buffers = _LayerBuffers(self._layers, self.device)
+            self._note()
 
     def _enter_layer(self, index: int) -> None:
         if self._buffers is not None:
@@ -224,6 +271,10 @@ class StreamedModule:
                 copy.copy_(weights.host, non_blocking=True)
                 weights.bind(copy)
                 self._loaded[parameter] = copy
+        self._note()
+
+    def _note(self) -> None:
+        self.most_device_bytes = max(self.most_device_bytes, self.device_bytes)
 
     def _release(self, parameters: Sequence[nn.Parameter]) -> None:
         for parameter in parameters:

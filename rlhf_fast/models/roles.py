@@ -117,6 +117,9 @@ class Reference(_Policy):
         module, vocab_size, chunk_rows: as for `Actor`.
         streamed_to: keep the weights in host memory and read them a layer at a time on this device;
             None leaves them where they are.
+
+    Attributes:
+        streamed: what reads them so; None if they stay where they are.
     """
 
     def __init__(
@@ -128,7 +131,7 @@ class Reference(_Policy):
         streamed_to: torch.device | None = None,
     ) -> None:
         super().__init__(module, vocab_size=vocab_size, chunk_rows=chunk_rows)
-        self._weights = _weights_of(module, streamed_to)
+        self.streamed, self._weights = _weights_of(module, streamed_to)
 
     def _prepare(self, module: nn.Module) -> None:
         super()._prepare(module)
@@ -229,7 +232,7 @@ class RewardModel:
         disable_dropout(module)
         freeze(module)
         self.module = module
-        self._weights = _weights_of(module, streamed_to)
+        self.streamed, self._weights = _weights_of(module, streamed_to)
 
     @torch.no_grad()
     def score_sequences(
@@ -269,9 +272,12 @@ class RewardModel:
 
 def _weights_of(
     module: nn.Module, streamed_to: torch.device | None
-) -> Callable[[], AbstractContextManager[None]]:
-    """What to enter around a forward."""
-    return nullcontext if streamed_to is None else StreamedModule(module, streamed_to).reading
+) -> tuple[StreamedModule | None, Callable[[], AbstractContextManager[None]]]:
+    """The module in host memory, if it goes there, and what to enter around a forward."""
+    if streamed_to is None:
+        return None, nullcontext
+    streamed = StreamedModule(module, streamed_to)
+    return streamed, streamed.reading
 
 
 def last_token_hidden(module: nn.Module, sequences: PackedSequences) -> Tensor:

@@ -20,10 +20,21 @@ def engine_of(generator: Generator) -> HybridEngine | None:
 
 
 def show_generation(engine: HybridEngine | None, show: Callable[[Progress], None]) -> None:
-    """Have the engine call `show` a few times a second while it generates, and at the end."""
-    if engine is not None:
-        engine.on_progress = show
-        engine.progress_seconds = SECONDS_BETWEEN_REPORTS
+    """Have the engine call `show` a few times a second while it generates, and at the end.
+
+    Whoever was called before is called as well: memory is counted there.
+    """
+    if engine is None:
+        return
+    before = engine.on_progress
+
+    def report(progress: Progress) -> None:
+        if before is not None:
+            before(progress)
+        show(progress)
+
+    engine.on_progress = report
+    engine.progress_seconds = SECONDS_BETWEEN_REPORTS
 
 
 def generation_fields(progress: Progress) -> dict[str, object]:

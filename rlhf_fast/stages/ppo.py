@@ -23,6 +23,7 @@ from rlhf_fast.data import (
 )
 from rlhf_fast.data.readers import RowSource
 from rlhf_fast.distributed.durable import write_atomically
+from rlhf_fast.engine.memory_held import MemoryWatch
 from rlhf_fast.metrics import METRICS_NAME, read_metrics
 from rlhf_fast.models.adapter_files import export_adapter
 from rlhf_fast.models.adapter_roles import AdapterActor
@@ -38,6 +39,7 @@ from rlhf_fast.stages.generation import (
     generation_metrics,
     show_generation,
 )
+from rlhf_fast.stages.memory_report import MemoryReport, memory_report
 from rlhf_fast.stages.messages import say, show_reports
 from rlhf_fast.stages.ppo_checks import check_roles
 from rlhf_fast.stages.ppo_roles import PretrainingBatches, build_roles, critic_to_export
@@ -180,6 +182,8 @@ class PPOTrainer:
         check_roles(self.roles, self.tokenizer, longest, config.sampling.max_new_tokens)
         require_budget(config.microbatch_tokens, longest + config.sampling.max_new_tokens)
         self.learner = PPOLearner(config, self.roles)
+        self.longest_prompt = longest
+        self.memory_watch: MemoryWatch | None = None
         self._hinted: set[str] = set()
 
     def _load_pretraining(
@@ -245,9 +249,9 @@ class PPOTrainer:
         load_training_state(run.checkpoint, state, allow_data_change=config.run.allow_data_change)
         if run.checkpoint is not None:
             learner.load_state_dict(state.extra)
-        learner.phase = run.phase
         engine = engine_of(self.roles.generator)
         show_generation(engine, lambda progress: run.note(**generation_fields(progress)))
+        learner.phase = self.memory_watch.around(run.phase) if self.memory_watch else run.phase
         samples = run.path / SAMPLES_NAME
         _keep_samples(samples, state.step)
 
@@ -282,6 +286,17 @@ class PPOTrainer:
         metrics = {name: float(last[name] or 0.0) for name in _KEPT}
         run.mark_complete(state.step, metrics)
         return PPOResult(run.path / MODEL_NAME, state.step, metrics)
+
+    def watch_memory(self) -> None:
+        """From now on count what every role holds in every phase; see `memory_report`."""
+        if self.memory_watch is None:
+            self.memory_watch = MemoryWatch(self.roles)
+            self.memory_watch.attach()
+
+    def memory_report(self) -> MemoryReport:
+        """Predicted against held bytes of the phases seen since `watch_memory`; or of now."""
+        watch = self.memory_watch or MemoryWatch(self.roles)
+        return memory_report(self.config, self.roles, watch, longest_prompt=self.longest_prompt)
 
     def save_model(self, directory: str | Path) -> None:
         """Export the policy and its tokenizer as a Hugging Face directory, or its adapter."""

@@ -183,7 +183,7 @@ def _shared_roles(
     pretraining: PretrainingBatches | None,
 ) -> Roles:
     """The roles of LoRA mode: `trunk` carries them all, but a reference or reward of its own."""
-    shared = share_trunk(config, trunk, device)
+    shared = share_trunk(config, trunk, device, own_reference=reference is not None)
     policy, value_model = shared.actor, shared.critic
     engine = build_engine(config, policy.trunk.model, tokenizer, lambda: policy.weight_version)
     actor_optimizer = guarded_optimizer(config, policy.module, "actor")

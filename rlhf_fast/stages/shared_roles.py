@@ -49,7 +49,9 @@ def refuse_modules(config: PPOConfig, **modules: nn.Module | None) -> None:
         )
 
 
-def share_trunk(config: PPOConfig, trunk: nn.Module, device: torch.device) -> SharedModels:
+def share_trunk(
+    config: PPOConfig, trunk: nn.Module, device: torch.device, *, own_reference: bool = False
+) -> SharedModels:
     """Put all adapters on a trunk, and the trunk on its device.
 
     The actor starts from `lora.actor_adapter`, of which the reference is a frozen copy then, or as
@@ -61,6 +63,7 @@ def share_trunk(config: PPOConfig, trunk: nn.Module, device: torch.device) -> Sh
         config: with `lora.rank` above 0.
         trunk: causal LM as the loaders return it; it becomes the trunk.
         device: where to.
+        own_reference: the reference is another model, and needs no adapter here.
 
     Raises:
         ModelError: an adapter or a target that does not fit (RF3060 to RF3067).
@@ -78,8 +81,9 @@ def share_trunk(config: PPOConfig, trunk: nn.Module, device: torch.device) -> Sh
         shared.add(name, shape, seed=drawn, trainable=trainable, tensors=tensors)
 
     add("actor", start, 0, trainable=True)
-    if start is not None:
-        add("reference", start, 1, trainable=False)
+    copied = start if not own_reference else None
+    if copied is not None:
+        add("reference", copied, 1, trainable=False)
     if with_critic:
         add("critic", judge, 2, trainable=True)
     if judge is not None:
@@ -87,7 +91,7 @@ def share_trunk(config: PPOConfig, trunk: nn.Module, device: torch.device) -> Sh
     place_trunk(shared, device, gradient_checkpointing=config.gradient_checkpointing)
     return SharedModels(
         AdapterActor(shared, "actor"),
-        AdapterReference(shared, None if start is None else "reference"),
+        AdapterReference(shared, None if copied is None else "reference"),
         AdapterCritic(shared, judge) if with_critic else None,
         None if judge is None else AdapterRewardModel(shared, judge),
     )

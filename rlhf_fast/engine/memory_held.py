@@ -1,0 +1,175 @@
+"""Bytes that the live objects of a PPO run hold, counted from their tensors in each phase.
+
+Storages are counted once, whatever views them: tied weights, parameters in one flat buffer, a trunk
+that roles share. Counting reads sizes alone and never waits for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast.engine.hybrid import HybridEngine
+from rlhf_fast.engine.memory_ledger import PHASES, Ledger, add, host_block
+from rlhf_fast.engine.progress import Progress
+from rlhf_fast.models.adapter_roles import AdapterActor, AdapterGenerator
+from rlhf_fast.models.offload import StreamedModule
+from rlhf_fast.models.rewards import ModelReward, SumReward
+from rlhf_fast.ppo.roles import Roles
+
+Phase = Callable[[str], AbstractContextManager[Any]]
+
+
+def role_models(roles: Roles) -> dict[str, Any]:
+    """What stands for each role that is a model, by name."""
+    found: dict[str, Any] = {"actor": roles.actor, "critic": roles.critic}
+    found["reference"] = roles.reference
+    parts = [part for _, part in roles.reward.parts] if isinstance(roles.reward, SumReward) else []
+    for part in parts or [roles.reward]:
+        if isinstance(part, ModelReward):
+            found["reward_model"] = part.reward_model
+    return {name: role for name, role in found.items() if role is not None}
+
+
+def held_bytes(roles: Roles) -> Ledger:
+    """Bytes held now by role, part and place."""
+    ledger: Ledger = {}
+    seen: set[int] = set()
+    owners: dict[Tensor, str] = {}
+    for name, role in role_models(roles).items():
+        module: nn.Module = role.module
+        place = "host" if _streamed(role) is not None else "device"
+        add(ledger, name, "weights", _fresh_bytes(module.parameters(), seen), place)
+        add(ledger, name, "weights", _fresh_bytes(module.buffers(), seen))
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        add(ledger, name, "gradients", _fresh_bytes(gradients, seen))
+        owners |= dict.fromkeys(module.parameters(), name)
+    if isinstance(roles.actor, AdapterActor):
+        # What the adapters have not claimed.
+        model: nn.Module = roles.actor.trunk.model
+        shared = [*model.parameters(), *model.buffers()]
+        add(ledger, "trunk", "weights", _fresh_bytes(shared, seen))
+    for optimizer in (roles.actor_optimizer, roles.critic_optimizer):
+        for parameter, tensor, on_host in [] if optimizer is None else optimizer.state_tensors():
+            place = "host" if on_host else "device"
+            add(ledger, owners[parameter], "moments", _fresh_bytes([tensor], seen), place)
+    engine = _engine(roles)
+    add(ledger, "generator", "kv", 0 if engine is None else engine.kv_bytes)
+    return ledger
+
+
+def _fresh_bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
+    """Bytes of the storages that are not in `seen`, which they join."""
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            pinned = torch.cuda.is_initialized() and tensor.is_pinned()
+            total += host_block(storage.nbytes(), pinned)
+    return total
+
+
+def _streamed(role: Any) -> StreamedModule | None:
+    return getattr(role, "streamed", None)
+
+
+def _engine(roles: Roles) -> HybridEngine | None:
+    generator = roles.generator
+    inner = generator.generator if isinstance(generator, AdapterGenerator) else generator
+    return inner if isinstance(inner, HybridEngine) else None
+
+
+class MemoryWatch:
+    """Counts what is held at the fullest moment of each phase of the steps that it sees.
+
+    Args:
+        roles: of the run, as built; counted at once as phase `load`.
+
+    Attributes:
+        held: phase -> the most that each slot held.
+        allocated: phase -> peak of `torch.cuda.memory_allocated`; empty without CUDA.
+    """
+
+    def __init__(self, roles: Roles) -> None:
+        self._roles = roles
+        self._phase = ""
+        self._generating = False
+        self.held: dict[str, Ledger] = {}
+        self.allocated: dict[str, int] = {}
+        weights = {slot: n for slot, n in held_bytes(roles).items() if slot.part == "weights"}
+        self.held["load"] = weights
+
+    def attach(self) -> None:
+        """Count in the phases that `around` wraps, from now on."""
+        roles = self._roles
+        for optimizer in (roles.actor_optimizer, roles.critic_optimizer):
+            if optimizer is not None:
+                # All gradients that will be exist right before a step.
+                optimizer.optimizer.register_step_pre_hook(lambda *_: self._sample("update"))
+        engine = _engine(roles)
+        if engine is not None:
+            self._follow(engine)
+
+    def around(self, phase: Phase) -> Phase:
+        """`phase` of the learner, with counting."""
+
+        @contextmanager
+        def watched(name: str) -> Iterator[None]:
+            self._begin(name)
+            with phase(name):
+                try:
+                    yield
+                    self._sample(name)
+                finally:
+                    self._end(name)
+
+        return watched
+
+    def _follow(self, engine: HybridEngine) -> None:
+        """Count once while pages exist: a GPU's are given back when the rollout ends."""
+        show = engine.on_progress
+
+        def progress(now: Progress) -> None:
+            if self._generating:
+                self._generating = False
+                self._sample("generate")
+            if show is not None:
+                show(now)
+
+        engine.on_progress = progress
+
+    def _begin(self, name: str) -> None:
+        self._phase = name
+        self._generating = name == "generate"
+        for streamed in self._all_streamed():
+            streamed.most_device_bytes = 0
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+
+    def _end(self, name: str) -> None:
+        self._phase = ""
+        if torch.cuda.is_initialized() and name in PHASES:
+            peak = torch.cuda.max_memory_allocated()
+            self.allocated[name] = max(peak, self.allocated.get(name, 0))
+
+    def _sample(self, name: str) -> None:
+        if name not in PHASES or name != self._phase:
+            return
+        now = held_bytes(self._roles)
+        for role, model in role_models(self._roles).items():
+            streamed = _streamed(model)
+            add(now, role, "streamed", 0 if streamed is None else streamed.most_device_bytes)
+        most = self.held.setdefault(name, {})
+        for slot, size in now.items():
+            most[slot] = max(size, most.get(slot, 0))
+
+    def _all_streamed(self) -> Iterator[StreamedModule]:
+        for model in role_models(self._roles).values():
+            streamed = _streamed(model)
+            if streamed is not None:
+                yield streamed

@@ -1,0 +1,283 @@
+"""`rlhf-fast plan`: figures of real models, what fits, advice that holds, and mistakes."""
+
+import json
+
+import pytest
+from transformers import AutoConfig, LlamaConfig
+
+from rlhf_fast.cli import main
+from rlhf_fast.config import PPOConfig
+from rlhf_fast.config_loading import load_config
+from rlhf_fast.engine.memory_ledger import PHASES, RESERVED, Slot
+from rlhf_fast.engine.memory_models import ModelConfigs
+from rlhf_fast.engine.memory_plan import plan_memory
+from rlhf_fast.engine.memory_sharded import Sharding
+from rlhf_fast.errors import ConfigError
+from rlhf_fast.stages.plan import parse_memory, run_plan
+from rlhf_fast.stages.plan_text import plan_as_json
+
+GB = 1e9
+BF16 = "run.dtype=bfloat16"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """config.json of Llama-2-7B: 6.74e9 parameters. There are no weights."""
+    folder = tmp_path_factory.mktemp("llama")
+    LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        max_position_embeddings=4096,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """config.json of 1.5e9 parameters with tied embeddings and two key/value heads."""
+    folder = tmp_path_factory.mktemp("small")
+    AutoConfig.for_model(
+        "qwen2",
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def resident(result, phase):
+    """GB on the device, without keys and values."""
+    return (result.plan.resident(phase) - result.plan.pages(phase)) / GB
+
+
+@pytest.mark.parametrize(
+    ("changes", "update", "sampling"),
+    [
+        ([], 252, 196),
+        (["memory.reference=offload", "memory.reward_model=offload"], 224, 168),
+        (["memory.optimizer_state=offload"], 252, 84),
+        (["memory.value_head=actor", "memory.optimizer=adamw8bit"], 98.2, 70.2),
+    ],
+)
+def test_a_7b_model_takes_what_the_page_says(llama, changes, update, sampling):
+    """The page's figures are for 7e9 parameters and 2 bytes throughout for frozen models."""
+    result = run_plan(None, [BF16, *changes], model=llama)
+    scale = result.plan.parameters / 7e9
+    assert result.plan.parameters == 6_738_415_616
+    assert resident(result, "update") == pytest.approx(update * scale, rel=0.02)
+    assert resident(result, "generate") == pytest.approx(sampling * scale, rel=0.02)
+    assert resident(result, "score") == resident(result, "generate")
+
+
+def test_four_roles_on_one_7b_trunk_take_19_gb(llama):
+    config = load_config(
+        PPOConfig, None, [f"actor={llama}", BF16, "lora.rank=64"], objects=["reward"]
+    )
+    trunk = AutoConfig.from_pretrained(llama)
+    plan = plan_memory(config, ModelConfigs(trunk))
+    adapter = plan.held["load"][Slot("actor", "weights")]
+    assert adapter == 4 * 159_907_840
+    # The reward model would be one more frozen adapter.
+    update, generate = (plan.resident(p) - plan.pages(p) + adapter for p in ("update", "generate"))
+    assert update / GB == pytest.approx(19.4, rel=0.02)
+    assert generate / GB == pytest.approx(18.2, rel=0.02)
+
+
+@pytest.mark.parametrize("memory", ["24GB", "80GB"])
+@pytest.mark.parametrize("rest", [[], ["algorithm.estimator=grpo", "rollout.samples_per_prompt=4"]])
+def test_advice_makes_it_fit_and_is_a_valid_config(llama, small, memory, rest):
+    for model in (llama, small):
+        result = run_plan(None, [BF16, *rest], model=model, gpu_memory=memory)
+        if result.fits:
+            assert result.advice is None
+            continue
+        advice = result.advice
+        assert advice.fits
+        changes = [*advice.overrides().split(), f"reward.model={model}"]
+        again = run_plan(None, [BF16, *rest, *changes], model=model, gpu_memory=memory)
+        assert again.fits
+        assert again.plan.kv.samples == advice.plan.kv.samples >= 1
+
+
+def test_no_change_that_was_named_is_superfluous(llama):
+    result = run_plan(None, [BF16], model=llama, gpu_memory="141GB")
+    changes = result.advice.overrides().split()
+    assert "lora.rank=64" not in changes
+    together = ("step_in_backward", "max_grad_norm", "minibatches")
+    for change in changes:
+        if any(name in change for name in together):
+            continue
+        fewer = [c for c in changes if c != change]
+        found = run_plan(
+            None, [BF16, *fewer, f"reward.model={llama}"], model=llama, gpu_memory="141GB"
+        )
+        assert not found.fits, change
+
+
+def test_what_cannot_fit_is_said(llama, capsys):
+    assert main(["plan", "--model", llama, "--gpu-memory", "8GB", BF16]) == 0
+    out = capsys.readouterr().out
+    assert "does not fit by changes of the config" in out
+
+
+def test_samples_that_decode_side_by_side_follow_from_what_is_left(llama):
+    result = run_plan(
+        None, [BF16, "lora.rank=64", "gradient_checkpointing=true"], model=llama, gpu_memory="80GB"
+    )
+    plan = result.plan
+    free = 80e9 - RESERVED - resident(result, "generate") * GB
+    assert plan.kv.token_bytes == 4 * 32 * 32 * 128
+    assert plan.kv.sample_bytes == 1024 * plan.kv.token_bytes
+    assert plan.kv.samples == int(0.8 * free) // plan.kv.sample_bytes
+    assert plan.pages("generate") <= plan.kv.budget + plan.kv.token_bytes * 256
+    assert plan.pages("update") == 0
+    fixed = run_plan(None, [BF16, "engine.kv_gb=3"], model=llama, gpu_memory="80GB")
+    assert fixed.plan.kv.samples == 3_000_000_000 // plan.kv.sample_bytes
+
+
+def test_directories_of_other_roles_count(llama, small):
+    given = [f"reward.model={small}", f"critic={small}", f"reference={small}", BF16]
+    held = run_plan(None, given, model=llama).plan.held["load"]
+    sizes = {slot.role: size for slot, size in held.items()}
+    assert sizes["actor"] / GB == pytest.approx(26.95, rel=0.01)
+    assert sizes["critic"] / GB == pytest.approx(6.18, rel=0.01)
+    assert sizes["reference"] == pytest.approx(sizes["reward_model"], rel=0.01)
+    assert sizes["reference"] < sizes["critic"]
+    reward = run_plan(None, [f"reward.model={small}", BF16], model=llama).plan.held["load"]
+    assert reward[Slot("critic", "weights")] == held[Slot("critic", "weights")]
+
+
+def test_the_exact_kl_has_the_reference_beside_the_actor(small):
+    base = run_plan(None, [BF16], model=small).plan
+    given = [BF16, "kl.estimator=exact"]
+    for phase, more in (("score", []), ("update", ["kl.placement=loss"])):
+        exact = run_plan(None, [*given, *more], model=small).plan
+        assert exact.transient(phase) > base.transient(phase)
+
+
+def test_several_gpus_are_planned_numbers(llama, capsys):
+    one = run_plan(None, [BF16], model=llama, gpu_memory="80GB")
+    eight = run_plan(None, [BF16], model=llama, gpu_memory="80GB", gpus=8)
+    plan, sharding = eight.plan, eight.sharding
+    assert sharding == Sharding(8, "tp")
+    share = resident(eight, "generate") / 8
+    assert share == pytest.approx(196 / 8 * plan.parameters / 7e9, rel=0.02)
+    assert sharding.generation_weights(plan) == 2 * plan.parameters // 8
+    assert Sharding(8, "gather").generation_weights(plan) == 2 * plan.parameters
+    assert one.sharding.generation_weights(plan) == 0
+    assert Sharding.over(8, 4) == Sharding(8, "gather")
+    expected = plan.resident("update") // 8 + 4 * plan.parameters // 32 + plan.transient("update")
+    assert sharding.device(plan, "update") == expected
+    assert main(["plan", "--model", llama, "--gpus", "8", "--gpu-memory", "80GB"]) == 0
+    assert "sharding is not available yet: planned numbers" in capsys.readouterr().out
+
+
+def test_json_has_every_number(llama, capsys):
+    assert main(["plan", "--model", llama, "--gpu-memory", "80GB", BF16, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["fits"] is False
+    assert report["advice"]["fits"] is True
+    assert report["advice"]["overrides"]
+    assert set(report["phases"]) == set(PHASES)
+    for phase in report["phases"].values():
+        held = [e for e in phase["entries"] if not e["while_running"] and e["place"] == "device"]
+        running = {}
+        for entry in phase["entries"]:
+            if entry["while_running"]:
+                running[entry["role"]] = running.get(entry["role"], 0) + entry["bytes"]
+        total = sum(e["bytes"] for e in held) + max(running.values(), default=0)
+        assert total == phase["device"]
+    several = run_plan(None, [BF16], model=llama, gpu_memory="80GB", gpus=2)
+    assert plan_as_json(several)["sharding"]["available"] is False
+
+
+def test_a_config_file_alone_is_enough(llama, tmp_path, capsys):
+    yaml = tmp_path / "ppo.yaml"
+    yaml.write_text(f"actor: {llama}/config.json\nlora: {{rank: 16}}\n", encoding="utf-8")
+    assert main(["plan", "--config", str(yaml), "lora.rank=64"]) == 0
+    out = capsys.readouterr().out
+    assert "6.74 billion parameters" in out
+    assert "trunk" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80GB", 80e9), ("79.6 GiB", 79.6 * 2**30), ("512mb", 512e6), ("1TB", 1e12)],
+)
+def test_amounts_of_memory(text, size):
+    assert parse_memory(text) == int(size)
+
+
+@pytest.mark.parametrize("text", ["80XB", "GB", "", "-4GB", "0GB", "80", "8e3GB", "9" * 400 + "GB"])
+def test_other_words_are_no_amounts(text):
+    with pytest.raises(ConfigError, match="RF1050"):
+        parse_memory(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--gpu-memory", "80XB"], "RF1050"),
+        (["actor=elsewhere"], "RF1051"),
+        (["--gpus", "0"], "RF1052"),
+        (["--gpus", "two"], "RF1006"),
+        (["--config", "missing.yaml"], "RF1001"),
+        (["memory.refrence=offload"], "RF1004"),
+        (["memory.reference=offload", "lora.rank=4"], "RF1005"),
+        (["critic=x", "memory.value_head=actor"], "RF1005"),
+        (["reward.model=nowhere"], "RF3010"),
+        (["sampling.max_new_tokens=9000", "data.max_length=10000"], "RF3022"),
+        (["lora.rank=4", "lora.targets=[nothing]"], "RF3063"),
+        (["lora.rank=4", "lora.actor_adapter=nowhere"], "RF3060"),
+    ],
+)
+def test_mistakes(llama, capsys, arguments, code):
+    try:
+        status = main(["plan", "--model", llama, *arguments])
+    except SystemExit as left:
+        status = left.code
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.err.startswith(code)
+    assert "to do:" in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (None, "RF3011"),
+        ("{", "RF3012"),
+        ("[1]", "RF3012"),
+        ('{"model_type": "nope"}', "RF3012"),
+        ('{"model_type": "nope", "auto_map": {}}', "RF3013"),
+        ('{"model_type": "t5"}', "RF3025"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "RF3025"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "RF3025"),
+        ('{"model_type": "llama", "num_hidden_layers": 0}', "RF3072"),
+        ('{"model_type": "mamba"}', "RF3072"),
+    ],
+)
+def test_configs_that_no_model_can_have(tmp_path, capsys, content, code):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    assert main(["plan", "--model", str(tmp_path), "--gpu-memory", "80GB"]) == 2
+    assert capsys.readouterr().err.startswith(code)
+    assert main(["plan", "--model", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.startswith("RF3010")
+    assert main(["plan"]) == 2
+    assert capsys.readouterr().err.startswith("RF1031")
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "opt", "gpt_neox", "mixtral", "phi3"])
+def test_other_architectures_are_planned_with_a_note(tmp_path, kind, capsys):
+    AutoConfig.for_model(kind, num_hidden_layers=2).save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path), "--gpu-memory", "80GB"]) == 0
+    assert "activations of this architecture are estimates" in capsys.readouterr().out
