@@ -185,6 +185,11 @@ class EngineConfig:
     burst: int = setting(
         0, "decoding steps between two looks of the host; 0: 1 on a CPU, 8 on a GPU", low=0
     )
+    keep_memory: bool = setting(
+        False,
+        "hold a GPU's key-value memory, and the bf16 copy of fp32 weights (2 bytes a parameter), "
+        "while training runs: faster rollouts, less room for activations",
+    )
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from torch import nn
 
 from rlhf_fast.config import EngineConfig
 from rlhf_fast.engine.expected_lengths import ExpectedLengths
-from rlhf_fast.engine.fused_forward import FusedForward, why_not_fused
+from rlhf_fast.engine.fused_forward import FusedForward
+from rlhf_fast.engine.fused_support import why_not_fused
 from rlhf_fast.engine.generator import (
     HFGenerator,
     diverged,
@@ -84,6 +85,8 @@ class EngineSettings:
         prefill_tokens: tokens of one prefill forward.
         burst: decoding steps between two looks of the host; 0: 1 on a CPU, 8 on a GPU.
         poison: debug mode: freed pages become NaN.
+        keep_memory: hold a GPU's key-value memory, and a bf16 copy of fp32 weights, between
+            rollouts.
     """
 
     path: str = "auto"
@@ -93,6 +96,7 @@ class EngineSettings:
     prefill_tokens: int = 8192
     burst: int = 0
     poison: bool = False
+    keep_memory: bool = False
 
 
 def engine_settings(config: EngineConfig, max_batch: int) -> EngineSettings:
@@ -104,6 +108,7 @@ def engine_settings(config: EngineConfig, max_batch: int) -> EngineSettings:
         page_size=config.page_size,
         prefill_tokens=config.prefill_tokens,
         burst=config.burst,
+        keep_memory=config.keep_memory,
     )
 
 
@@ -116,7 +121,8 @@ class HybridEngine:
     Args:
         module: causal LM of transformers, or a peft wrapper around one.
         eos_ids: ids that end a response.
-        weight_version: read before and after each rollout; stamped on it.
+        weight_version: read before and after each rollout; stamped on it. None: 0, and weights that
+            are copied into another type are copied for every rollout.
         settings: how generation runs.
         decode: ids to texts, for stop strings.
         on_progress: called after every burst of decoding steps.
@@ -132,7 +138,7 @@ class HybridEngine:
         module: nn.Module,
         *,
         eos_ids: Iterable[int],
-        weight_version: Callable[[], int] = lambda: 0,
+        weight_version: Callable[[], int] | None = None,
         settings: EngineSettings | None = None,
         decode: Decode | None = None,
         on_progress: Callable[[Progress], None] | None = None,
@@ -143,7 +149,8 @@ class HybridEngine:
         self.eos_ids = tuple(sorted(set(eos_ids)))
         self.on_progress = on_progress
         self.on_finished: Callable[[list[int], Completions], None] | None = None
-        self._weight_version = weight_version
+        self._version = weight_version
+        self._weight_version = _unversioned if weight_version is None else weight_version
         self._decode = decode
         self._mode = Mode.TRAIN
         self.expected = ExpectedLengths() if expected is None else expected
@@ -155,7 +162,7 @@ class HybridEngine:
             self._padded = HFGenerator(
                 module,
                 eos_ids=self.eos_ids,
-                weight_version=weight_version,
+                weight_version=self._weight_version,
                 max_batch=self.settings.max_batch,
                 max_batch_tokens=_padded_slots(module, self.settings.kv_bytes),
                 decode=decode,
@@ -178,7 +185,9 @@ class HybridEngine:
         forward: PagedForward
         if self.path == "fused":
             self.weights = AliasedWeights.of(self.module)
-            forward = FusedForward(self.module, self.weights)
+            forward = FusedForward(
+                self.module, self.weights, version=self._version, keep=settings.keep_memory
+            )
         else:
             forward = ModuleForward(self.module)
         return Runner(
@@ -316,7 +325,7 @@ class HybridEngine:
             except DivergedGeneration as error:
                 raise diverged(self.module, error.what, error.where) from None
             finally:
-                if self._device.type != "cpu":
+                if self._device.type != "cpu" and not self.settings.keep_memory:
                     self._runner.release()
         require_same_version(version, self._weight_version())
         return out
@@ -349,6 +358,10 @@ class HybridEngine:
     def _finished(self, samples: list[int], out: Completions) -> None:
         if self.on_finished is not None:
             self.on_finished(samples, out)
+
+
+def _unversioned() -> int:
+    return 0
 
 
 def _choose_path(module: nn.Module, wish: str) -> tuple[str, str]:

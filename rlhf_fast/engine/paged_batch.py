@@ -47,6 +47,11 @@ class PagedForward(Protocol):
         """What a token costs in pages."""
         ...
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the weights lie that a decoding step reads, during a run."""
+        ...
+
     def running(self, max_context: int) -> AbstractContextManager[None]:
         """Surrounds a run: weights are checked, no sequence grows beyond `max_context` tokens."""
         ...

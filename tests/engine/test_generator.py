@@ -257,7 +257,6 @@ def test_rollout_logprobs_equal_the_trainers(path: str, name: str) -> None:
 def test_bfloat16_autocast_stays_near_float32(path: str) -> None:
     module = build()
     set_compute_dtype(module, "bfloat16")
-    path = "modules" if path == "fused" else path  # its weights are fp32
     rollout = run(module, ragged(), SamplingParams(12), group=2, path=path)
     flat = [x for row in trainer_logprobs(build(), rollout) for x in row]
     gap = (rollout.rollout_logprobs[rollout.response_mask] - torch.tensor(flat)).abs()
@@ -369,7 +368,6 @@ def test_training_works_after_generating_under_inference_mode_and_outer_autocast
     with torch.inference_mode():
         run(module, ragged(2), SamplingParams(3), path=path)
     set_compute_dtype(module, "bfloat16")
-    path = "modules" if path == "fused" else path
     with torch.autocast("cpu", dtype=torch.bfloat16):
         run(module, ragged(2), SamplingParams(3), path=path)
         module(input_ids=torch.tensor([[3, 4, 5]])).logits.float().sum().backward()
@@ -378,7 +376,6 @@ def test_training_works_after_generating_under_inference_mode_and_outer_autocast
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_generation_sees_every_weight_change(path: str, dtype: Any) -> None:
-    path = "modules" if (path, dtype) == ("fused", "bfloat16") else path
     greedy = SamplingParams(6, temperature=0.0)
 
     def negated(module: Any) -> Any:
