@@ -185,6 +185,9 @@ class EngineConfig:
     burst: int = setting(
         0, "decoding steps between two looks of the host; 0: 1 on a CPU, 8 on a GPU", low=0
     )
+    cuda_graphs: bool = setting(
+        True, "on a GPU, record the decoding step once a batch size and replay it"
+    )
     keep_memory: bool = setting(
         False,
         "hold a GPU's key-value memory, and the bf16 copy of fp32 weights (2 bytes a parameter), "

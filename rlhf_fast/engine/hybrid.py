@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from rlhf_fast.config import EngineConfig
+from rlhf_fast.engine.decode_graphs import CudaRecorder, GraphReport
 from rlhf_fast.engine.expected_lengths import ExpectedLengths
 from rlhf_fast.engine.fused_forward import FusedForward
 from rlhf_fast.engine.fused_support import why_not_fused
@@ -87,6 +88,7 @@ class EngineSettings:
         poison: debug mode: freed pages become NaN.
         keep_memory: hold a GPU's key-value memory, and a bf16 copy of fp32 weights, between
             rollouts.
+        cuda_graphs: record decoding steps on a GPU; see `decode_graphs`.
     """
 
     path: str = "auto"
@@ -97,6 +99,7 @@ class EngineSettings:
     burst: int = 0
     poison: bool = False
     keep_memory: bool = False
+    cuda_graphs: bool = True
 
 
 def engine_settings(config: EngineConfig, max_batch: int) -> EngineSettings:
@@ -109,6 +112,7 @@ def engine_settings(config: EngineConfig, max_batch: int) -> EngineSettings:
         prefill_tokens=config.prefill_tokens,
         burst=config.burst,
         keep_memory=config.keep_memory,
+        cuda_graphs=config.cuda_graphs,
     )
 
 
@@ -190,6 +194,7 @@ class HybridEngine:
             )
         else:
             forward = ModuleForward(self.module)
+        graphs = settings.cuda_graphs and self._device.type == "cuda"
         return Runner(
             forward,
             self._device,
@@ -203,6 +208,7 @@ class HybridEngine:
                 poison=settings.poison,
             ),
             cache_bytes=functools.partial(_cache_budget, self._device, settings.kv_bytes),
+            recorder=functools.partial(CudaRecorder, self._device) if graphs else None,
         )
 
     # ---- modes --------------------------------------------------------------------------------
@@ -350,6 +356,11 @@ class HybridEngine:
     def preemptions(self) -> int:
         """Samples of the last rollout that gave their pages back and were recomputed."""
         return 0 if self._runner is None else self._runner.last_preemptions
+
+    @property
+    def graphs(self) -> GraphReport:
+        """What the CUDA graphs of the last rollout were."""
+        return GraphReport() if self._runner is None else self._runner.last_graphs
 
     def _show(self, progress: Progress) -> None:
         if self.on_progress is not None:

@@ -8,7 +8,7 @@ a sample does not depend on its company.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +67,10 @@ class Completions:
             torch.zeros(samples, dtype=torch.int64, device=device),
             torch.zeros(samples, dtype=torch.bool, device=device),
         )
+
+    def first(self, samples: int) -> Completions:
+        """A view of the first samples."""
+        return Completions(*(getattr(self, f.name)[:samples] for f in fields(self)))
 
 
 class Progress(NamedTuple):
