@@ -62,8 +62,17 @@ class RepeatingRecorder:
         self.recorded += 1
         self.pool_bytes += 100
         places = [_place(t) for t in inputs]
+        graphs: Any = body.__self__  # type: ignore[attr-defined]
+
+        def frozen() -> tuple[Any, ...]:
+            """What a graph could not follow: numbers that the host put into the launches."""
+            batch = graphs._rows._batch_of(slice(graphs._key[0]), graphs._cache, graphs._key[1])
+            return graphs._rows.warps, batch.ids.numel(), batch.max_context
+
+        constants = frozen()
 
         def replay() -> None:
+            assert frozen() == constants
             assert [_place(t) for t in inputs] == places
             with NoLook():
                 body()
