@@ -149,6 +149,11 @@ SITUATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "preemption": (PLAIN, {"kv_bytes": 14 * BYTES_OF_A_PAGE, "eos_ids": []}),
     "chunked prefill": (PLAIN, {"prefill_tokens": 3, "max_batch": 7}),
     "settings of their own": (MIXED, {"max_batch": 6}),
+    # The short ones are admitted last, into a bucket that ran without filters.
+    "a filter joins": (
+        [PLAIN, PLAIN, SamplingParams(8, temperature=1.3, top_k=5)],
+        {"max_batch": 4, "eos_ids": []},
+    ),
     "greedy": (SamplingParams(12, temperature=0.0), {}),
 }
 
