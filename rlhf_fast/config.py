@@ -185,6 +185,11 @@ class EngineConfig:
     burst: int = setting(
         0, "decoding steps between two looks of the host; 0: 1 on a CPU, 8 on a GPU", low=0
     )
+    attention: str = setting(
+        "auto",
+        "what attends on the fused path on a GPU; auto takes the first that can",
+        choices=("auto", "flash_attn", "torch_varlen", "rlhf_fast"),
+    )
     cuda_graphs: bool = setting(
         True, "on a GPU, record the decoding step once a batch size and replay it"
     )

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_fast_kernels import PagedAttention, RopeAndStore, dispatch, rms_norm, silu_mul
+from rlhf_fast_kernels import RopeAndStore, dispatch, rms_norm, silu_mul
+from rlhf_fast_kernels.attention_backends import Decode, Decoding
 from rlhf_fast_kernels.linear_head import Head
 from rlhf_fast_kernels.linear_small import prepare as prepare_linear
 from rlhf_fast_kernels.rms_norm import prepare as prepare_norm
@@ -55,7 +56,7 @@ class DecodePlan:
         heads = self._qkv.view(rows, -1, shape.head_dim)
         self._q, self._k, self._v = heads.split((model.heads, shape.heads, shape.heads), 1)
         self._narrow: list[Tensor] = []
-        self._attend: dict[tuple[float, int | None], PagedAttention] = {}
+        self._attend: dict[tuple[float, int | None], Decode] = {}
         self._store = self._prepared_store(first)
         self._calls = [self._norm(self._residual, first.input_norm, None)]
         for index, (layer, low) in enumerate(zip(model.layers, model.adapters, strict=True)):
@@ -119,19 +120,13 @@ class DecodePlan:
             validate=False,
         )
 
-    def _prepared_attention(self, layer: Layer, keys: Tensor, values: Tensor) -> PagedAttention:
+    def _prepared_attention(self, layer: Layer, keys: Tensor, values: Tensor) -> Decode:
         """One for all layers of the same window."""
         kind, batch = (layer.scale, layer.window), self.batch
         if kind not in self._attend:
-            self._attend[kind] = PagedAttention(
-                *(self._q, keys, values),
-                *(batch.page_table, batch.context_lengths),
-                scale=layer.scale,
-                window=layer.window,
-                out=self._attended,
-                max_context=batch.max_context,
-                max_query=1,
-                validate=False,
+            call = Decoding(batch.page_table, batch.context_lengths, *kind, batch.max_context)
+            self._attend[kind] = self._model.attention.decode.decoding(
+                self._q, keys, values, self._attended, call
             )
         return self._attend[kind]
 

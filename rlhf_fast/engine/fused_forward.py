@@ -31,6 +31,12 @@ from rlhf_fast.engine.paged_batch import PagedBatch
 from rlhf_fast.engine.weights import AliasedWeights, base_linear
 from rlhf_fast.models.forward import compute_dtype
 from rlhf_fast_kernels import paged_attention, rms_norm, rope_and_store, silu_mul
+from rlhf_fast_kernels.attention_backends import (
+    AttentionChoice,
+    OurAttention,
+    Prefill,
+    stored_keys,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class FusedForward:
         weights: its parameters.
         version: of the weights, see `ComputeWeights`.
         keep: hold a bf16 copy of fp32 parameters between rollouts.
+        attention: what decodes and prefills; None: `paged_attention`.
     """
 
     def __init__(
@@ -70,12 +77,14 @@ class FusedForward:
         *,
         version: Callable[[], int] | None = None,
         keep: bool = False,
+        attention: AttentionChoice | None = None,
     ) -> None:
         self.module = module
         self.weights = weights
         self.dtype = COMPUTE[compute_dtype(module)]
         self.compute = ComputeWeights(weights, self.dtype, version=version, keep=keep)
         self.cache_shape = cache_shape_of(module)
+        self.attention = attention or AttentionChoice(OurAttention(), None, "asked for")
         model = unwrapped(module)
         self._trunk = model.model
         config = model.config
@@ -210,6 +219,13 @@ class FusedForward:
             k_norm=layer.k_norm,
             norm_eps=self.eps,
         )
+        prefill = self.attention.prefill
+        if prefill is not None and batch.fresh and batch.cu_queries is not None:
+            call = Prefill(
+                *(batch.slots, batch.cu_queries, batch.max_query, layer.scale, layer.window)
+            )
+            out = prefill.prefill(q, stored_keys(keys, batch.slots), v, call)
+            return _linear(out.flatten(1), layer.out, layer.out_bias, low.out)
         out = paged_attention(
             q,
             keys,

@@ -54,11 +54,12 @@ from rlhf_fast.engine.requests import (
     requests_of,
     rollout_of,
 )
-from rlhf_fast.engine.runner import Runner, RunnerSettings
+from rlhf_fast.engine.runner import Runner, RunnerSettings, page_size_of
 from rlhf_fast.engine.stopping import Decode, stops_of
 from rlhf_fast.engine.weights import AliasedWeights
 from rlhf_fast.errors import DivergedGeneration, GenerationError
 from rlhf_fast.types import PromptBatch, Rollout, SamplingParams
+from rlhf_fast_kernels.attention_backends import AttentionChoice, choose_attention
 
 PATHS = ("auto", "fused", "modules", "padded")
 # Of what is free before a rollout: the rest is for activations and for what else runs.
@@ -88,6 +89,7 @@ class EngineSettings:
         poison: debug mode: freed pages become NaN.
         keep_memory: hold a GPU's key-value memory, and a bf16 copy of fp32 weights, between
             rollouts.
+        attention: what attends on the fused path, one of `attention_backends.NAMES`, or auto.
         cuda_graphs: record decoding steps on a GPU; see `decode_graphs`.
     """
 
@@ -100,6 +102,7 @@ class EngineSettings:
     poison: bool = False
     keep_memory: bool = False
     cuda_graphs: bool = True
+    attention: str = "auto"
 
 
 def engine_settings(config: EngineConfig, max_batch: int) -> EngineSettings:
@@ -113,6 +116,7 @@ def engine_settings(config: EngineConfig, max_batch: int) -> EngineSettings:
         burst=config.burst,
         keep_memory=config.keep_memory,
         cuda_graphs=config.cuda_graphs,
+        attention=config.attention,
     )
 
 
@@ -160,6 +164,7 @@ class HybridEngine:
         self.expected = ExpectedLengths() if expected is None else expected
         self.path, self.reason = _choose_path(module, self.settings.path)
         self.weights: AliasedWeights | None = None
+        self.attention: AttentionChoice | None = None  # of the fused path
         self._runner: Runner | None = None
         self._padded: HFGenerator | None = None
         if self.path == "padded":
@@ -189,8 +194,13 @@ class HybridEngine:
         forward: PagedForward
         if self.path == "fused":
             self.weights = AliasedWeights.of(self.module)
+            self.attention = _choose_attention(self.module, self._device, settings)
             forward = FusedForward(
-                self.module, self.weights, version=self._version, keep=settings.keep_memory
+                self.module,
+                self.weights,
+                version=self._version,
+                keep=settings.keep_memory,
+                attention=self.attention,
             )
         else:
             forward = ModuleForward(self.module)
@@ -369,6 +379,21 @@ class HybridEngine:
     def _finished(self, samples: list[int], out: Completions) -> None:
         if self.on_finished is not None:
             self.on_finished(samples, out)
+
+
+def _choose_attention(
+    module: nn.Module, device: torch.device, settings: EngineSettings
+) -> AttentionChoice:
+    shape = cache_shape_of(module)
+    page_size = page_size_of(settings.page_size, device)
+    try:
+        return choose_attention(
+            device, shape.dtype, shape.head_dim, page_size, wish=settings.attention
+        )
+    except ValueError as error:
+        raise GenerationError(
+            "RF4032", f"engine.attention: {error}", remedy="use engine.attention=auto"
+        ) from error
 
 
 def _unversioned() -> int:

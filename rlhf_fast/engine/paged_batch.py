@@ -25,6 +25,7 @@ class PagedBatch:
         rows: int64 positions among the N whose logits are wanted; None: all of them.
         max_query, max_context: bounds of the above that the host knows.
         cache: the pages.
+        fresh: no sequence has keys from an earlier forward.
     """
 
     ids: Tensor
@@ -37,6 +38,7 @@ class PagedBatch:
     max_query: int
     max_context: int
     cache: PagedCache
+    fresh: bool = False
 
 
 class PagedForward(Protocol):

@@ -49,6 +49,13 @@ class RunnerSettings:
     poison: bool = False
 
 
+def page_size_of(wish: int, device: torch.device) -> int:
+    """Tokens of a page; a wish of 0 is what suits the device."""
+    # Kernels of flash-attn want pages of a multiple of 256 tokens. On a CPU pages of 16 were much
+    # slower than those of 64 where the cache lies in memory: page-table misses.
+    return wish or (64 if device.type == "cpu" else 256)
+
+
 class Runner:
     """Generates for requests on one device.
 
@@ -80,9 +87,7 @@ class Runner:
         self.settings = settings
         self._cache_bytes = cache_bytes
         on_cpu = device.type == "cpu"
-        # Kernels of flash-attn want pages of a multiple of 256 tokens. On a CPU pages of 16 were
-        # much slower than those of 64 where the cache lies in memory: page-table misses.
-        self.page_size = settings.page_size or (64 if on_cpu else 256)
+        self.page_size = page_size_of(settings.page_size, device)
         # A look costs a GPU its queue of launches; a CPU has none, and an ended row costs it work.
         self.burst = settings.burst or (1 if on_cpu else 8)
         self.cache: PagedCache | None = None
@@ -268,6 +273,7 @@ class _Run:
             max_query=max(counts),
             max_context=max(contexts),
             cache=self.cache,
+            fresh=not any(starts),
         )
         return batch, [pieces[k][0] for k in complete]
 
