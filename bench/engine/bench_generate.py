@@ -18,8 +18,10 @@ measured in the same process.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -38,7 +40,7 @@ from rlhf_fast.types import SamplingParams
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LENGTHS = ("uniform", "long-tailed")
-PEERS = ("generate", "generate_batch")
+PEERS = ("generate", "generate_batch", "vllm")
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,34 @@ def generate_batch_side(
     return run
 
 
+def vllm_side(model: Any, prompts: list[list[int]], lengths: list[int]) -> Callable[[], None]:
+    """The same through vLLM where it is installed, on weights of the same shape that it draws."""
+    vllm: Any = importlib.import_module("vllm")
+    with tempfile.TemporaryDirectory() as directory:
+        model.config.save_pretrained(directory)
+        engine = vllm.LLM(
+            model=directory,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype=str(model.dtype).removeprefix("torch."),
+            max_model_len=len(prompts[0]) + max(lengths),
+            max_num_seqs=len(prompts),
+            gpu_memory_utilization=0.4,
+            enable_prefix_caching=False,
+        )
+    sampling = [
+        vllm.SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True, detokenize=False)
+        for n in lengths
+    ]
+    work = [{"prompt_token_ids": prompt} for prompt in prompts]
+
+    def run() -> None:
+        out = engine.generate(work, sampling, use_tqdm=False)
+        assert [len(o.outputs[0].token_ids) for o in out] == lengths
+
+    return run
+
+
 def roofline_seconds(
     shape: Shape, prompt: int, lengths: Sequence[int], width: int, found: dict[str, float]
 ) -> float:
@@ -190,7 +220,11 @@ def measure(
     prompts = torch.randint(10, shape.vocab, (batch, options.prompt), generator=generator).tolist()
     maximum = options.new_tokens if kind == "uniform" else options.longest
     lengths = lengths_for(kind, batch, maximum)
-    makers = {"generate": generate_side, "generate_batch": generate_batch_side}
+    makers = {
+        "generate": generate_side,
+        "generate_batch": generate_batch_side,
+        "vllm": vllm_side,
+    }
     sides = {"engine": engine_side(model, prompts, lengths)}
     sides |= {peer: makers[peer](model, prompts, lengths) for peer in options.peers}
     seconds: dict[str, list[float]] = {side: [] for side in sides}

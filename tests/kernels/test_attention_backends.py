@@ -6,6 +6,7 @@ that means something else (a window, a bound, a layout) gives other numbers.
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,10 +81,7 @@ class Flash:
 def packed(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, window: Any) -> Tensor:
     edges = bounds.tolist()
     return torch.cat(
-        [
-            dense(q[a:b], k[a:b], v[a:b], scale, window[0], 0)
-            for a, b in zip(edges, edges[1:], strict=False)
-        ]
+        [dense(q[a:b], k[a:b], v[a:b], scale, window[0], 0) for a, b in itertools.pairwise(edges)]
     )
 
 
