@@ -191,6 +191,19 @@ class EngineConfig:
         "nothing",
         choices=("auto", "on", "off"),
     )
+    attention: str = setting(
+        "auto",
+        "what attends on the fused path on a GPU; auto takes the first that can",
+        choices=("auto", "flash_attn", "torch_varlen", "rlhf_fast"),
+    )
+    cuda_graphs: bool = setting(
+        True, "on a GPU, record the decoding step once a batch size and replay it"
+    )
+    keep_memory: bool = setting(
+        False,
+        "hold a GPU's key-value memory, and the bf16 copy of fp32 weights (2 bytes a parameter), "
+        "while training runs: faster rollouts, less room for activations",
+    )
 
 
 @dataclass(frozen=True)

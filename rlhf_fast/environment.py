@@ -14,6 +14,7 @@ import torch
 import rlhf_fast
 from rlhf_fast.errors import EnvironmentFault
 from rlhf_fast_kernels import dispatch, native
+from rlhf_fast_kernels.attention_backends import choose_attention
 
 REQUIRED = ("torch", "transformers", "safetensors", "peft", "omegaconf", "rich", "numpy")
 OPTIONAL = {
@@ -37,7 +38,16 @@ def collect() -> dict[str, Any]:
         "machine": _machine(),
         "build": native.describe(),
         "ops": [row._asdict() for row in dispatch.report()],
+        "attention": _attention(),
     }
+
+
+def _attention() -> dict[str, str]:
+    """What generation attends with here, in bf16, with heads of 128 and pages of 256 tokens."""
+    device = dispatch.devices()[-1]
+    choice = choose_attention(device, torch.bfloat16, 128, 256)
+    ours = "rlhf_fast" if choice.prefill is None else choice.prefill.name
+    return {"decode": choice.decode.name, "prefill": ours, "reason": choice.reason}
 
 
 def _version(package: str) -> str:
@@ -87,6 +97,8 @@ def render(facts: dict[str, Any]) -> str:
     lines += [f"  {name:<14}{value}" for name, value in facts["optional"].items()]
     lines += ["", "compiled module"]
     lines += [f"  {name:<14}{value}" for name, value in facts["build"].items()]
+    lines += ["", "attention of generation"]
+    lines += [f"  {name:<14}{value}" for name, value in facts["attention"].items()]
     lines += ["", "ops: what runs, and why nothing else does"]
     for row in facts["ops"]:
         lines.append(f"  {row['op']:<24}{row['device']:<6}{row['impl']:<11}{row['reason']}")

@@ -33,8 +33,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.engine import peers
 from bench.kernels.environment import environment
 from bench.kernels.probes import bandwidth_probe, calibrate
-from rlhf_fast.engine.hybrid import EngineSettings, HybridEngine
+from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.requests import Request
+from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.models.forward import set_compute_dtype
 from rlhf_fast.types import SamplingParams
 

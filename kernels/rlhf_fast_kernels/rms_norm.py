@@ -9,6 +9,10 @@ product with the weight, as Hugging Face's Llama does; otherwise the product wit
 formed in fp32 and rounded once, as its Gemma does. The sum with the residual is rounded to the
 dtype before it is squared. For inference: no gradient.
 
+Under autocast over fp32 masters the residual and the weight are fp32, what is added to it and what
+the next product reads bf16 or fp16: the sum, the row and the product with the weight are then fp32,
+and the result is rounded once.
+
 An engine that calls this several times a layer and token skips the checks and the choice of the
 implementation: `unchecked` runs the C++ on tensors that fit, and `prepare` reads addresses and
 shapes once and returns the bare call, for buffers that stay where they are.
@@ -26,6 +30,8 @@ from torch import Tensor
 from rlhf_fast_kernels import dispatch, native, triton_support
 from rlhf_fast_kernels.reference.rms_norm import rms_norm as reference_rms_norm
 
+_NARROW = (torch.bfloat16, torch.float16)
+
 
 def _refuse(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor | None) -> NoReturn:
     if not x.dtype.is_floating_point:
@@ -41,7 +47,7 @@ def _refuse(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor | No
     for name, other in (("weight", weight), ("residual", residual), ("out", out)):
         if other is None:
             continue
-        if other.dtype != x.dtype:
+        if name != "weight" and other.dtype not in (x.dtype, weight.dtype, *_NARROW):
             raise TypeError(f"rms_norm: {name} is {other.dtype}, x is {x.dtype}")
         if other.device != x.device:
             raise ValueError(f"rms_norm: {name} is on {other.device}, x on {x.device}")
@@ -50,14 +56,27 @@ def _refuse(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor | No
                 f"rms_norm: {name} has shape {tuple(other.shape)} and strides {other.stride()}, "
                 f"expected {tuple(x.shape)} with adjacent elements of a row, none twice"
             )
-    raise AssertionError("tensors that fit")
+    types = ", ".join(
+        f"{name} is {other.dtype}"
+        for name, other in (("x", x), ("weight", weight), ("residual", residual), ("out", out))
+        if other is not None
+    )
+    raise TypeError(f"rms_norm: {types}; expected one type, or fp32 weight and residual")
+
+
+def _fits_types(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor | None) -> bool:
+    """One type for all, or fp32 weight and residual between narrower x and out."""
+    stream = x.dtype if residual is None else residual.dtype
+    kinds = {x.dtype, x.dtype if out is None else out.dtype}
+    return weight.dtype is stream and (
+        kinds == {stream} or (stream is torch.float32 and kinds <= {stream, *_NARROW})
+    )
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
     return (
         x.dim() in (2, 3)
         and weight.shape == x.shape[-1:]
-        and weight.dtype is x.dtype
         and weight.is_contiguous()
         and weight.device == x.device
         and x.dtype.is_floating_point
@@ -71,7 +90,6 @@ def _fits_rows(x: Tensor, other: Tensor | None) -> bool:
     strides = other.stride()
     return (
         other.shape == x.shape
-        and other.dtype is x.dtype
         and strides[-1] == 1
         and (0 not in strides or other.is_contiguous())
         and other.device == x.device
@@ -127,7 +145,13 @@ def _native(
 ) -> None:
     if x.stride(-1) != 1:
         x = x.contiguous()
-    native.core().rms_norm(*_arguments(x, weight, eps, residual, offset, out))
+    if x.dtype is weight.dtype is out.dtype:
+        native.core().rms_norm(*_arguments(x, weight, eps, residual, offset, out))
+        return
+    stream = x if residual is None else residual.add_(x)
+    wide = stream.new_empty(stream.shape)
+    native.core().rms_norm(*_arguments(stream, weight, eps, None, offset, wide))
+    out.copy_(wide)
 
 
 # ---- Triton -------------------------------------------------------------------------------------
@@ -177,12 +201,14 @@ def rms_norm(
     Args:
         x: `[N, H]`, or `[N, A, H]` such as the heads of a fused projection; any strides, dense rows
             are read where they lie.
-        weight: contiguous `[H]`, dtype of x.
+        weight: contiguous `[H]`, dtype of x; fp32 with an fp32 residual, or without one of an fp32
+            x, while the other tensors are bf16 or fp16.
         eps: added to the mean of squares.
-        residual: shape and dtype of x, adjacent elements of a row; x is added to it in place first.
+        residual: shape of x, dtype of weight, adjacent elements of a row; x is added to it in place
+            first.
         offset: added to the weight: 1.0 for Gemma.
-        out: where to write, shape and dtype of x, adjacent elements of a row; may be x. None: a new
-            tensor.
+        out: where to write, shape of x, its dtype, or bf16 or fp16 beside an fp32 weight; adjacent
+            elements of a row; may be x. None: a new tensor like x.
         impl: implementation by name, see `rlhf_fast_kernels.dispatch`.
 
     Returns:
@@ -191,7 +217,12 @@ def rms_norm(
     Raises:
         ValueError: shapes, strides or devices that do not fit. TypeError: dtypes that do not.
     """
-    if not (_fits(x, weight) and _fits_rows(x, residual) and _fits_rows(x, out)):
+    if not (
+        _fits(x, weight)
+        and _fits_rows(x, residual)
+        and _fits_rows(x, out)
+        and _fits_types(x, weight, residual, out)
+    ):
         _refuse(x, weight, residual, out)
     if out is None:
         # empty_like costs half, but keeps the strides of a transposed x.

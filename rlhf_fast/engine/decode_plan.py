@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_fast_kernels import PagedAttention, RopeAndStore, dispatch, rms_norm, silu_mul
+from rlhf_fast_kernels import RopeAndStore, dispatch, rms_norm, silu_mul
+from rlhf_fast_kernels.attention_backends import Decode, Decoding
+from rlhf_fast_kernels.linear_head import Head
 from rlhf_fast_kernels.linear_small import prepare as prepare_linear
 from rlhf_fast_kernels.rms_norm import prepare as prepare_norm
 from rlhf_fast_kernels.silu_mul import prepare as prepare_silu_mul
 
 if TYPE_CHECKING:
+    from rlhf_fast.engine.fused_adapters import LayerAdapters, LowRank
     from rlhf_fast.engine.fused_forward import FusedForward, Layer
     from rlhf_fast.engine.paged_batch import PagedBatch
 
@@ -41,24 +44,26 @@ class DecodePlan:
         self.batch = batch
         self._model = model
         rows, shape = batch.ids.numel(), model.cache_shape
-        first = model.layers[0]
-        new = partial(torch.empty, dtype=shape.dtype, device=batch.ids.device)
-        self._residual = new(rows, model.embedding.shape[1])
-        self._hidden = torch.empty_like(self._residual)
-        self._update = torch.empty_like(self._residual)
+        first, width = model.layers[0], model.embedding.shape[1]
+        new = partial(torch.empty, dtype=model.dtype, device=batch.ids.device)
+        self._residual = new(rows, width, dtype=model.embedding.dtype)
+        self._hidden, self._update = new(rows, width), new(rows, width)
         self._qkv = new(rows, first.qkv.shape[0])
         self._attended = new(rows, model.heads, shape.head_dim)
         self._gate_up = new(rows, first.gate_up.shape[0])
         self._activated = new(rows, first.gate_up.shape[0] // 2)
-        self.logits = new(rows, model.head.shape[0])
+        self.logits = new(rows, model.head.shape[0], dtype=torch.float32)
         heads = self._qkv.view(rows, -1, shape.head_dim)
         self._q, self._k, self._v = heads.split((model.heads, shape.heads, shape.heads), 1)
-        self._attend: dict[tuple[float, int | None], PagedAttention] = {}
+        self._narrow: list[Tensor] = []
+        self._attend: dict[tuple[float, int | None], Decode] = {}
         self._store = self._prepared_store(first)
         self._calls = [self._norm(self._residual, first.input_norm, None)]
-        for index, layer in enumerate(model.layers):
-            self._calls += self._layer(index, layer)
-        self._calls.append(_product(self._hidden, model.head, model.head_bias, self.logits))
+        for index, (layer, low) in enumerate(zip(model.layers, model.adapters, strict=True)):
+            self._calls += self._layer(index, layer, low)
+        self._calls.append(
+            vocabulary_product(self._hidden, model.head, model.head_bias, self.logits)
+        )
 
     def run(self) -> Tensor:
         """[rows, V] logits, in a buffer that the next step overwrites."""
@@ -67,24 +72,38 @@ class DecodePlan:
             call()
         return self.logits
 
-    def _layer(self, index: int, layer: Layer) -> list[Call]:
+    def _layer(self, index: int, layer: Layer, low: LayerAdapters) -> list[Call]:
         model = self._model
         last = index + 1 == len(model.layers)
         following = model.final_norm if last else model.layers[index + 1].input_norm
         keys, values = self.batch.cache.layer(index)
         norms = (layer.q_norm, layer.k_norm)
         attend = self._prepared_attention(layer, keys, values)
+        attended = self._attended.flatten(1)
         return [
-            _product(self._hidden, layer.qkv, layer.qkv_bias, self._qkv),
+            *self._products(self._hidden, layer.qkv, layer.qkv_bias, low.qkv, self._qkv),
             partial(self._store, self._q, self._k, self._v, keys, values, *norms),
             partial(attend, self._q, keys, values, self._attended),
-            _product(self._attended.flatten(1), layer.out, layer.out_bias, self._update),
+            *self._products(attended, layer.out, layer.out_bias, low.out, self._update),
             self._norm(self._update, layer.post_norm, self._residual),
-            _product(self._hidden, layer.gate_up, layer.gate_up_bias, self._gate_up),
+            *self._products(
+                self._hidden, layer.gate_up, layer.gate_up_bias, low.gate_up, self._gate_up
+            ),
             _silu_mul(self._gate_up, self._activated),
-            _product(self._activated, layer.down, layer.down_bias, self._update),
+            *self._products(self._activated, layer.down, layer.down_bias, low.down, self._update),
             self._norm(self._update, following, self._residual),
         ]
+
+    def _products(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank | None, out: Tensor
+    ) -> list[Call]:
+        """out = x weight^T + bias, and what active adapters add to it."""
+        calls = [_product(x, weight, bias, out)]
+        if low is not None:
+            narrow = out.new_empty(len(x), len(low.a))
+            self._narrow.append(narrow)  # calls hold addresses, not tensors
+            calls += [_product(x, low.a, None, narrow), _added_product(narrow, low.b, out)]
+        return calls
 
     def _prepared_store(self, layer: Layer) -> RopeAndStore:
         """One for all layers: they differ in addresses alone."""
@@ -101,25 +120,20 @@ class DecodePlan:
             validate=False,
         )
 
-    def _prepared_attention(self, layer: Layer, keys: Tensor, values: Tensor) -> PagedAttention:
+    def _prepared_attention(self, layer: Layer, keys: Tensor, values: Tensor) -> Decode:
         """One for all layers of the same window."""
         kind, batch = (layer.scale, layer.window), self.batch
         if kind not in self._attend:
-            self._attend[kind] = PagedAttention(
-                *(self._q, keys, values),
-                *(batch.page_table, batch.context_lengths),
-                scale=layer.scale,
-                window=layer.window,
-                out=self._attended,
-                max_context=batch.max_context,
-                max_query=1,
-                validate=False,
+            call = Decoding(batch.page_table, batch.context_lengths, *kind, batch.max_context)
+            self._attend[kind] = self._model.attention.decode.decoding(
+                self._q, keys, values, self._attended, call
             )
         return self._attend[kind]
 
     def _norm(self, x: Tensor, weight: Tensor, residual: Tensor | None) -> Call:
         eps = self._model.eps
-        if dispatch.choose("rms_norm", None, x, weight).impl == "cpu":
+        alike = x.dtype is weight.dtype is self._hidden.dtype
+        if alike and dispatch.choose("rms_norm", None, x, weight).impl == "cpu":
             return prepare_norm(x, weight, eps, residual, 0.0, self._hidden)
         return partial(rms_norm, x, weight, eps, residual=residual, out=self._hidden)
 
@@ -130,10 +144,32 @@ def _silu_mul(gate_up: Tensor, out: Tensor) -> Call:
     return partial(silu_mul, gate_up, out=out)
 
 
+def _few(x: Tensor, weight: Tensor) -> bool:
+    return x.shape[0] <= FEW_ROWS and dispatch.choose("linear_small", None, x, weight).impl == "cpu"
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Call:
-    few = x.shape[0] <= FEW_ROWS and dispatch.choose("linear_small", None, x, weight).impl == "cpu"
-    if few:
+    if _few(x, weight):
         return prepare_linear(x, weight, bias, None, out)
     if bias is None:
         return partial(torch.mm, x, weight.t(), out=out)
     return partial(torch.addmm, bias, x, weight.t(), out=out)
+
+
+def _added_product(x: Tensor, weight: Tensor, out: Tensor) -> Call:
+    """out += x weight^T."""
+    if _few(x, weight):
+        return prepare_linear(x, weight, None, out, out)
+    return partial(torch.addmm, out, x, weight.t(), out=out)
+
+
+def vocabulary_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Call:
+    """Logits in fp32, of operands in the type of x, as the trainer's ops make them."""
+    if x.dtype is torch.float32:
+        return _product(x, weight, bias, out)
+    head = Head(weight, bias, x.dtype)
+    return partial(_logits, head, x, out)
+
+
+def _logits(head: Head, x: Tensor, out: Tensor) -> None:
+    head.logits(head.operand(x), out)

@@ -3,7 +3,8 @@
 Everything a step reads or writes lies in these tensors, at fixed addresses: a step is a sequence of
 launches without a wait for the host, and several steps can follow each other (a burst). A row that
 has ended goes on computing until the host looks at the end of the burst; what it yields is not
-recorded.
+recorded. A CUDA graph runs a bucket of rows: those beyond `count` are padding, dead from the start,
+and write to the last row of the completions.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class DecodeRows:
         capacity: rows side by side at most.
         table_width: pages of the longest sequence.
         stop_width: stop ids of the request that has most.
-        out: where tokens and log-probs go.
+        out: where tokens and log-probs go; its last row belongs to no sample.
         device: of everything here.
     """
 
@@ -77,16 +78,45 @@ class DecodeRows:
         self._stops = torch.full(
             (capacity, max(1, stop_width)), NO_STOP, dtype=torch.int64, device=device
         )
-        self._warps = False
+        self.warps = False
         wide = partial(torch.zeros, capacity, dtype=torch.int64, device=device)
         self._ids, self._positions, self._slots = wide(), wide(), wide()
         self._contexts = torch.zeros(capacity, dtype=torch.int32, device=device)
         self._batch: PagedBatch | None = None
+        # A dead row with one token, which it reads from page 0.
+        padding = [len(out.lengths) - 1, 0, 1, 1, 1, 0, 0, 0, 0]
+        self._padding = torch.tensor(padding, dtype=torch.int64).to(device)
+        self._padded = 0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that a step reads and writes beside the model and its pages."""
+        return [
+            *(self.page_table, self._state, self._settings, self._stops),
+            *(self._ids, self._positions, self._slots, self._contexts),
+            *(self.out.tokens, self.out.logprobs, self.out.raw_logprobs),
+            *(self.out.lengths, self.out.ended),
+        ]
+
+    def pad(self, width: int) -> None:
+        """Make rows `count` to `width` padding."""
+        if self._padded == width:
+            return
+        part = slice(self.count, width)
+        self._state[part] = self._padding
+        self._settings[part] = 0.0
+        self._stops[part] = NO_STOP
+        self.page_table[part] = 0
+        self._padded = width
+
+    def forget(self) -> None:
+        """Give the forward a new batch at the next step."""
+        self._batch = None
 
     def add(self, rows: Sequence[NewRow], logits: Tensor) -> None:
         """Draw the first token of new rows from the logits [rows, V] after their last token."""
         start, self.count = self.count, self.count + len(rows)
-        self._batch = None
+        self._batch, self._padded = None, 0
         part = slice(start, self.count)
         state = [
             [
@@ -104,19 +134,27 @@ class DecodeRows:
             (self._stops, stops),
         ):
             buffer[part] = torch.tensor(values, dtype=buffer.dtype).to(buffer.device)
-        self._warps = self._warps or any(r.sampling.warps for r in rows)
+        self.warps = self.warps or any(r.sampling.warps for r in rows)
         self._draw(part, logits)
 
-    def step(self, forward: PagedForward, cache: PagedCache) -> None:
+    def step(
+        self,
+        forward: PagedForward,
+        cache: PagedCache,
+        width: int | None = None,
+        max_context: int | None = None,
+    ) -> None:
         """One token more for every row.
 
         Args:
             forward: the model.
             cache: holds room for the token of every live row.
+            width: rows that take part, padding included; None: those in use.
+            max_context: tokens that no row goes beyond; None: those of all pages of the table.
         """
-        rows = slice(self.count)
+        rows = slice(self.count if width is None else width)
         state = self._state[rows]
-        batch = self._batch_of(cache)
+        batch = self._batch_of(rows, cache, max_context)
         # A row that ended earlier in the burst has no place for another token: it reads its last
         # one again, stores nothing and keeps its context.
         live = state[:, _LIVE]
@@ -130,11 +168,16 @@ class DecodeRows:
         torch.clamp(state[:, _TOKEN], min=0, out=batch.ids)
         self._draw(rows, forward.logits(batch))
 
-    def _batch_of(self, cache: PagedCache) -> PagedBatch:
-        """The forward's view of the rows: the same object until their number changes."""
-        if self._batch is None or self._batch.cache is not cache:
-            rows = slice(self.count)
-            self._batch = PagedBatch(
+    def _batch_of(self, rows: slice, cache: PagedCache, max_context: int | None) -> PagedBatch:
+        """The forward's view of the rows: the same object while their number stays."""
+        context = max_context or self.page_table.shape[1] * cache.page_size
+        batch = self._batch
+        if (
+            batch is None
+            or batch.cache is not cache
+            or (batch.ids.numel(), batch.max_context) != (rows.stop, context)
+        ):
+            self._batch = batch = PagedBatch(
                 ids=self._ids[rows],
                 positions=self._positions[rows],
                 slots=self._slots[rows],
@@ -143,10 +186,10 @@ class DecodeRows:
                 cu_queries=None,
                 rows=None,
                 max_query=1,
-                max_context=self.page_table.shape[1] * cache.page_size,
+                max_context=context,
                 cache=cache,
             )
-        return self._batch
+        return batch
 
     def _draw(self, rows: slice, logits: Tensor) -> None:
         """Sample the rows' next tokens and record those of live ones."""
@@ -177,7 +220,7 @@ class DecodeRows:
     def _sample(self, rows: slice, logits: Tensor) -> SampleOutput:
         state, settings = self._state[rows], self._settings[rows]
         # Plain sampling has a kernel without filters, which numbers ask for.
-        off = not self._warps
+        off = not self.warps
         return sample(
             logits,
             seeds=state[:, _SEED].contiguous(),
@@ -206,8 +249,8 @@ class DecodeRows:
         """Continue with rows `index` only, in that order."""
         chosen = torch.tensor(list(index), dtype=torch.int64, device=self._state.device)
         self.count = len(index)
-        self._batch = None
+        self._batch, self._padded = None, 0
         for buffer in (self._state, self._settings, self._stops, self.page_table):
             buffer[: self.count] = buffer[chosen]
         if self.count == 0:
-            self._warps = False
+            self.warps = False

@@ -1,15 +1,19 @@
-"""The runner's fused forward for Llama, Mistral, Qwen2 and Qwen3.
+"""The runner's forward for Llama, Mistral, Qwen2 and Qwen3.
 
 A layer is eight calls: norm (with the residual added in place), q|k|v product, rotation and store,
 attention, output product, norm, gate|up product, SwiGLU, down product. The products read the
 parameters themselves: q|k|v and gate|up lie side by side (`AliasedWeights`), so their concatenation
-is a view. Numbers follow the modules of transformers operation by operation; a test holds greedy
-tokens of both against each other.
+is a view. Active LoRA adapters add two small products each. Numbers follow the modules of
+transformers operation by operation; a test holds greedy tokens of both against each other.
+
+Under bf16 autocast they follow its rules: what a product reads and returns is bf16, embedding,
+residual stream and norms have the type of the parameters, and logits come back in fp32 from bf16
+operands, as the trainer's do (`linear_logprobs`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,58 +21,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
-from rlhf_fast.engine.decode_plan import DecodePlan
-from rlhf_fast.engine.module_forward import batch_dependent_rope, cache_shape_of, unwrapped
+from rlhf_fast.engine.compute_weights import ComputeWeights
+from rlhf_fast.engine.decode_plan import DecodePlan, vocabulary_product
+from rlhf_fast.engine.fused_adapters import LayerAdapters, LowRank, layer_adapters
+from rlhf_fast.engine.fused_support import COMPUTE
+from rlhf_fast.engine.module_forward import cache_shape_of, unwrapped
 from rlhf_fast.engine.paged_batch import PagedBatch
-from rlhf_fast.engine.weights import ADJACENT, AliasedWeights, why_not_aliased
+from rlhf_fast.engine.weights import AliasedWeights, base_linear
 from rlhf_fast.models.forward import compute_dtype
 from rlhf_fast_kernels import paged_attention, rms_norm, rope_and_store, silu_mul
-
-FUSED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-_PLAIN_PARTS = (nn.Linear, nn.Embedding, nn.ModuleList)
-_COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def why_not_fused(module: nn.Module) -> str | None:
-    """None if the fused forward knows this model, otherwise why not."""
-    model = unwrapped(module)
-    config = model.config
-    if config.model_type not in FUSED_MODEL_TYPES:
-        return f"no fused forward for {config.model_type}"
-    if config.hidden_act != "silu":
-        return f"activation {config.hidden_act}"
-    if batch_dependent_rope(config):
-        return "its rotary embedding depends on the longest sequence of the batch"
-    dtypes = {p.dtype for p in model.parameters()}
-    if dtypes != {_COMPUTE[compute_dtype(module)]}:
-        return "weights are kept in another type than they are computed in"
-    if module is not model:
-        return "adapters of peft run through the modules"
-    for name, part in model.named_modules():
-        fault = _not_stock(part, config.model_type)
-        if fault is not None:
-            return f"{name or 'the model'} {fault}"
-    return why_not_aliased(module)
-
-
-def _not_stock(part: nn.Module, model_type: str) -> str | None:
-    """None if a submodule computes what its class in transformers computes, otherwise why not."""
-    kind = type(part)
-    stock = kind.__module__.startswith(f"transformers.models.{model_type}.")
-    if not stock and kind not in (*_PLAIN_PARTS, type(ACT2FN["silu"])):
-        return f"is a {kind.__name__}"
-    if "forward" in vars(part):
-        return "has a forward of its own"
-    if part._forward_hooks or part._forward_pre_hooks:
-        return "has forward hooks"
-    for names in ADJACENT:
-        layers = [getattr(part, name, None) for name in names]
-        biases = {layer.bias is None for layer in layers if isinstance(layer, nn.Linear)}
-        if len(biases) > 1:
-            return f"has a bias on some of {', '.join(names)}"
-    return None
+from rlhf_fast_kernels.attention_backends import (
+    AttentionChoice,
+    OurAttention,
+    Prefill,
+    stored_keys,
+)
 
 
 @dataclass(frozen=True)
@@ -97,12 +65,26 @@ class FusedForward:
     Args:
         module: the model, for which `why_not_fused` is None.
         weights: its parameters.
+        version: of the weights, see `ComputeWeights`.
+        keep: hold a bf16 copy of fp32 parameters between rollouts.
+        attention: what decodes and prefills; None: `paged_attention`.
     """
 
-    def __init__(self, module: nn.Module, weights: AliasedWeights) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        weights: AliasedWeights,
+        *,
+        version: Callable[[], int] | None = None,
+        keep: bool = False,
+        attention: AttentionChoice | None = None,
+    ) -> None:
         self.module = module
         self.weights = weights
+        self.dtype = COMPUTE[compute_dtype(module)]
+        self.compute = ComputeWeights(weights, self.dtype, version=version, keep=keep)
         self.cache_shape = cache_shape_of(module)
+        self.attention = attention or AttentionChoice(OurAttention(), None, "asked for")
         model = unwrapped(module)
         self._trunk = model.model
         config = model.config
@@ -110,16 +92,19 @@ class FusedForward:
         self.eps = config.rms_norm_eps
         self.embedding = self._trunk.embed_tokens.weight.detach()
         self.final_norm = self._trunk.norm.weight.detach()
-        self.head = model.lm_head.weight.detach()
-        self.head_bias = _detached(model.lm_head.bias)
+        self.head = self.compute.view(model.lm_head.weight.detach())
+        self.head_bias = None if model.lm_head.bias is None else model.lm_head.bias.detach()
         self.layers = [self._layer(block) for block in self._trunk.layers]
+        self.compute.free()
+        self.adapters: list[LayerAdapters] = []
         self.cos = self.sin = torch.empty(0)
         self._plan: DecodePlan | None = None
 
     def _layer(self, block: Any) -> Layer:
         attention, mlp = block.self_attn, block.mlp
-        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-        gate_up = (mlp.gate_proj, mlp.up_proj)
+        qkv = [base_linear(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        gate_up = [base_linear(p) for p in (mlp.gate_proj, mlp.up_proj)]
+        out, down = base_linear(attention.o_proj), base_linear(mlp.down_proj)
         window = getattr(attention, "sliding_window", None)
         if attention.config.model_type == "mistral":
             window = attention.config.sliding_window
@@ -128,25 +113,26 @@ class FusedForward:
             input_norm=block.input_layernorm.weight.detach(),
             qkv=self._joined([layer.weight for layer in qkv]),
             qkv_bias=self._joined_biases(qkv),
-            q_norm=None if q_norm is None else q_norm.weight.detach(),
-            k_norm=None if k_norm is None else k_norm.weight.detach(),
-            out=attention.o_proj.weight.detach(),
-            out_bias=_detached(attention.o_proj.bias),
+            q_norm=None if q_norm is None else self._joined([q_norm.weight]),
+            k_norm=None if k_norm is None else self._joined([k_norm.weight]),
+            out=self._joined([out.weight]),
+            out_bias=self._joined_biases([out]),
             post_norm=block.post_attention_layernorm.weight.detach(),
             gate_up=self._joined([layer.weight for layer in gate_up]),
             gate_up_bias=self._joined_biases(gate_up),
-            down=mlp.down_proj.weight.detach(),
-            down_bias=_detached(mlp.down_proj.bias),
+            down=self._joined([down.weight]),
+            down_bias=self._joined_biases([down]),
             scale=float(attention.scaling),
             window=window,
         )
 
     def _joined(self, parameters: list[Tensor]) -> Tensor:
+        """Adjacent parameters as one, in the type that products run in."""
         view = self.weights.concatenated(parameters)
         assert view is not None, "AliasedWeights lays these parameters side by side"
-        return view
+        return self.compute.view(view)
 
-    def _joined_biases(self, layers: tuple[Any, ...]) -> Tensor | None:
+    def _joined_biases(self, layers: list[Any]) -> Tensor | None:
         if layers[0].bias is None:
             return None
         return self._joined([layer.bias for layer in layers])
@@ -159,14 +145,29 @@ class FusedForward:
             cos, sin = self._trunk.rotary_emb(self.embedding[:1], positions[None])
             # Rounded to the model's type as its modules do, then read as fp32 by the kernel.
             self.cos, self.sin = cos[0].float().contiguous(), sin[0].float().contiguous()
-        return self._planned()
+        return self._prepared()
 
     @contextmanager
-    def _planned(self) -> Iterator[None]:
+    def _prepared(self) -> Iterator[None]:
+        """Weights and adapters as they are now; types are chosen here, so autocast is off."""
         try:
-            yield
+            self.compute.refresh()
+            self.adapters = [layer_adapters(block, self.dtype) for block in self._trunk.layers]
+            with torch.autocast(self.embedding.device.type, enabled=False):
+                yield
         finally:
             self._plan = None  # with the pages it points at
+            self.adapters = []
+            self.compute.release()
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """See `PagedForward`."""
+        tensors = [self.embedding, self.final_norm, self.head, self.cos, self.sin]
+        for layer, adapters in zip(self.layers, self.adapters, strict=True):
+            tensors += [layer.input_norm, layer.qkv, layer.out, layer.gate_up, layer.down]
+            tensors += [t for pair in adapters if pair is not None for t in pair]
+        return tuple(t.data_ptr() for t in tensors)
 
     def paused(self) -> AbstractContextManager[None]:
         """See `PagedForward`; nothing of the module is changed while this runs."""
@@ -179,27 +180,34 @@ class FusedForward:
                 self._plan = DecodePlan(self, batch)
             return self._plan.run()
         residual = F.embedding(batch.ids, self.embedding)
-        hidden = rms_norm(residual, self.layers[0].input_norm, self.eps)
+        hidden = self._norm(residual, self.layers[0].input_norm, None)
         last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            update = self._attention(layer, index, hidden, batch)
-            hidden = rms_norm(update, layer.post_norm, self.eps, residual=residual)
-            update = F.linear(
-                silu_mul(F.linear(hidden, layer.gate_up, layer.gate_up_bias)),
-                layer.down,
-                layer.down_bias,
-            )
+        for index, (layer, low) in enumerate(zip(self.layers, self.adapters, strict=True)):
+            update = self._attention(layer, low, index, hidden, batch)
+            hidden = self._norm(update, layer.post_norm, residual)
+            gate_up = _linear(hidden, layer.gate_up, layer.gate_up_bias, low.gate_up)
+            update = _linear(silu_mul(gate_up), layer.down, layer.down_bias, low.down)
             if index == last and batch.rows is not None:
                 # Rows of no interest end here; the head is the largest product of a small model.
                 update, residual = update[batch.rows], residual[batch.rows]
             following = self.final_norm if index == last else self.layers[index + 1].input_norm
-            hidden = rms_norm(update, following, self.eps, residual=residual)
-        return F.linear(hidden, self.head, self.head_bias)
+            hidden = self._norm(update, following, residual)
+        logits = torch.empty(
+            (len(hidden), len(self.head)), dtype=torch.float32, device=hidden.device
+        )
+        vocabulary_product(hidden, self.head, self.head_bias, logits)()
+        return logits
 
-    def _attention(self, layer: Layer, index: int, hidden: Tensor, batch: PagedBatch) -> Tensor:
+    def _norm(self, x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+        out = torch.empty(x.shape, dtype=self.dtype, device=x.device)
+        return rms_norm(x, weight, self.eps, residual=residual, out=out)
+
+    def _attention(
+        self, layer: Layer, low: LayerAdapters, index: int, hidden: Tensor, batch: PagedBatch
+    ) -> Tensor:
         heads, kv_heads, width = self.heads, self.cache_shape.heads, self.cache_shape.head_dim
-        qkv = F.linear(hidden, layer.qkv, layer.qkv_bias).view(-1, heads + 2 * kv_heads, width)
-        q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
+        qkv = _linear(hidden, layer.qkv, layer.qkv_bias, low.qkv)
+        q, k, v = qkv.view(-1, heads + 2 * kv_heads, width).split((heads, kv_heads, kv_heads), 1)
         keys, values = batch.cache.layer(index)
         rope_and_store(
             q,
@@ -215,6 +223,13 @@ class FusedForward:
             k_norm=layer.k_norm,
             norm_eps=self.eps,
         )
+        prefill = self.attention.prefill
+        if prefill is not None and batch.fresh and batch.cu_queries is not None:
+            call = Prefill(
+                *(batch.slots, batch.cu_queries, batch.max_query, layer.scale, layer.window)
+            )
+            out = prefill.prefill(q, stored_keys(keys, batch.slots), v, call)
+            return _linear(out.flatten(1), layer.out, layer.out_bias, low.out)
         out = paged_attention(
             q,
             keys,
@@ -227,8 +242,9 @@ class FusedForward:
             max_query=batch.max_query,
             max_context=batch.max_context,
         )
-        return F.linear(out.flatten(1), layer.out, layer.out_bias)
+        return _linear(out.flatten(1), layer.out, layer.out_bias, low.out)
 
 
-def _detached(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.detach()
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank | None) -> Tensor:
+    y = F.linear(x, weight, bias)
+    return y if low is None else y.addmm_(x @ low.a.t(), low.b.t())

@@ -22,15 +22,15 @@ import enum
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from rlhf_fast.config import EngineConfig
+from rlhf_fast.engine.decode_graphs import CudaRecorder, GraphReport
 from rlhf_fast.engine.expected_lengths import ExpectedLengths
-from rlhf_fast.engine.fused_forward import FusedForward, why_not_fused
+from rlhf_fast.engine.fused_forward import FusedForward
+from rlhf_fast.engine.fused_support import why_not_fused
 from rlhf_fast.engine.generator import (
     HFGenerator,
     diverged,
@@ -40,10 +40,8 @@ from rlhf_fast.engine.generator import (
     training_mode,
     without_gradients,
 )
-from rlhf_fast.engine.host_memory import available_host_memory
 from rlhf_fast.engine.module_forward import (
     ModuleForward,
-    cache_shape_of,
     unwrapped,
     why_not_paged,
 )
@@ -60,17 +58,21 @@ from rlhf_fast.engine.requests import (
     rollout_of,
 )
 from rlhf_fast.engine.runner import Runner, RunnerSettings
+from rlhf_fast.engine.settings import (
+    EngineSettings,
+    cache_budget,
+    choose_attention_for,
+    padded_slots,
+)
 from rlhf_fast.engine.stopping import Decode, stops_of
 from rlhf_fast.engine.weights import AliasedWeights
 from rlhf_fast.errors import DivergedGeneration, GenerationError
 from rlhf_fast.protocols import FinishedScorer
 from rlhf_fast.types import PromptBatch, Rollout, SamplingParams
+from rlhf_fast_kernels.attention_backends import AttentionChoice
 
 if TYPE_CHECKING:
     from rlhf_fast.engine.transformers_runner import TransformersRunner
-
-# Of what is free before a rollout: the rest is for activations and for what else runs.
-GPU_SHARE, _CPU_SHARE = 0.8, 0.25
 
 
 class Mode(enum.Enum):
@@ -79,42 +81,6 @@ class Mode(enum.Enum):
     TRAIN = "train"
     GENERATE = "generate"
     SCORE = "score"
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """How generation runs.
-
-    Args:
-        path: one of PATHS; auto takes the first of fused, modules and padded that can run.
-        max_batch: samples decoded side by side at most.
-        kv_bytes: key-value memory at most; 0: four fifths of the free memory of a GPU, a quarter of
-            that of the host.
-        page_size: tokens of a page; 0: 64 on a CPU, 256 on a GPU.
-        prefill_tokens: tokens of one prefill forward.
-        burst: decoding steps between two looks of the host; 0: 1 on a CPU, 8 on a GPU.
-        poison: debug mode: freed pages become NaN.
-    """
-
-    path: str = "auto"
-    max_batch: int = 256
-    kv_bytes: int = 0
-    page_size: int = 0
-    prefill_tokens: int = 8192
-    burst: int = 0
-    poison: bool = False
-
-
-def engine_settings(config: EngineConfig, max_batch: int) -> EngineSettings:
-    """The engine section of a stage's config, and how many samples decode side by side."""
-    return EngineSettings(
-        path=config.path,
-        max_batch=max_batch,
-        kv_bytes=int(config.kv_gb * 1e9),
-        page_size=config.page_size,
-        prefill_tokens=config.prefill_tokens,
-        burst=config.burst,
-    )
 
 
 class HybridEngine:
@@ -126,7 +92,8 @@ class HybridEngine:
     Args:
         module: causal LM of transformers, or a peft wrapper around one.
         eos_ids: ids that end a response.
-        weight_version: read before and after each rollout; stamped on it.
+        weight_version: read before and after each rollout; stamped on it. None: 0, and weights that
+            are copied into another type are copied for every rollout.
         settings: how generation runs.
         decode: ids to texts, for stop strings.
         on_progress: called after every burst of decoding steps.
@@ -143,7 +110,7 @@ class HybridEngine:
         module: nn.Module,
         *,
         eos_ids: Iterable[int],
-        weight_version: Callable[[], int] = lambda: 0,
+        weight_version: Callable[[], int] | None = None,
         settings: EngineSettings | None = None,
         decode: Decode | None = None,
         on_progress: Callable[[Progress], None] | None = None,
@@ -156,22 +123,24 @@ class HybridEngine:
         self.on_progress = on_progress
         self.progress_seconds = progress_seconds
         self.on_finished: Callable[[list[int], Completions], None] | None = None
-        self._weight_version = weight_version
+        self._version = weight_version
+        self._weight_version = _unversioned if weight_version is None else weight_version
         self._decode = decode
         self._mode = Mode.TRAIN
         self._in_train_mode: list[nn.Module] = []
         self.expected = ExpectedLengths() if expected is None else expected
         self.path, self.reason = choose_path(module, self.settings.path)
         self.weights: AliasedWeights | None = None
+        self.attention: AttentionChoice | None = None  # of the fused path
         self._runner: Runner | TransformersRunner | None = None
         self._padded: HFGenerator | None = None
         if self.path == "padded":
             self._padded = HFGenerator(
                 module,
                 eos_ids=self.eos_ids,
-                weight_version=weight_version,
+                weight_version=self._weight_version,
                 max_batch=self.settings.max_batch,
-                max_batch_tokens=_padded_slots(module, self.settings.kv_bytes),
+                max_batch_tokens=padded_slots(module, self.settings.kv_bytes),
                 decode=decode,
             )
         else:
@@ -207,10 +176,19 @@ class HybridEngine:
         forward: PagedForward
         if self.path == "fused":
             self.weights = AliasedWeights.of(self.module)
-            forward = FusedForward(self.module, self.weights)
+            self.attention = choose_attention_for(self.module, settings, self._device)
+            forward = FusedForward(
+                self.module,
+                self.weights,
+                version=self._version,
+                keep=settings.keep_memory,
+                attention=self.attention,
+            )
         else:
             forward = ModuleForward(self.module)
-        return Runner(forward, self._device, **options)
+        graphs = settings.cuda_graphs and self._device.type == "cuda"
+        recorder = functools.partial(CudaRecorder, self._device) if graphs else None
+        return Runner(forward, self._device, recorder=recorder, **options)
 
     # ---- modes --------------------------------------------------------------------------------
 
@@ -383,7 +361,7 @@ class HybridEngine:
             finally:
                 if overlap is not None:
                     overlap.join()
-                if self._device.type != "cpu":
+                if self._device.type != "cpu" and not self.settings.keep_memory:
                     self._runner.release()
         require_same_version(version, self._weight_version())
         return out
@@ -417,6 +395,11 @@ class HybridEngine:
         return 0 if cache is None else cache.nbytes
 
     @property
+    def graphs(self) -> GraphReport:
+        """What the CUDA graphs of the last rollout were; none off a GPU."""
+        return self._runner.last_graphs if isinstance(self._runner, Runner) else GraphReport()
+
+    @property
     def preemptions(self) -> int:
         """Samples of the last rollout that gave their pages back and were recomputed."""
         return 0 if self.last is None else self.last.preemptions
@@ -427,17 +410,5 @@ class HybridEngine:
         return ProgressReports(self.on_progress, self.progress_seconds)
 
 
-def _padded_slots(module: nn.Module, kv_bytes: int) -> int | None:
-    """Tokens that a padded batch may hold in all; None: no limit was set."""
-    return kv_bytes // cache_shape_of(module).token_bytes if kv_bytes else None
-
-
-def cache_budget(device: torch.device, wish: int) -> int:
-    """Bytes of key-value memory at most."""
-    if wish > 0:
-        return wish
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(GPU_SHARE * (free + held))
-    return int(_CPU_SHARE * available_host_memory())
+def _unversioned() -> int:
+    return 0

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from rlhf_fast.adamw8bit import fresh_state
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.engine.path_choice import choose_path
 from rlhf_fast.engine.memory_activations import ForwardPlan
 from rlhf_fast.engine.memory_ledger import PHASES, KVPlan, Ledger, MemoryPlan, add, host_block
 from rlhf_fast.engine.memory_models import ModelConfigs, RolePlan, role_plans
 from rlhf_fast.engine.module_forward import cache_shape_of
 from rlhf_fast.engine.paged_cache import default_page_size
+from rlhf_fast.engine.path_choice import choose_path
 
 Passes = dict[str, dict[str, dict[str, int]]]
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_fast.engine.hybrid import GPU_SHARE
 from rlhf_fast.engine.memory_ledger import PHASES, RESERVED, MemoryPlan
+from rlhf_fast.engine.settings import GPU_SHARE
 
 VIEWS = ("alias", "tp", "gather")
 

@@ -147,6 +147,11 @@ class ModuleForward:
         self._takes_positions = "position_ids" in accepted
         self._outside: tuple[str, ...] = ()
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """See `PagedForward`."""
+        return tuple(p.data_ptr() for p in self.module.parameters())
+
     def running(self, max_context: int) -> AbstractContextManager[None]:
         """See `PagedForward`; the modules read the parameters themselves."""
         if cache_shape_of(self.module) != self.cache_shape:

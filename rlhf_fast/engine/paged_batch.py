@@ -25,6 +25,7 @@ class PagedBatch:
         rows: int64 positions among the N whose logits are wanted; None: all of them.
         max_query, max_context: bounds of the above that the host knows.
         cache: the pages.
+        fresh: no sequence has keys from an earlier forward.
     """
 
     ids: Tensor
@@ -37,6 +38,7 @@ class PagedBatch:
     max_query: int
     max_context: int
     cache: PagedCache
+    fresh: bool = False
 
 
 class PagedForward(Protocol):
@@ -45,6 +47,11 @@ class PagedForward(Protocol):
     @property
     def cache_shape(self) -> CacheShape:
         """What a token costs in pages."""
+        ...
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the weights lie that a decoding step reads, during a run."""
         ...
 
     def running(self, max_context: int) -> AbstractContextManager[None]:

@@ -93,6 +93,11 @@ class PagedCache:
         self.allocator = PageAllocator(pages + 1, page_size)
 
     @property
+    def storage(self) -> Tensor:
+        """Keys and values of all layers."""
+        return self._storage
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all pages."""
         return self._storage.numel() * self._storage.itemsize

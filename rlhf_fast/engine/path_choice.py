@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from rlhf_fast.engine.fused_forward import why_not_fused
+from rlhf_fast.engine.fused_support import why_not_fused
 from rlhf_fast.engine.module_forward import why_not_paged
 from rlhf_fast.engine.transformers_path import why_not_transformers
 from rlhf_fast.errors import GenerationError

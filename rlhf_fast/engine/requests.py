@@ -8,7 +8,7 @@ a sample does not depend on its company.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -71,8 +71,11 @@ class Completions:
     def select(self, samples: Sequence[int]) -> Completions:
         """A copy of the named samples."""
         index = torch.tensor(samples, dtype=torch.int64, device=self.lengths.device)
-        parts = (self.tokens, self.logprobs, self.raw_logprobs, self.lengths, self.ended)
-        return Completions(*(part[index] for part in parts))
+        return Completions(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def first(self, samples: int) -> Completions:
+        """A view of the first samples."""
+        return Completions(*(getattr(self, f.name)[:samples] for f in fields(self)))
 
 
 def requests_of(

@@ -15,10 +15,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.engine.decode_graphs import DecodeGraphs, GraphReport, Recorder, bucket_of
 from rlhf_fast.engine.decode_rows import DecodeRows, NewRow
 from rlhf_fast.engine.paged_batch import PagedBatch, PagedForward
 from rlhf_fast.engine.paged_cache import PagedCache, default_page_size, pages_wanted
@@ -58,6 +60,7 @@ class Runner:
         decode: ids to texts, for stop strings.
         settings: sizes.
         cache_bytes: how much key-value memory there may be, asked for before each run.
+        recorder: makes what records a run's decoding steps as graphs; None: they run as they are.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Runner:
         decode: Decode | None,
         settings: RunnerSettings,
         cache_bytes: Callable[[], int],
+        recorder: Callable[[], Recorder] | None = None,
     ) -> None:
         self.forward = forward
         self.device = device
@@ -82,6 +86,8 @@ class Runner:
         self.burst = settings.burst or (1 if on_cpu else 8)
         self.cache: PagedCache | None = None
         self.last: GenerationSummary | None = None
+        self.recorder = recorder
+        self.last_graphs = GraphReport()
 
     def release(self) -> None:
         """Give the key-value memory back."""
@@ -118,6 +124,7 @@ class Runner:
             with self.forward.running(longest):
                 run.all()
             self.last = run.summary()
+            self.last_graphs = GraphReport() if run.graphs is None else run.graphs.report
         except BaseException:
             self.cache = None  # its pages are held by samples that will not come back
             raise
@@ -170,7 +177,9 @@ class _Run:
         device = runner.device
         self.samples = sum(len(request.seeds) for request in requests)
         columns = max(request.sampling.max_new_tokens for request in requests)
-        self.out = Completions.empty(self.samples, columns, device)
+        # Rows that pad a batch write to one more.
+        room = Completions.empty(self.samples + 1, columns, device)
+        self.out = room.first(self.samples)
         jobs = jobs_of(requests)
         self.scheduler = Scheduler(jobs, cache.allocator, runner.settings.max_rows, self._drawn)
         self._stop_ids = {
@@ -179,13 +188,18 @@ class _Run:
             )
             for request in requests
         }
+        recorder = None if runner.recorder is None else runner.recorder()
+        most = min(self.samples, runner.settings.max_rows)
         self.rows = DecodeRows(
-            min(self.samples, runner.settings.max_rows),
+            most if recorder is None else bucket_of(most),
             -(-longest // cache.page_size),
             max(len(ids) for ids in self._stop_ids.values()),
-            self.out,
+            room,
             device,
         )
+        self.graphs: DecodeGraphs | None = None
+        if recorder is not None:
+            self.graphs = DecodeGraphs(self.rows, runner.forward, cache, recorder)
         self._strings = {
             strings: StopRule((), strings, runner.decode, device)
             for strings in {r.sampling.stop_strings for r in requests}
@@ -262,6 +276,7 @@ class _Run:
             max_query=max(counts),
             max_context=max(contexts),
             cache=self.cache,
+            fresh=not any(starts),
         )
         return batch, [pieces[k][0] for k in complete]
 
@@ -315,8 +330,13 @@ class _Run:
             self.cache.copy_pages(copies)
         if reservation.moved:
             self._copy_tables()
+        if self.graphs is not None:
+            self.graphs.prepare(max(row.context for row in scheduler.rows) + reservation.steps)
+            step = self.graphs.step
+        else:
+            step = partial(self.rows.step, self.runner.forward, self.cache)
         for _ in range(reservation.steps):
-            self.rows.step(self.runner.forward, self.cache)
+            step()
             self._end_by_strings(range(self.rows.count))
 
     def _copy_tables(self) -> None:

@@ -144,6 +144,15 @@ class AliasedWeights:
         """Bytes of the flat buffers."""
         return sum(b.numel() * b.itemsize for b in self._buffers.values())
 
+    def buffer(self, dtype: torch.dtype) -> Tensor:
+        """The flat buffer of this type; views of its parameters have offsets in it."""
+        return self._buffers[dtype]
+
+    @property
+    def changes(self) -> int:
+        """In-place writes to parameters so far, as PyTorch counts them."""
+        return sum(parameter._version for _, parameter, _ in self._places)
+
     @property
     def holds(self) -> bool:
         """Whether every parameter still lies where it was put."""

@@ -31,8 +31,9 @@ from rlhf_fast.data import (
 )
 from rlhf_fast.distributed.durable import storage_fault, write_atomically
 from rlhf_fast.engine.best_of_n import best_of_n_curve
-from rlhf_fast.engine.hybrid import HybridEngine, engine_settings
+from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.progress import Progress
+from rlhf_fast.engine.settings import engine_settings
 from rlhf_fast.models.checks import check_context, check_vocabulary
 from rlhf_fast.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 from rlhf_fast.models.reward_function import (

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.engine.hybrid import cache_budget
 from rlhf_fast.engine.memory_held import MemoryWatch, role_models
 from rlhf_fast.engine.memory_ledger import PHASES, Ledger, MemoryPlan, Slot
 from rlhf_fast.engine.memory_models import ModelConfigs
 from rlhf_fast.engine.memory_plan import plan_memory
+from rlhf_fast.engine.settings import cache_budget
 from rlhf_fast.models.adapter_roles import AdapterActor, AdapterReference
 from rlhf_fast.ppo.roles import Roles
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data import EpochSampler, pack_sft
 from rlhf_fast.data.examples import SFTExample
-from rlhf_fast.engine.hybrid import HybridEngine, engine_settings
+from rlhf_fast.engine.hybrid import HybridEngine
+from rlhf_fast.engine.settings import engine_settings
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.models.adapter_roles import AdapterGenerator
 from rlhf_fast.models.loading import (

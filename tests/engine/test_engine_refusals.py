@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from rlhf_fast.engine.host_memory import available_host_memory
-from rlhf_fast.engine.hybrid import EngineSettings, HybridEngine
+from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.requests import Request
+from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.types import SamplingParams
 from tests.engine.test_generator import batch_of, build, ragged, run, trainer_logprobs

@@ -39,8 +39,9 @@ from transformers import (
 )
 
 from rlhf_fast.engine.batching import pad_left, plan_batches
-from rlhf_fast.engine.hybrid import EngineSettings, HybridEngine
+from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.progress import Progress
+from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.models.forward import set_compute_dtype
 from rlhf_fast.protocols import Generator
@@ -123,7 +124,7 @@ RUNS = [
 ]
 PATHS = ("fused", "modules", "transformers", "padded")
 # These compute in bf16 over fp32 weights.
-OVER_MASTERS = ("modules", "padded")
+OVER_MASTERS = ("fused", "modules", "padded")
 
 
 @pytest.fixture(params=PATHS)

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from rlhf_fast.engine.expected_lengths import ExpectedLengths
-from rlhf_fast.engine.hybrid import EngineSettings, HybridEngine, Mode
+from rlhf_fast.engine.hybrid import HybridEngine, Mode
 from rlhf_fast.engine.requests import Request
+from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.engine.weights import AliasedWeights
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.types import SamplingParams

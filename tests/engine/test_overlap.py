@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_fast.engine.hybrid import EngineSettings, HybridEngine, Mode
+from rlhf_fast.engine.hybrid import HybridEngine, Mode
+from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.models.attention_mode import attention_configs, implementations
 from rlhf_fast.models.roles import Actor

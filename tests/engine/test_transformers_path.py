@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from rlhf_fast.engine.hybrid import EngineSettings, HybridEngine
+from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.requests import Completions, Request
+from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.engine.transformers_runner import PAGE_SIZE
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.models.forward import set_compute_dtype

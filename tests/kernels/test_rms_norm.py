@@ -195,3 +195,28 @@ def test_bad_inputs(change, error, message):
     arguments = {"x": torch.zeros(2, 8), "weight": torch.zeros(8), "eps": EPS, **change}
     with pytest.raises(error, match=f"rms_norm.*{message}"):
         rms_norm(**arguments)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_fp32_residual_and_weight_between_bf16_tensors(impl, offset):
+    x, residual, weight = draw(4, 96).bfloat16(), draw(4, 96, seed=2), draw(96, seed=1)
+    total = residual + x.float()
+    out = torch.empty_like(x)
+    got = rms_norm(x, weight, EPS, residual=residual, offset=offset, out=out, impl=impl)
+    assert got is out
+    torch.testing.assert_close(residual, total, atol=0, rtol=2**-23)
+    exact = truth(total, weight, offset)
+    unit = torch.finfo(torch.bfloat16).eps * (1 if impl == "triton" else 0.5)
+    assert ((out.double() - exact).abs() <= unit * exact.abs() + 1e-6).all()
+    first = rms_norm(total, weight, EPS, offset=offset, out=torch.empty_like(x), impl=impl)
+    torch.testing.assert_close(first, out, atol=0, rtol=2**-7)
+
+
+def test_types_that_do_not_fit_are_named():
+    x, weight = draw(2, 8).bfloat16(), draw(8)
+    for residual, out in ((None, x), (x.clone(), x), (draw(2, 8).double(), x)):
+        with pytest.raises(TypeError, match="rms_norm"):
+            rms_norm(x, weight, EPS, residual=residual, out=out)
+    with pytest.raises(TypeError, match="rms_norm"):
+        rms_norm(x, weight.bfloat16(), EPS, out=draw(2, 8))

@@ -20,7 +20,8 @@ from rlhf_fast.config import (
     RunConfig,
     SamplingConfig,
 )
-from rlhf_fast.engine.hybrid import EngineSettings, HybridEngine
+from rlhf_fast.engine.hybrid import HybridEngine
+from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.models.loading import critic_from
 from rlhf_fast.models.roles import Actor, Critic, Reference
 from rlhf_fast.optim import GuardedOptimizer

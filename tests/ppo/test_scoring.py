@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rlhf_fast.config import EngineConfig, KLConfig, RolloutConfig
-from rlhf_fast.engine.hybrid import EngineSettings, HybridEngine, Mode
+from rlhf_fast.engine.hybrid import HybridEngine, Mode
+from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.errors import GenerationError, RewardError
 from rlhf_fast.models.reward_function import FunctionReward
 from rlhf_fast.models.rewards import ModelReward, SumReward

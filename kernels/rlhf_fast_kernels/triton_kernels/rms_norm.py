@@ -38,7 +38,7 @@ def rms_norm_kernel(
     within = row - outer * inner
     column = tl.arange(0, BLOCK)
     inside = column < columns
-    dtype = out.dtype.element_ty
+    dtype = weight.dtype.element_ty  # of the residual too; x and out may be narrower
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(x + outer * x_outer + within * x_inner + column, mask=inside, other=0.0)
     y = y.to(tl.float32)
@@ -53,7 +53,8 @@ def rms_norm_kernel(
         y = y * scale * (offset + w)
     else:
         y = (y * scale).to(dtype).to(tl.float32) * w
-    tl.store(out + outer * out_outer + within * out_inner + column, y.to(dtype), mask=inside)
+    out += outer * out_outer + within * out_inner
+    tl.store(out + column, y.to(out.dtype.element_ty), mask=inside)
 
 
 _STRIDES = dict.fromkeys(
@@ -61,13 +62,15 @@ _STRIDES = dict.fromkeys(
 )
 
 
-def _case(dtype: str, columns: int, residual: bool, offset: bool) -> AotCase:
-    chosen = settings(columns)
-    signature = {"x": dtype, "weight": dtype, "out": dtype, "inner": "i32", "columns": "i32"}
+def _case(
+    dtype: str, columns: int, residual: bool, offset: bool, stream: str | None = None
+) -> AotCase:
+    chosen, stream = settings(columns), stream or dtype
+    signature = {"x": dtype, "weight": stream, "out": dtype, "inner": "i32", "columns": "i32"}
     signature |= {**_STRIDES, "eps": "fp32", "offset": "fp32"}
     constants = {"OFFSET": offset, "BLOCK": chosen["BLOCK"]}
     if residual:
-        signature["residual"] = dtype
+        signature["residual"] = stream
     else:
         constants["residual"] = None
     return AotCase(
@@ -84,5 +87,6 @@ AOT_CASES = (
     _case("*bf16", 4096, True, False),
     _case("*fp32", 4096, True, False),
     _case("*bf16", 8192, True, True),
+    _case("*bf16", 8192, True, False, "*fp32"),
     _case("*fp32", WIDEST, True, False),
 )
