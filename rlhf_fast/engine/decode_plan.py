@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from rlhf_fast.engine.paged_batch import PagedBatch
 
 Call = Callable[[], object]
-# Up to here our product of few rows beats the library's on a CPU (docs/kernels/linear_small.md).
-FEW_ROWS = 64
+# Where our product beats the library's on a CPU (docs/kernels/linear_small.md): as long as the rows
+# stay in a core's cache, and wide ones as long as reading the weights is the work.
+FEW_ROWS, MANY_ROWS = 8, 256
+WIDE = 1024
+CACHED_BYTES = 1 << 19
 
 
 class DecodePlan:
@@ -131,8 +134,11 @@ def _silu_mul(gate_up: Tensor, out: Tensor) -> Call:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Call:
-    few = x.shape[0] <= FEW_ROWS and dispatch.choose("linear_small", None, x, weight).impl == "cpu"
-    if few:
+    rows, width = x.shape
+    narrow = width < WIDE and rows <= MANY_ROWS and x.nbytes <= CACHED_BYTES
+    if (narrow or rows <= FEW_ROWS) and dispatch.choose(
+        "linear_small", None, x, weight
+    ).impl == "cpu":
         return prepare_linear(x, weight, bias, None, out)
     if bias is None:
         return partial(torch.mm, x, weight.t(), out=out)
