@@ -2,6 +2,7 @@
 #include "bindings/families.h"
 
 #include "bindings/arguments.h"
+#include "cpu/decode_state.h"
 #include "cpu/linear_small.h"
 #include "cpu/rms_norm.h"
 #include "cpu/sample.h"
@@ -109,10 +110,55 @@ void bind_decoder_ops(py::module_& m) {
   });
 }
 
+// ---- decode_state ------------------------------------------------------------------------------
+
+void bind_decode_state(py::module_& m) {
+  m.def("place_tokens", [](int64_t rows, uintptr_t state, int64_t field_stride,
+                           uintptr_t page_table, int64_t table_stride, int64_t page_size,
+                           uintptr_t ids, uintptr_t positions, uintptr_t slots,
+                           uintptr_t contexts) {
+    PlaceTokensArgs args;
+    args.rows = rows;
+    args.state = reinterpret_cast<int64_t*>(state);
+    args.field_stride = field_stride;
+    args.page_table = reinterpret_cast<const int32_t*>(page_table);
+    args.table_stride = table_stride;
+    args.page_size = page_size;
+    args.ids = reinterpret_cast<int64_t*>(ids);
+    args.positions = reinterpret_cast<int64_t*>(positions);
+    args.slots = reinterpret_cast<int64_t*>(slots);
+    args.contexts = reinterpret_cast<int32_t*>(contexts);
+    place_tokens(args);
+  });
+  m.def("record_tokens", [](int64_t rows, uintptr_t state, int64_t field_stride, uintptr_t stops,
+                            int64_t stop_width, uintptr_t tokens, uintptr_t logprobs,
+                            uintptr_t raw_logprobs, int64_t columns, uintptr_t out_tokens,
+                            uintptr_t out_logprobs, uintptr_t out_raw_logprobs,
+                            uintptr_t out_lengths, uintptr_t out_ended) {
+    RecordTokensArgs args;
+    args.rows = rows;
+    args.state = reinterpret_cast<int64_t*>(state);
+    args.field_stride = field_stride;
+    args.stops = reinterpret_cast<const int64_t*>(stops);
+    args.stop_width = stop_width;
+    args.tokens = reinterpret_cast<const int64_t*>(tokens);
+    args.logprobs = reinterpret_cast<const float*>(logprobs);
+    args.raw_logprobs = reinterpret_cast<const float*>(raw_logprobs);
+    args.columns = columns;
+    args.out_tokens = reinterpret_cast<int64_t*>(out_tokens);
+    args.out_logprobs = reinterpret_cast<float*>(out_logprobs);
+    args.out_raw_logprobs = reinterpret_cast<float*>(out_raw_logprobs);
+    args.out_lengths = reinterpret_cast<int64_t*>(out_lengths);
+    args.out_ended = reinterpret_cast<bool*>(out_ended);
+    record_tokens(args);
+  });
+}
+
 }  // namespace
 
 void bind_decoding(py::module_& m) {
   bind_sample(m);
+  bind_decode_state(m);
   bind_decoder_ops(m);
 }
 

@@ -141,9 +141,12 @@ Sums sweep(const Row<Type>& row, int64_t begin, int64_t end, bool racing) {
   for (int64_t group = begin; group < end; group += kGroup) {
     vfloat sum[4] = {}, weighted[4] = {};
     const int64_t rows = smaller(kWordStride, end - group);
+    // The last group may be short: what would be padding alone is not read.
+    const int words = static_cast<int>(smaller(4, (end - group + kWordStride - 1) / kWordStride));
+    vfloat mass[Type::kVectors][4] = {};
     for (int64_t b = 0; b < rows; b += Type::kPerVector) {
-      vfloat value[4][Type::kVectors], mass[Type::kVectors][4];
-      for (int w = 0; w < 4; ++w) {
+      vfloat value[4][Type::kVectors];
+      for (int w = 0; w < words; ++w) {
         const int64_t id = group + w * kWordStride + b;
         read_padded<Type>(row.x + id, end - id, value[w]);
         for (int k = 0; k < Type::kVectors; ++k) {

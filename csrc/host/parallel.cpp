@@ -8,6 +8,7 @@
 #include <thread>
 
 #ifndef _WIN32
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -120,23 +121,55 @@ class Pool {
 // pool (whose threads do not exist in the child, and whose locks may be held) is left where it is.
 std::atomic<Pool*> current_pool{nullptr};
 
+// OpenMP's threads do not survive a fork either, and its runtime does not notice.
+std::atomic<bool> forked{false};
+
+void watch_forks() {
+#ifndef _WIN32
+  static std::once_flag once;
+  std::call_once(once, [] {
+    pthread_atfork(nullptr, nullptr, [] {
+      current_pool.store(nullptr);
+      forked.store(true);
+    });
+  });
+#endif
+}
+
 Pool& pool() {
   Pool* existing = current_pool.load(std::memory_order_acquire);
   if (existing != nullptr) return *existing;
   static std::mutex creation;
-  static bool fork_handler_set = false;
   std::lock_guard<std::mutex> lock(creation);
   existing = current_pool.load(std::memory_order_acquire);
   if (existing != nullptr) return *existing;
-#ifndef _WIN32
-  if (!fork_handler_set) {
-    pthread_atfork(nullptr, nullptr, [] { current_pool.store(nullptr); });
-    fork_handler_set = true;
-  }
-#endif
+  watch_forks();
   existing = new Pool();
   current_pool.store(existing, std::memory_order_release);
   return *existing;
+}
+
+// PyTorch's products run on the threads of libgomp, which go on looking for work for a while when they
+// have none. Helpers of our own would have to share the cores with them: between two products an op ran
+// up to five times slower on two cores. So the op joins that team, if this process has it.
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+GompParallel openmp_team() {
+#ifdef _WIN32
+  return nullptr;
+#else
+  static const GompParallel found = [] {
+    watch_forks();
+    return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  }();
+  return forked.load(std::memory_order_relaxed) ? nullptr : found;
+#endif
+}
+
+void work_in_team(void* job) {
+  inside_parallel_region = true;
+  static_cast<Job*>(job)->work();
+  inside_parallel_region = false;
 }
 
 }  // namespace
@@ -149,6 +182,10 @@ void parallel_for_raw(int64_t items, int64_t grain, int threads, RangeFunction f
   const int helpers = static_cast<int>(std::min<int64_t>(threads, chunks)) - 1;
   if (helpers <= 0 || inside_parallel_region) {
     job.work();
+    return;
+  }
+  if (const GompParallel team = openmp_team(); team != nullptr) {
+    team(work_in_team, &job, static_cast<unsigned>(helpers + 1), 0);
     return;
   }
   inside_parallel_region = true;

@@ -1,13 +1,15 @@
-// parallel_for over a small persistent thread pool.
+// parallel_for on the threads that PyTorch computes with, or on a small pool of our own.
 //
-// Why not OpenMP: it may be missing (macOS), and torch's wheels carry their own runtime, so a second
-// one would double the threads. Here the caller's thread takes part, helpers sleep between calls, and
-// the number of threads is an argument (Python passes torch.get_num_threads()), so a call uses as many
-// cores as torch would have used for the same operation and none between calls.
+// Nothing here links OpenMP: it may be missing (macOS, Windows), and a second runtime beside the one in
+// torch's wheels would double the threads. If the process has loaded libgomp, as torch does on Linux,
+// its team is joined through the one symbol that GCC's own code calls; otherwise helpers of a pool sleep
+// between calls. The number of threads is an argument (Python passes torch.get_num_threads()), so a call
+// uses as many cores as torch would have used for the same operation.
 //
 // Work is cut into chunks of exactly `grain` items whatever the number of threads: a reduction that
 // keeps one partial result per chunk and combines them in chunk order is the same on 1 and 64 threads.
-// Nested and concurrent calls run on the calling thread alone. A forked child gets a fresh pool.
+// Nested calls, and concurrent ones of the pool, run on the calling thread alone. A forked child gets a
+// fresh pool: OpenMP's threads do not survive a fork.
 #pragma once
 
 #include <cstdint>

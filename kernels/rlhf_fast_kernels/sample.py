@@ -49,6 +49,8 @@ above trial values add up.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,6 +98,9 @@ def _rows_of(logits: Tensor) -> Tensor:
 
 def _run_cpu(call: Draw, out: SampleOutput) -> None:
     logits, rows = _rows_of(call.logits), call.logits.shape[0]
+    if call.vocab < logits.shape[1]:
+        logits = logits[:, : call.vocab]
+    # Held until the call is over: it has their addresses alone.
     settings = (
         call.seeds,
         call.step.per_row(rows, torch.int64),
@@ -104,10 +109,31 @@ def _run_cpu(call: Draw, out: SampleOutput) -> None:
         call.top_p.per_row(rows, torch.float32),
         call.min_p.per_row(rows, torch.float32),
     )
-    native.core().sample(
+    prepare(logits, *settings, out)()
+
+
+def prepare(
+    logits: Tensor,
+    seeds: Tensor,
+    step: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    out: SampleOutput,
+) -> Callable[[], None]:
+    """`sample` in C++ as a call without arguments, for buffers that stay where they are.
+
+    Logits [B, V] fp32 or bf16 with adjacent columns; the settings [B] contiguous and legal, int64
+    or float32 as `sample` takes them. Addresses, shapes and the number of threads are read now; the
+    caller keeps the tensors alive. Needs `native.missing("sample") is None`.
+    """
+    settings = (seeds, step, temperature, top_k, top_p, min_p)
+    return partial(
+        native.core().sample,
         logits.data_ptr(),
         native.DTYPE_CODES[logits.dtype],
-        (rows, logits.stride(0), call.vocab),
+        (logits.shape[0], logits.stride(0), logits.shape[1]),
         tuple(setting.data_ptr() for setting in settings),
         tuple(0 if buffer is None else buffer.data_ptr() for buffer in out),
         native.thread_count(),

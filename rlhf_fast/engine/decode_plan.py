@@ -28,8 +28,11 @@ if TYPE_CHECKING:
     from rlhf_fast.engine.paged_batch import PagedBatch
 
 Call = Callable[[], object]
-# Up to here our product of few rows beats the library's on a CPU (docs/kernels/linear_small.md).
-FEW_ROWS = 64
+# Where our product beats the library's on a CPU (docs/kernels/linear_small.md): as long as the rows
+# stay in a core's cache, and wide ones as long as reading the weights is the work.
+FEW_ROWS, MANY_ROWS = 8, 256
+WIDE = 1024
+CACHED_BYTES = 1 << 19
 
 
 class DecodePlan:
@@ -145,7 +148,11 @@ def _silu_mul(gate_up: Tensor, out: Tensor) -> Call:
 
 
 def _few(x: Tensor, weight: Tensor) -> bool:
-    return x.shape[0] <= FEW_ROWS and dispatch.choose("linear_small", None, x, weight).impl == "cpu"
+    rows, width = x.shape
+    narrow = width < WIDE and rows <= MANY_ROWS and x.nbytes <= CACHED_BYTES
+    if not narrow and rows > FEW_ROWS:
+        return False
+    return dispatch.choose("linear_small", None, x, weight).impl == "cpu"
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Call:

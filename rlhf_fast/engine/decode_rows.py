@@ -9,7 +9,7 @@ and write to the last row of the completions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,14 +20,34 @@ from rlhf_fast.engine.paged_batch import PagedBatch, PagedForward
 from rlhf_fast.engine.paged_cache import PagedCache
 from rlhf_fast.engine.requests import Completions
 from rlhf_fast.types import SamplingParams
-from rlhf_fast_kernels import SampleOutput, sample
+from rlhf_fast_kernels import SampleOutput, dispatch, sample
+from rlhf_fast_kernels.decode_fields import (
+    BROKEN,
+    CONTEXT,
+    FIELDS,
+    LIMIT,
+    LIVE,
+    NO_STOP,
+    SAMPLE,
+    SEED,
+    STEP,
+    TOP_K,
+    Drawn,
+    Places,
+    Record,
+)
+from rlhf_fast_kernels.decode_state import (
+    place_tokens,
+    prepare_place,
+    prepare_record,
+    record_tokens,
+)
+from rlhf_fast_kernels.sample import prepare as prepare_sample
 
-# Columns of the integer state, [rows, _FIELDS] int64: one gather moves a row with all it has.
-_SAMPLE, _TOKEN, _CONTEXT, _STEP, _LIMIT, _SEED, _TOP_K, _LIVE, _BROKEN = range(9)
-_FIELDS = 9
-# Columns of the sampling settings, [rows, 3] float32.
+# Rows of the sampling settings, [3, capacity] float32.
 _TEMPERATURE, _TOP_P, _MIN_P = range(3)
-NO_STOP = -1
+
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -72,46 +92,52 @@ class DecodeRows:
     ) -> None:
         self.count = 0
         self.out = out
-        self.page_table = torch.zeros(capacity, table_width, dtype=torch.int32, device=device)
-        self._state = torch.zeros(capacity, _FIELDS, dtype=torch.int64, device=device)
-        self._settings = torch.zeros(capacity, 3, dtype=torch.float32, device=device)
+        new = partial(torch.zeros, device=device)
+        self.page_table = new(capacity, table_width, dtype=torch.int32)
+        # A setting of all rows lies in one piece, as the sampler reads it.
+        self._state = new(FIELDS, capacity, dtype=torch.int64)
+        self._settings = new(3, capacity, dtype=torch.float32)
         self._stops = torch.full(
             (capacity, max(1, stop_width)), NO_STOP, dtype=torch.int64, device=device
         )
         self.warps = False
-        wide = partial(torch.zeros, capacity, dtype=torch.int64, device=device)
-        self._ids, self._positions, self._slots = wide(), wide(), wide()
-        self._contexts = torch.zeros(capacity, dtype=torch.int32, device=device)
+        wide, real = partial(new, capacity, dtype=torch.int64), partial(new, capacity)
+        self._places = Places(wide(), wide(), wide(), new(capacity, dtype=torch.int32))
+        self._drawn = Drawn(wide(), real(), real())
+        self._record = Record(out.tokens, out.logprobs, out.raw_logprobs, out.lengths, out.ended)
+        self._native = dispatch.choose("place_tokens", None, self._state).impl == "cpu"
         self._batch: PagedBatch | None = None
+        # Calls without arguments, made when the rows or their logits come to lie elsewhere.
+        self._place: Call | None = None
+        self._draws: dict[tuple[int, int], Call] = {}
         # A dead row with one token, which it reads from page 0.
-        padding = [len(out.lengths) - 1, 0, 1, 1, 1, 0, 0, 0, 0]
-        self._padding = torch.tensor(padding, dtype=torch.int64).to(device)
+        padding = torch.zeros(FIELDS, 1, dtype=torch.int64)
+        padding[[CONTEXT, STEP, LIMIT]] = 1
+        padding[SAMPLE] = len(out.lengths) - 1
+        self._padding = padding.to(device)
         self._padded = 0
 
     @property
     def tensors(self) -> list[Tensor]:
         """All that a step reads and writes beside the model and its pages."""
-        return [
-            *(self.page_table, self._state, self._settings, self._stops),
-            *(self._ids, self._positions, self._slots, self._contexts),
-            *(self.out.tokens, self.out.logprobs, self.out.raw_logprobs),
-            *(self.out.lengths, self.out.ended),
-        ]
+        settings = (self.page_table, self._state, self._settings, self._stops)
+        return [*settings, *self._places, *self._drawn, *self._record]
 
     def pad(self, width: int) -> None:
         """Make rows `count` to `width` padding."""
         if self._padded == width:
             return
         part = slice(self.count, width)
-        self._state[part] = self._padding
-        self._settings[part] = 0.0
+        self._state[:, part] = self._padding
+        self._settings[:, part] = 0.0
         self._stops[part] = NO_STOP
         self.page_table[part] = 0
         self._padded = width
 
     def forget(self) -> None:
         """Give the forward a new batch at the next step."""
-        self._batch = None
+        self._batch = self._place = None
+        self._draws = {}
 
     def add(self, rows: Sequence[NewRow], logits: Tensor) -> None:
         """Draw the first token of new rows from the logits [rows, V] after their last token."""
@@ -125,17 +151,14 @@ class DecodeRows:
             ]
             for r in rows
         ]
-        settings = [[r.sampling.temperature, r.sampling.top_p, r.sampling.min_p] for r in rows]
+        settings = [(r.sampling.temperature, r.sampling.top_p, r.sampling.min_p) for r in rows]
         width = self._stops.shape[1]
         stops = [[*r.stop_ids, *[NO_STOP] * (width - len(r.stop_ids))] for r in rows]
-        for buffer, values in (
-            (self._state, state),
-            (self._settings, settings),
-            (self._stops, stops),
-        ):
-            buffer[part] = torch.tensor(values, dtype=buffer.dtype).to(buffer.device)
+        self._state[:, part] = torch.tensor(state).T.to(self._state.device)
+        self._settings[:, part] = torch.tensor(settings).T.to(self._settings.device)
+        self._stops[part] = torch.tensor(stops).to(self._stops.device)
         self.warps = self.warps or any(r.sampling.warps for r in rows)
-        self._draw(part, logits)
+        self._drawing(part, logits)()
 
     def step(
         self,
@@ -153,20 +176,17 @@ class DecodeRows:
             max_context: tokens that no row goes beyond; None: those of all pages of the table.
         """
         rows = slice(self.count if width is None else width)
-        state = self._state[rows]
         batch = self._batch_of(rows, cache, max_context)
-        # A row that ended earlier in the burst has no place for another token: it reads its last
-        # one again, stores nothing and keeps its context.
-        live = state[:, _LIVE]
-        context = state[:, _CONTEXT]
-        context += live
-        positions = torch.sub(context, 1, out=batch.positions)
-        held = batch.page_table.gather(1, (positions // cache.page_size)[:, None])[:, 0]
-        slots = held * cache.page_size + positions % cache.page_size
-        torch.sub((slots + 1) * live, 1, out=batch.slots)  # -1 where the row has ended
-        batch.context_lengths.copy_(context)
-        torch.clamp(state[:, _TOKEN], min=0, out=batch.ids)
-        self._draw(rows, forward.logits(batch))
+        if self._place is None:
+            places = Places(batch.ids, batch.positions, batch.slots, batch.context_lengths)
+            place = prepare_place if self._native else partial(partial, place_tokens)
+            self._place = place(self._state[:, rows], batch.page_table, cache.page_size, places)
+        self._place()
+        logits = forward.logits(batch)
+        address = logits.data_ptr(), logits.stride(0)
+        if address not in self._draws:
+            self._draws = {address: self._drawing(rows, logits)}
+        self._draws[address]()
 
     def _batch_of(self, rows: slice, cache: PagedCache, max_context: int | None) -> PagedBatch:
         """The forward's view of the rows: the same object while their number stays."""
@@ -177,12 +197,14 @@ class DecodeRows:
             or batch.cache is not cache
             or (batch.ids.numel(), batch.max_context) != (rows.stop, context)
         ):
+            self.forget()
+            places = Places(*(buffer[rows] for buffer in self._places))
             self._batch = batch = PagedBatch(
-                ids=self._ids[rows],
-                positions=self._positions[rows],
-                slots=self._slots[rows],
+                ids=places.ids,
+                positions=places.positions,
+                slots=places.slots,
                 page_table=self.page_table[rows],
-                context_lengths=self._contexts[rows],
+                context_lengths=places.contexts,
                 cu_queries=None,
                 rows=None,
                 max_query=1,
@@ -191,57 +213,53 @@ class DecodeRows:
             )
         return batch
 
-    def _draw(self, rows: slice, logits: Tensor) -> None:
-        """Sample the rows' next tokens and record those of live ones."""
-        state = self._state[rows]
-        drawn = self._sample(rows, logits)
-        live = state[:, _LIVE] > 0
-        index, column = state[:, _SAMPLE], state[:, _STEP]
-        out = self.out
-        # A dead row writes its sample's last column again, with what is there: no branch, and no
-        # two rows have the same sample.
-        column = column - (~live).to(column.dtype)
-        for buffer, values in (
-            (out.tokens, drawn.tokens),
-            (out.logprobs, drawn.logprobs),
-            (out.raw_logprobs, drawn.raw_logprobs),
-        ):
-            buffer[index, column] = torch.where(live, values, buffer[index, column])
-        state[:, _TOKEN] = drawn.tokens
-        broken = live & (drawn.tokens < 0)
-        state[:, _BROKEN] |= broken
-        state[:, _STEP] += live
-        ended = live & (drawn.tokens[:, None] == self._stops[rows]).any(1) & ~broken
-        full = state[:, _STEP] >= state[:, _LIMIT]
-        out.lengths[index] = state[:, _STEP]
-        out.ended[index] |= ended
-        state[:, _LIVE] = (live & ~ended & ~full & ~broken).to(torch.int64)
+    def _drawing(self, rows: slice, logits: Tensor) -> Call:
+        """A call that samples the rows' next tokens and records those of live ones."""
+        state, stops = self._state[:, rows], self._stops[rows]
+        temperature, top_p, min_p = self._settings[:, rows]
+        drawn = Drawn(*(buffer[rows] for buffer in self._drawn))
+        out = SampleOutput(*drawn, None)
+        draw: Call
+        record: Call
+        on_cpu = self._native and dispatch.choose("sample", None, logits).impl == "cpu"
+        if on_cpu and logits.stride(1) == 1:
+            draw = prepare_sample(
+                *(logits, state[SEED], state[STEP], temperature, state[TOP_K], top_p, min_p, out)
+            )
+            record = prepare_record(state, stops, drawn, self._record)
+        else:
+            # Plain sampling has a kernel without filters, which numbers ask for.
+            off = not self.warps
+            draw = partial(
+                sample,
+                logits,
+                seeds=state[SEED],
+                step=state[STEP],
+                temperature=temperature,
+                top_k=0 if off else state[TOP_K],
+                top_p=1.0 if off else top_p,
+                min_p=0.0 if off else min_p,
+                with_entropy=False,
+                out=out,
+            )
+            record = partial(record_tokens, state, stops, drawn, self._record)
 
-    def _sample(self, rows: slice, logits: Tensor) -> SampleOutput:
-        state, settings = self._state[rows], self._settings[rows]
-        # Plain sampling has a kernel without filters, which numbers ask for.
-        off = not self.warps
-        return sample(
-            logits,
-            seeds=state[:, _SEED].contiguous(),
-            step=state[:, _STEP].contiguous(),
-            temperature=settings[:, _TEMPERATURE].contiguous(),
-            top_k=0 if off else state[:, _TOP_K].contiguous(),
-            top_p=1.0 if off else settings[:, _TOP_P].contiguous(),
-            min_p=0.0 if off else settings[:, _MIN_P].contiguous(),
-            with_entropy=False,
-        )
+        def call() -> None:
+            draw()
+            record()
+
+        return call
 
     def observe(self) -> tuple[list[bool], list[int], list[bool]]:
         """(live, response tokens, broken) of every row: the one wait for the device of a burst."""
-        seen = self._state[: self.count, [_LIVE, _STEP, _BROKEN]].T.tolist()
+        seen = self._state[[LIVE, STEP, BROKEN], : self.count].tolist()
         return [x > 0 for x in seen[0]], seen[1], [x > 0 for x in seen[2]]
 
     def end(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Stop strings: these rows ended after so many tokens, which may be fewer than drawn."""
         index = torch.tensor(rows, device=self._state.device)
-        samples = self._state[index, _SAMPLE]
-        self._state[index, _LIVE] = 0
+        samples = self._state[SAMPLE, index]
+        self._state[LIVE, index] = 0
         self.out.lengths[samples] = torch.tensor(lengths, device=self._state.device)
         self.out.ended[samples] = True
 
@@ -249,8 +267,11 @@ class DecodeRows:
         """Continue with rows `index` only, in that order."""
         chosen = torch.tensor(list(index), dtype=torch.int64, device=self._state.device)
         self.count = len(index)
-        self._batch, self._padded = None, 0
-        for buffer in (self._state, self._settings, self._stops, self.page_table):
+        self.forget()
+        self._padded = 0
+        for buffer in (self._state, self._settings):
+            buffer[:, : self.count] = buffer[:, chosen]
+        for buffer in (self._stops, self.page_table):
             buffer[: self.count] = buffer[chosen]
         if self.count == 0:
             self.warps = False

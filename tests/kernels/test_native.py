@@ -148,8 +148,9 @@ x = torch.randn(500, 1000)
 before = whiten(x, None, impl="cpu")
 child = os.fork()
 if child == 0:
-    ok = torch.equal(before, whiten(x, None, impl="cpu"))
-    os._exit(0 if ok else 1)
+    after = whiten(x, None, impl="cpu")
+    torch.set_num_threads(1)  # PyTorch's own team does not survive
+    os._exit(0 if torch.equal(before, after) else 1)
 _, status = os.waitpid(child, 0)
 print(os.waitstatus_to_exitcode(status), torch.equal(before, whiten(x, None, impl="cpu")))
 """
@@ -179,5 +180,5 @@ print(len(wrong))
 
 
 @needs_core
-def test_concurrent_callers_share_the_pool():
+def test_concurrent_callers_agree():
     assert run(CONCURRENT, PACKAGE.parent).strip() == "0"
