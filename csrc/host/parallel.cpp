@@ -124,17 +124,17 @@ std::atomic<Pool*> current_pool{nullptr};
 // OpenMP's threads do not survive a fork either, and its runtime does not notice.
 std::atomic<bool> forked{false};
 
-void watch_forks() {
+// From the moment this module is loaded: PyTorch may have started the team before our first op.
+[[maybe_unused]] const bool watching_forks = [] {
 #ifndef _WIN32
-  static std::once_flag once;
-  std::call_once(once, [] {
-    pthread_atfork(nullptr, nullptr, [] {
-      current_pool.store(nullptr);
-      forked.store(true);
-    });
-  });
+  return pthread_atfork(nullptr, nullptr, [] {
+           current_pool.store(nullptr);
+           forked.store(true);
+         }) == 0;
+#else
+  return false;
 #endif
-}
+}();
 
 Pool& pool() {
   Pool* existing = current_pool.load(std::memory_order_acquire);
@@ -143,7 +143,6 @@ Pool& pool() {
   std::lock_guard<std::mutex> lock(creation);
   existing = current_pool.load(std::memory_order_acquire);
   if (existing != nullptr) return *existing;
-  watch_forks();
   existing = new Pool();
   current_pool.store(existing, std::memory_order_release);
   return *existing;
@@ -158,10 +157,8 @@ GompParallel openmp_team() {
 #ifdef _WIN32
   return nullptr;
 #else
-  static const GompParallel found = [] {
-    watch_forks();
-    return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  }();
+  static const auto found =
+      reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return forked.load(std::memory_order_relaxed) ? nullptr : found;
 #endif
 }

@@ -161,6 +161,27 @@ def test_threads_survive_a_fork():
     assert run(FORK, PACKAGE.parent).strip() == "0 True"
 
 
+FORK_BEFORE_THE_FIRST_OP = """
+import os, signal, torch
+from rlhf_fast_kernels import whiten
+torch.set_num_threads(3)
+x = torch.randn(500, 1000)
+(x @ x.t()).exp().sum()  # PyTorch's team has started; nothing of ours has run
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    whiten(x, None, impl="cpu")
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+print(os.waitstatus_to_exitcode(status))
+"""
+
+
+@needs_core
+def test_a_child_forked_before_the_first_op_does_not_wait_for_threads_it_has_not():
+    assert run(FORK_BEFORE_THE_FIRST_OP, PACKAGE.parent).strip() == "0"
+
+
 CONCURRENT = """
 import threading, torch
 from rlhf_fast_kernels import whiten
