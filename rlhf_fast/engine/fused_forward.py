@@ -26,7 +26,7 @@ from rlhf_fast.engine.compute_weights import ComputeWeights
 from rlhf_fast.engine.decode_plan import DecodePlan, vocabulary_product
 from rlhf_fast.engine.fused_adapters import LayerAdapters, LowRank, layer_adapters
 from rlhf_fast.engine.fused_support import COMPUTE
-from rlhf_fast.engine.module_forward import cache_shape_of, unwrapped
+from rlhf_fast.engine.module_forward import cache_shape_of, require_same_type, unwrapped
 from rlhf_fast.engine.paged_batch import PagedBatch
 from rlhf_fast.engine.weights import AliasedWeights, base_linear
 from rlhf_fast.models.forward import compute_dtype
@@ -140,6 +140,7 @@ class FusedForward:
     def running(self, max_context: int) -> AbstractContextManager[None]:
         """See `PagedForward`: the views must be those that training updates."""
         self.weights.check()
+        require_same_type(self.module, self.cache_shape)
         if len(self.cos) < max_context:
             positions = torch.arange(max_context, device=self.embedding.device)
             cos, sin = self._trunk.rotary_emb(self.embedding[:1], positions[None])

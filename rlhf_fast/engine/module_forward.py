@@ -74,6 +74,20 @@ def cache_shape_of(module: nn.Module) -> CacheShape:
     return CacheShape(config.num_hidden_layers, kv_heads, head_dim, dtype)
 
 
+def require_same_type(module: nn.Module, shape: CacheShape) -> None:
+    """Refuse a model that computes in another type than its pages were laid out for.
+
+    Raises:
+        GenerationError: RF4031.
+    """
+    if cache_shape_of(module) != shape:
+        raise GenerationError(
+            "RF4031",
+            "the model computes in another type than when the engine was made",
+            remedy="cast the model first, then make the engine",
+        )
+
+
 def paged_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -154,12 +168,7 @@ class ModuleForward:
 
     def running(self, max_context: int) -> AbstractContextManager[None]:
         """See `PagedForward`; the modules read the parameters themselves."""
-        if cache_shape_of(self.module) != self.cache_shape:
-            raise GenerationError(
-                "RF4031",
-                "the model computes in another type than when the engine was made",
-                remedy="cast the model first, then make the engine",
-            )
+        require_same_type(self.module, self.cache_shape)
         configs = attention_configs(self.module)
         self._outside = implementations(configs)
         return attention_mode(configs, PAGED_ATTENTION)

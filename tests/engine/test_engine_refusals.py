@@ -15,6 +15,7 @@ from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.requests import Request
 from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.errors import GenerationError
+from rlhf_fast.models.forward import set_compute_dtype
 from rlhf_fast.types import SamplingParams
 from tests.engine.test_generator import batch_of, build, ragged, run, trainer_logprobs
 from tests.engine.test_hybrid import bytes_of_pages, engine_for
@@ -83,6 +84,8 @@ def test_a_model_that_is_not_stock_runs_through_its_modules(
         ("qwen2-tied", lambda m: setattr(m.lm_head, "weight", nn.Parameter(
             m.lm_head.weight.detach().clone())), "RF4031"),
         ("gpt2", lambda m: m.double(), "RF4031"),
+        ("gpt2", lambda m: set_compute_dtype(m, "bfloat16"), "RF4031"),
+        ("qwen3", lambda m: set_compute_dtype(m, "bfloat16"), "RF4031"),
     ],
 )  # fmt: skip
 def test_a_change_after_the_engine_was_made_is_refused(
