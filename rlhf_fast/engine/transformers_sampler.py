@@ -10,6 +10,7 @@ leaves one token to choose.
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,6 +79,7 @@ class SeededSampler(ContinuousBatchingLogitsProcessor):
             if s.stop_strings
         }
         self._rows = 0
+        self._started = time.perf_counter()
         self._finished = 0
         self._tokens = 0
         self._failed = False
@@ -142,7 +144,13 @@ class SeededSampler(ContinuousBatchingLogitsProcessor):
         self._tokens += len(rows)
         running = len(rows) - len(finished)
         waiting = self.samples - self._finished - running
-        self.events.put(Progress(self._finished, self.samples, self._tokens, len(rows), waiting))
+        speed = self._tokens / max(time.perf_counter() - self._started, 1e-9)
+        self.events.put(
+            Progress(
+                *(self._finished, self.samples, self._tokens, running, waiting),
+                tokens_per_second=speed,
+            )
+        )
         return drawn.tokens
 
     def _ended_by_strings(self, rows: list[list[int]]) -> list[int]:

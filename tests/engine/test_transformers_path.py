@@ -9,6 +9,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from rlhf_fast.engine.hybrid import HybridEngine
+from rlhf_fast.engine.progress import Progress
 from rlhf_fast.engine.requests import Completions, Request
 from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.engine.transformers_runner import PAGE_SIZE
@@ -134,6 +135,16 @@ def test_all_samples_are_handed_over_when_the_model_is_free() -> None:
     engine.on_finished = lambda samples, out: seen.append(samples)
     engine.generate(batch_of(ragged()), GREEDY, samples_per_prompt=1, seeds=range(6))
     assert seen == [list(range(6))]
+
+
+def test_progress_is_what_our_runner_reports() -> None:
+    reports: list[Progress] = []
+    engine = engine_for(build(), "transformers")
+    engine.on_progress = reports.append
+    engine.generate(batch_of(ragged()), SamplingParams(9), samples_per_prompt=2, seeds=range(12))
+    assert all(p.finished + p.running + p.waiting == p.samples == 12 for p in reports)
+    assert all(p.tokens_per_second > 0 for p in reports)
+    assert reports[-1].finished == 12
 
 
 def test_a_manager_kept_on_the_model_is_not_taken_over() -> None:
