@@ -56,6 +56,8 @@ class Overlap:
         self._prompt_lengths = prompts.sequences.lengths.tolist()
         self._fresh: list[int] = []
         self._queue: deque[tuple[int, int]] = deque()
+        # Their memory is the generating stream's, which would write to it again once it is free.
+        self._lent: list[Rollout] = []
 
     def finished(self, samples: Sequence[int]) -> None:
         """Samples that ended in a burst, in the order of their rows."""
@@ -74,6 +76,7 @@ class Overlap:
         if pack:
             # Read by the stream that has just been waited for; the other one may be at work.
             rollout = self._rollout(pack, out)
+            self._lent.append(rollout)
             with self._surroundings(), self._aside():
                 self._scorer.score(pack, rollout)
 
@@ -81,6 +84,7 @@ class Overlap:
         """What was scored may be read by the stream that generates."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._lent.clear()
 
     @contextmanager
     def _aside(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -200,3 +201,21 @@ def test_the_padded_path_hands_nothing_over() -> None:
     rollout = generate(engine, recorder)
     assert recorder.packs == []
     assert rollout.response_ids() == generate(engine, None).response_ids()
+
+
+def test_what_a_scorer_reads_lives_until_its_stream_is_joined() -> None:
+    """Freed earlier, a GPU's generating stream would write over what the other has yet to read."""
+    engine = engine_for("llama", "fused")
+    recorder, lent = Recorder(engine), list[ref[Rollout]]()
+    stock = recorder.score
+
+    def score(samples: Sequence[int], rollout: Rollout) -> None:
+        stock(samples, rollout)
+        recorder.parts.clear()
+        lent.append(ref(rollout))
+        assert all(r() is not None for r in lent)
+
+    recorder.score = score  # type: ignore[method-assign]
+    generate(engine, recorder)
+    assert len(lent) > 1
+    assert all(r() is None for r in lent)
