@@ -379,7 +379,7 @@ class HybridEngine:
             )
         assert self.weights is not None
         self.weights.check()
-        self.path, self.reason = "modules", fault
+        self.path, self.reason, self.attention = "modules", fault, None
         self._runner = self._make_runner()
 
     @property

@@ -109,6 +109,7 @@ def test_hooks_and_patches_put_on_later_take_part(change: Callable[[Any], Any]) 
     change(module)
     rollout = engine.generate(batch_of(ragged()), GREEDY, **request)
     assert engine.path == "modules"
+    assert engine.attention is None
     for s, expected in enumerate(trainer_logprobs(module, rollout)):
         got = rollout.rollout_logprobs[s, : len(expected)].tolist()
         assert got == pytest.approx(expected, abs=1e-5)
