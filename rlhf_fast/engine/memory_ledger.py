@@ -24,6 +24,8 @@ class Slot(NamedTuple):
 
 Ledger = dict[Slot, int]
 PAGES = Slot("generator", "kv")
+# Of weights and adapters, made by the fused path for a rollout.
+COPIES = Slot("generator", "copies")
 
 
 def add(ledger: Ledger, role: str, part: str, size: int, place: str = "device") -> None:
@@ -120,13 +122,17 @@ class MemoryPlan:
         return max(
             self.device(phase)
             - self.pages(phase)
-            + (self.kv.sample_bytes if phase == "generate" else 0)
+            + (self.kv.sample_bytes if PAGES in self.held[phase] or phase == "generate" else 0)
             for phase in PHASES
         )
 
     def pages(self, phase: str) -> int:
         """Bytes of keys and values."""
         return self.held[phase].get(PAGES, 0)
+
+    def copies(self, phase: str) -> int:
+        """Bytes of what the fused path copies of weights and adapters."""
+        return self.held[phase].get(COPIES, 0)
 
     def limited(self, kv_budget: int) -> MemoryPlan:
         """The same with so many bytes for keys and values at most."""

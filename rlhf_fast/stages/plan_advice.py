@@ -76,7 +76,7 @@ def _gather(
         if not change or violations(with_values(now, change), given=("reward",)):
             continue
         changed, more, found = trial([*taken, change])
-        if found.least() < best.least():
+        if found.least() < best.least() or fits(found):
             taken, now, values, best = [*taken, change], changed, more, found
     if fits(best):
         for change in reversed(taken[1:]):
@@ -89,6 +89,7 @@ def _gather(
 
 def _steps(config: PPOConfig) -> Iterator[Callable[[PPOConfig], Values]]:
     """In the order of what they cost: each says what it would change of a config."""
+    yield lambda now: {"engine.keep_memory": False} if now.engine.keep_memory else {}
     for key, value in (
         ("memory.reference", "offload"),
         ("memory.reward_model", "offload"),

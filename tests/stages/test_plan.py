@@ -53,8 +53,9 @@ def small(tmp_path_factory):
 
 
 def resident(result, phase):
-    """GB on the device, without keys and values."""
-    return (result.plan.resident(phase) - result.plan.pages(phase)) / GB
+    """GB on the device, without keys and values and what a rollout copies."""
+    plan = result.plan
+    return (plan.resident(phase) - plan.pages(phase) - plan.copies(phase)) / GB
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_samples_that_decode_side_by_side_follow_from_what_is_left(llama):
         None, [BF16, "lora.rank=64", "gradient_checkpointing=true"], model=llama, gpu_memory="80GB"
     )
     plan = result.plan
-    free = 80e9 - RESERVED - resident(result, "generate") * GB
+    free = 80e9 - RESERVED - resident(result, "generate") * GB - plan.copies("generate")
     assert plan.kv.token_bytes == 4 * 32 * 32 * 128
     assert plan.kv.sample_bytes == 1024 * plan.kv.token_bytes
     assert plan.kv.samples == int(0.8 * free) // plan.kv.sample_bytes
@@ -140,6 +141,30 @@ def test_samples_that_decode_side_by_side_follow_from_what_is_left(llama):
     assert plan.pages("update") == 0
     fixed = run_plan(None, [BF16, "engine.kv_gb=3"], model=llama, gpu_memory="80GB")
     assert fixed.plan.kv.samples == 3_000_000_000 // plan.kv.sample_bytes
+
+
+@pytest.mark.parametrize("path", ["auto", "fused", "modules"])
+def test_the_copy_that_generation_reads_leaves_less_for_keys_and_values(small, path):
+    plan = run_plan(None, [BF16, f"engine.path={path}"], model=small, gpu_memory="80GB").plan
+    copy = 0 if path == "modules" else 2 * plan.parameters
+    assert plan.copies("generate") == pytest.approx(copy, rel=1e-3)
+    assert plan.copies("score") == plan.copies("update") == 0
+    assert (plan.passes["generate"]["actor"]["casts"] > 0) == (path == "modules")
+    free = 80e9 - RESERVED - plan.resident("generate") + plan.pages("generate")
+    assert plan.kv.budget == pytest.approx(0.8 * free)
+
+
+def test_kept_memory_is_there_in_every_phase_and_given_up_first(small):
+    given = [BF16, "engine.keep_memory=true"]
+    plan = run_plan(None, [*given, "engine.kv_gb=2"], model=small).plan
+    for phase in ("score", "update"):
+        assert plan.copies(phase) == plan.copies("generate") > 0
+        assert plan.pages(phase) == plan.pages("generate") > 0
+    # All of the GPU that a rollout leaves free is then held while the update runs.
+    result = run_plan(None, [*given, f"reward.model={small}"], model=small, gpu_memory="100GB")
+    assert not result.fits
+    assert result.advice.fits
+    assert result.advice.overrides() == "engine.keep_memory=false"
 
 
 def test_directories_of_other_roles_count(llama, small):
