@@ -85,7 +85,7 @@ class MemoryPlan:
     Args:
         held: phase -> what exists throughout it, or at its fullest moment.
         passes: phase -> role -> part -> bytes that exist while this role runs, one role after the
-            other.
+            other; the generator beside them.
         kv: keys and values.
         parameters: of the model that generates.
         layers: of that model.
@@ -110,8 +110,9 @@ class MemoryPlan:
         return sum(n for slot, n in self.held[phase].items() if slot.place == "device")
 
     def transient(self, phase: str) -> int:
-        """Bytes that the role which needs the most holds while it runs."""
-        return max((sum(parts.values()) for parts in self.passes[phase].values()), default=0)
+        """Bytes of the generator, and of the role that needs the most while it runs."""
+        sizes = {role: sum(parts.values()) for role, parts in self.passes[phase].items()}
+        return sizes.pop("generator", 0) + max(sizes.values(), default=0)
 
     def host(self, phase: str) -> int:
         """Bytes in host memory."""

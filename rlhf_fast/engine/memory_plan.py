@@ -10,6 +10,7 @@ What exists in which phase, by the rules of docs/memory.md and docs/lora.md:
 and while a role runs: its activations, the logits of a chunk, autocast's copies of its weights.
 The fused path copies fp32 weights that enter bf16 products, and adapters, for each rollout;
 `engine.keep_memory` holds keys and values and the copy of the weights in the later phases too.
+With `engine.overlap_scoring` a role reads finished samples beside the generator.
 Microbatches are taken as full, and samples as long as the config allows.
 """
 
@@ -78,8 +79,11 @@ def plan_memory(
     kv = _keys_and_values(config, token_bytes, longest, device, kv_budget)
     if path == "padded":
         # A batch's cache lives and dies in the forward; it grows by an eighth.
-        passes["generate"]["actor"]["kv"] = kv.nbytes * 9 // 8
+        passes["generate"]["generator"]["kv"] = kv.nbytes * 9 // 8
         notes += ("the architecture generates in padded batches: their cache is an estimate",)
+    wish = config.engine.overlap_scoring
+    if path in ("fused", "modules") and (wish == "on" or (wish == "auto" and device != "cpu")):
+        passes["generate"] |= passes["score"]
     keep = config.engine.keep_memory
     # A GPU gets the pages back after each rollout, host memory keeps them for the next.
     for phase in PHASES[1:] if keep or device == "cpu" else ("generate",):
@@ -173,7 +177,7 @@ def _passes(
         passes["score"][name] = _scoring(name, role, plan, device)
         if role.trained:
             passes["update"][name] = _updating(config, name, role, plan, device)
-    passes["generate"]["actor"] = _generating(config, roles["actor"], compute, fused=fused)
+    passes["generate"]["generator"] = _generating(config, roles["actor"], compute, fused=fused)
     if config.kl.estimator == "exact":
         _add_exact_kl(config, roles, passes, device)
     notes = ("activations of this architecture are estimates",) if unknown else ()

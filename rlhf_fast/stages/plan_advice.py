@@ -90,6 +90,7 @@ def _gather(
 def _steps(config: PPOConfig) -> Iterator[Callable[[PPOConfig], Values]]:
     """In the order of what they cost: each says what it would change of a config."""
     yield lambda now: {"engine.keep_memory": False} if now.engine.keep_memory else {}
+    yield _score_afterwards
     for key, value in (
         ("memory.reference", "offload"),
         ("memory.reward_model", "offload"),
@@ -105,6 +106,12 @@ def _steps(config: PPOConfig) -> Iterator[Callable[[PPOConfig], Values]]:
     while tokens >= longest:
         yield lambda now, tokens=tokens: _microbatch(now, tokens)  # type: ignore[misc]
         tokens //= 2
+    yield _score_afterwards  # what did not help as long as another phase was the fullest
+
+
+def _score_afterwards(config: PPOConfig) -> Values:
+    value = "off"
+    return {} if config.engine.overlap_scoring == value else {"engine.overlap_scoring": value}
 
 
 def _step_in_backward(config: PPOConfig) -> Values:

@@ -133,7 +133,19 @@ def test_the_modules_make_no_copy(tmp_path):
     found = report(tmp_path, dtype="bfloat16", engine={"path": "modules", "keep_memory": True})
     require_equal(found)
     assert not any(COPIES in ledger for ledger in found.held.values())
-    assert found.plan.passes["generate"]["actor"]["casts"] > 0
+    assert found.plan.passes["generate"]["generator"]["casts"] > 0
+
+
+def test_what_is_streamed_while_samples_are_drawn(tmp_path):
+    found = report(
+        tmp_path,
+        memory=AWAY,
+        engine={"overlap_scoring": "on"},
+        rollout={"max_batch": 7},
+        microbatch_tokens=40,
+    )
+    require_equal(found)
+    assert found.held["generate"][Slot("reference", "streamed")] > 4096
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("qwen2", True), ("gpt2", True), ("llama", True)])

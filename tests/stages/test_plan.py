@@ -149,9 +149,23 @@ def test_the_copy_that_generation_reads_leaves_less_for_keys_and_values(small, p
     copy = 0 if path == "modules" else 2 * plan.parameters
     assert plan.copies("generate") == pytest.approx(copy, rel=1e-3)
     assert plan.copies("score") == plan.copies("update") == 0
-    assert (plan.passes["generate"]["actor"]["casts"] > 0) == (path == "modules")
+    assert (plan.passes["generate"]["generator"]["casts"] > 0) == (path == "modules")
     free = 80e9 - RESERVED - plan.resident("generate") + plan.pages("generate")
     assert plan.kv.budget == pytest.approx(0.8 * free)
+
+
+def test_roles_that_score_during_generation_count_there(small):
+    plans = {
+        wish: run_plan(
+            None,
+            [BF16, f"engine.overlap_scoring={wish}", "memory.reference=offload"],
+            model=small,
+        ).plan
+        for wish in ("on", "off", "auto")
+    }
+    beside = plans["on"].transient("generate") - plans["off"].transient("generate")
+    assert beside == plans["off"].transient("score") > 0
+    assert plans["auto"].transient("generate") == plans["on"].transient("generate")
 
 
 def test_kept_memory_is_there_in_every_phase_and_given_up_first(small):
@@ -217,7 +231,8 @@ def test_json_has_every_number(llama, capsys):
         for entry in phase["entries"]:
             if entry["while_running"]:
                 running[entry["role"]] = running.get(entry["role"], 0) + entry["bytes"]
-        total = sum(e["bytes"] for e in held) + max(running.values(), default=0)
+        total = sum(e["bytes"] for e in held) + running.pop("generator", 0)
+        total += max(running.values(), default=0)
         assert total == phase["device"]
     several = run_plan(None, [BF16], model=llama, gpu_memory="80GB", gpus=2)
     assert plan_as_json(several)["sharding"]["available"] is False
