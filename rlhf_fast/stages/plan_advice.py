@@ -13,6 +13,8 @@ from rlhf_fast.engine.memory_ledger import MemoryPlan
 
 Values = dict[str, Any]
 RANK = 64
+# Keys whose objects may be passed to a trainer, and so need no name in a config that is planned.
+OBJECTS = ("reward", "ptx.data")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,13 @@ def advise(
         return full
     start: Values = {"lora.rank": RANK, "lora.alpha": 2.0 * RANK}
     start |= {"critic": ""} if config.critic else {}
+    # A head on the actor's trunk and a reference of its own memory are there without LoRA alone.
+    if config.memory.value_head == "actor":
+        start["memory.value_head"] = "separate"
+    if config.memory.reference == "offload" and not config.reference:
+        start["memory.reference"] = "resident"
+    if violations(with_values(config, start), given=OBJECTS):
+        return full
     adapted = _gather(config, start, list(_steps(with_values(config, start))), plan, fits)
     return adapted if adapted.fits or adapted.plan.least() < full.plan.least() else full
 
@@ -73,7 +82,7 @@ def _gather(
         if fits(best):
             break
         change = step(now)
-        if not change or violations(with_values(now, change), given=("reward",)):
+        if not change or violations(with_values(now, change), given=OBJECTS):
             continue
         changed, more, found = trial([*taken, change])
         if found.least() < best.least() or fits(found):
@@ -82,7 +91,7 @@ def _gather(
         for change in reversed(taken[1:]):
             fewer = [part for part in taken if part is not change]
             changed, more, found = trial(fewer)
-            if fits(found) and not violations(changed, given=("reward",)):
+            if fits(found) and not violations(changed, given=OBJECTS):
                 taken, values, best = fewer, more, found
     return Advice(values, best, fits(best))
 

@@ -107,6 +107,22 @@ def test_advice_makes_it_fit_and_is_a_valid_config(llama, small, memory, rest):
         assert again.plan.kv.samples == advice.plan.kv.samples >= 1
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [
+        ["memory.value_head=actor"],
+        ["memory.reference=offload", "memory.optimizer=adamw8bit"],
+        ["ptx.coef=0.1"],
+    ],
+)
+def test_lora_is_advised_whatever_of_full_fine_tuning_was_asked_for(llama, rest):
+    result = run_plan(None, [BF16, *rest], model=llama, gpu_memory="24GB")
+    assert result.advice.fits
+    assert result.advice.changes["lora.rank"] == 64
+    changes = [*result.advice.overrides().split(), f"reward.model={llama}"]
+    assert run_plan(None, [BF16, *rest, *changes], model=llama, gpu_memory="24GB").fits
+
+
 def test_no_change_that_was_named_is_superfluous(llama):
     result = run_plan(None, [BF16], model=llama, gpu_memory="141GB")
     changes = result.advice.overrides().split()
