@@ -91,10 +91,15 @@ def test_four_roles_on_one_7b_trunk_take_19_gb(llama):
     assert generate / GB == pytest.approx(18.2, rel=0.02)
 
 
-@pytest.mark.parametrize("memory", ["24GB", "80GB"])
-@pytest.mark.parametrize("rest", [[], ["algorithm.estimator=grpo", "rollout.samples_per_prompt=4"]])
-def test_advice_makes_it_fit_and_is_a_valid_config(llama, small, memory, rest):
-    for model in (llama, small):
+GRPO = ["algorithm.estimator=grpo", "rollout.samples_per_prompt=4"]
+
+
+@pytest.mark.parametrize(
+    ("names", "memory", "rest"),
+    [("llama small", "24GB", []), ("llama small", "80GB", GRPO), ("small", "24GB", GRPO)],
+)
+def test_advice_makes_it_fit_and_is_a_valid_config(request, names, memory, rest):
+    for model in map(request.getfixturevalue, names.split()):
         result = run_plan(None, [BF16, *rest], model=model, gpu_memory=memory)
         if result.fits:
             assert result.advice is None
