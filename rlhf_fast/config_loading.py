@@ -263,6 +263,8 @@ def _coerce(value: Any, field: dataclasses.Field[Any], default: Any) -> Any:
         return [_coerce_scalar(v, int) for v in (value if isinstance(value, list) else [value])]
     if field.type == "list[str]":
         return [_coerce_scalar(v, str) for v in (value if isinstance(value, list) else [value])]
+    if isinstance(value, bool) and {"on", "off"} <= set(field.metadata["choices"] or ()):
+        return "on" if value else "off"  # what YAML makes of these words
     return _coerce_scalar(value, type(default))
 
 

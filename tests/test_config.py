@@ -238,3 +238,14 @@ def test_overrides_of_the_wrong_form():
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         PPOConfig().total_steps = 3
+
+
+@pytest.mark.parametrize("word", ["on", "off", "auto"])
+def test_words_that_yaml_takes_for_booleans_are_choices(tmp_path, word):
+    path = tmp_path / "ppo.yaml"
+    path.write_text(f"engine:\n  overlap_scoring: {word}\n", encoding="utf-8")
+    assert load_config(PPOConfig, path, OK).engine.overlap_scoring == word
+    given = load_config(PPOConfig, None, [*OK, f"engine.overlap_scoring={word}"])
+    assert given.engine.overlap_scoring == word
+    (tmp_path / "again.yaml").write_text(to_yaml(given), encoding="utf-8")
+    assert load_config(PPOConfig, tmp_path / "again.yaml") == given

@@ -48,6 +48,16 @@ class ComputeWeights:
         """Bytes that the copy holds now."""
         return 0 if self._copy is None else self._copy.untyped_storage().nbytes()
 
+    @property
+    def coming(self) -> int:
+        """Bytes that `refresh` will take beyond `nbytes`."""
+        return 0 if self._copy is None else self._size - self.nbytes
+
+    @property
+    def _size(self) -> int:
+        assert self._copy is not None
+        return self._copy.numel() * self._copy.itemsize
+
     def view(self, parameter: Tensor) -> Tensor:
         """The parameter, or a view over adjacent ones, in `dtype`.
 
@@ -75,9 +85,8 @@ class ComputeWeights:
             if now == self._copied:
                 return
         storage = self._copy.untyped_storage()
-        size = self._copy.numel() * self._copy.itemsize
-        if storage.nbytes() != size:
-            storage.resize_(size)
+        if storage.nbytes() != self._size:
+            storage.resize_(self._size)
         with torch.no_grad():
             self._copy.copy_(self._source)
         self._copied = now

@@ -170,6 +170,12 @@ class FusedForward:
             tensors += [t for pair in adapters if pair is not None for t in pair]
         return tuple(t.data_ptr() for t in tensors)
 
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes that copies of parameters and adapters hold now."""
+        pairs = (pair for adapters in self.adapters for pair in adapters if pair is not None)
+        return self.compute.nbytes + sum(pair.nbytes for pair in pairs)
+
     def paused(self) -> AbstractContextManager[None]:
         """See `PagedForward`; nothing of the module is changed while this runs."""
         return nullcontext()

@@ -167,7 +167,7 @@ class HybridEngine:
                 burst=settings.burst,
                 poison=settings.poison,
             ),
-            "cache_bytes": functools.partial(cache_budget, self._device, settings.kv_bytes),
+            "cache_bytes": self._cache_bytes,
         }
         if self.path == "transformers":
             from rlhf_fast.engine.transformers_runner import TransformersRunner
@@ -189,6 +189,12 @@ class HybridEngine:
         graphs = settings.cuda_graphs and self._device.type == "cuda"
         recorder = functools.partial(CudaRecorder, self._device) if graphs else None
         return Runner(forward, self._device, recorder=recorder, **options)
+
+    def _cache_bytes(self) -> int:
+        """What there may be of keys and values, beside the copy of weights that is to come."""
+        forward = self._runner.forward if isinstance(self._runner, Runner) else None
+        coming = forward.compute.coming if isinstance(forward, FusedForward) else 0
+        return cache_budget(self._device, self.settings.kv_bytes, coming)
 
     # ---- modes --------------------------------------------------------------------------------
 
@@ -393,6 +399,12 @@ class HybridEngine:
         """Bytes of the pages that exist now; 0 on the paths whose cache ends with a rollout."""
         cache = self._runner.cache if isinstance(self._runner, Runner) else None
         return 0 if cache is None else cache.nbytes
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the fused path's copies of weights and adapters that exist now."""
+        forward = self._runner.forward if isinstance(self._runner, Runner) else None
+        return forward.copied_bytes if isinstance(forward, FusedForward) else 0
 
     @property
     def graphs(self) -> GraphReport:

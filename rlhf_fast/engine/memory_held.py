@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.engine.hybrid import HybridEngine
-from rlhf_fast.engine.memory_ledger import PHASES, Ledger, add, host_block
+from rlhf_fast.engine.memory_ledger import COPIES, PAGES, PHASES, Ledger, add, host_block
 from rlhf_fast.engine.progress import Progress
 from rlhf_fast.models.adapter_roles import AdapterActor, AdapterGenerator
+from rlhf_fast.models.adapters import AdapterModule
 from rlhf_fast.models.offload import StreamedModule
 from rlhf_fast.models.rewards import ModelReward, SumReward
 from rlhf_fast.ppo.roles import Roles
@@ -38,40 +39,63 @@ def role_models(roles: Roles) -> dict[str, Any]:
 def held_bytes(roles: Roles) -> Ledger:
     """Bytes held now by role, part and place."""
     ledger: Ledger = {}
-    seen: set[int] = set()
+    seen = _Seen()
     owners: dict[Tensor, str] = {}
     for name, role in role_models(roles).items():
         module: nn.Module = role.module
         place = "host" if _streamed(role) is not None else "device"
-        add(ledger, name, "weights", _fresh_bytes(module.parameters(), seen), place)
-        add(ledger, name, "weights", _fresh_bytes(module.buffers(), seen))
+        # Adapters lie in one flat buffer with their trunk, where they are generated from.
+        count = seen.views if isinstance(module, AdapterModule) else seen.storages
+        add(ledger, name, "weights", count(module.parameters()), place)
+        add(ledger, name, "weights", seen.storages(module.buffers()))
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        add(ledger, name, "gradients", _fresh_bytes(gradients, seen))
+        add(ledger, name, "gradients", seen.storages(gradients))
         owners |= dict.fromkeys(module.parameters(), name)
     if isinstance(roles.actor, AdapterActor):
         # What the adapters have not claimed.
         model: nn.Module = roles.actor.trunk.model
         shared = [*model.parameters(), *model.buffers()]
-        add(ledger, "trunk", "weights", _fresh_bytes(shared, seen))
+        add(ledger, "trunk", "weights", seen.storages(shared))
     for optimizer in (roles.actor_optimizer, roles.critic_optimizer):
         for parameter, tensor, on_host in [] if optimizer is None else optimizer.state_tensors():
             place = "host" if on_host else "device"
-            add(ledger, owners[parameter], "moments", _fresh_bytes([tensor], seen), place)
+            add(ledger, owners[parameter], "moments", seen.storages([tensor]), place)
     engine = _engine(roles)
-    add(ledger, "generator", "kv", 0 if engine is None else engine.kv_bytes)
+    if engine is not None:
+        add(ledger, *PAGES[:2], engine.kv_bytes)
+        add(ledger, *COPIES[:2], engine.copied_bytes)
     return ledger
 
 
-def _fresh_bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
-    """Bytes of the storages that are not in `seen`, which they join."""
-    total = 0
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
+class _Seen:
+    """What has been counted: storages with the bytes of them that were."""
+
+    def __init__(self) -> None:
+        self._counted: dict[int, int] = {}
+        self._views: set[tuple[int, int]] = set()
+
+    def views(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes of the tensors alone, each place once; `storages` will count what is left."""
+        total = 0
+        for tensor in tensors:
+            storage = tensor.untyped_storage()._cdata
+            place = (storage, int(tensor.storage_offset()))
+            if place not in self._views:
+                self._views.add(place)
+                self._counted[storage] = self._counted.get(storage, 0) + tensor.nbytes
+                total += tensor.nbytes
+        return total
+
+    def storages(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes of the storages behind the tensors that were not counted before."""
+        total = 0
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
             pinned = torch.cuda.is_initialized() and tensor.is_pinned()
-            total += host_block(storage.nbytes(), pinned)
-    return total
+            size = host_block(storage.nbytes(), pinned)
+            total += size - self._counted.get(storage._cdata, 0)
+            self._counted[storage._cdata] = size
+        return total
 
 
 def _streamed(role: Any) -> StreamedModule | None:

@@ -24,6 +24,8 @@ class Slot(NamedTuple):
 
 Ledger = dict[Slot, int]
 PAGES = Slot("generator", "kv")
+# Of weights and adapters, made by the fused path for a rollout.
+COPIES = Slot("generator", "copies")
 
 
 def add(ledger: Ledger, role: str, part: str, size: int, place: str = "device") -> None:
@@ -83,7 +85,7 @@ class MemoryPlan:
     Args:
         held: phase -> what exists throughout it, or at its fullest moment.
         passes: phase -> role -> part -> bytes that exist while this role runs, one role after the
-            other.
+            other; the generator beside them.
         kv: keys and values.
         parameters: of the model that generates.
         layers: of that model.
@@ -108,8 +110,9 @@ class MemoryPlan:
         return sum(n for slot, n in self.held[phase].items() if slot.place == "device")
 
     def transient(self, phase: str) -> int:
-        """Bytes that the role which needs the most holds while it runs."""
-        return max((sum(parts.values()) for parts in self.passes[phase].values()), default=0)
+        """Bytes of the generator, and of the role that needs the most while it runs."""
+        sizes = {role: sum(parts.values()) for role, parts in self.passes[phase].items()}
+        return sizes.pop("generator", 0) + max(sizes.values(), default=0)
 
     def host(self, phase: str) -> int:
         """Bytes in host memory."""
@@ -120,13 +123,17 @@ class MemoryPlan:
         return max(
             self.device(phase)
             - self.pages(phase)
-            + (self.kv.sample_bytes if phase == "generate" else 0)
+            + (self.kv.sample_bytes if PAGES in self.held[phase] or phase == "generate" else 0)
             for phase in PHASES
         )
 
     def pages(self, phase: str) -> int:
         """Bytes of keys and values."""
         return self.held[phase].get(PAGES, 0)
+
+    def copies(self, phase: str) -> int:
+        """Bytes of what the fused path copies of weights and adapters."""
+        return self.held[phase].get(COPIES, 0)
 
     def limited(self, kv_budget: int) -> MemoryPlan:
         """The same with so many bytes for keys and values at most."""

@@ -3,11 +3,14 @@
 What exists in which phase, by the rules of docs/memory.md and docs/lora.md:
 
     load      weights, as the roles are built
-    generate  weights, moments (offloaded: in host memory), keys and values
+    generate  weights, moments (offloaded: in host memory), keys and values, copies (below)
     score     weights, moments (as above); a streamed model while it reads
     update    weights, gradients, moments
 
 and while a role runs: its activations, the logits of a chunk, autocast's copies of its weights.
+The fused path copies fp32 weights that enter bf16 products, and adapters, for each rollout;
+`engine.keep_memory` holds keys and values and the copy of the weights in the later phases too.
+With `engine.overlap_scoring` a role reads finished samples beside the generator.
 Microbatches are taken as full, and samples as long as the config allows.
 """
 
@@ -21,7 +24,17 @@ from torch import Tensor
 from rlhf_fast.adamw8bit import fresh_state
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.engine.memory_activations import ForwardPlan
-from rlhf_fast.engine.memory_ledger import PHASES, KVPlan, Ledger, MemoryPlan, add, host_block
+from rlhf_fast.engine.memory_copies import adapter_copies, weight_copies
+from rlhf_fast.engine.memory_ledger import (
+    COPIES,
+    PAGES,
+    PHASES,
+    KVPlan,
+    Ledger,
+    MemoryPlan,
+    add,
+    host_block,
+)
 from rlhf_fast.engine.memory_models import ModelConfigs, RolePlan, role_plans
 from rlhf_fast.engine.module_forward import cache_shape_of
 from rlhf_fast.engine.paged_cache import default_page_size
@@ -55,22 +68,30 @@ def plan_memory(
     """
     roles = role_plans(config, models) if roles is None else roles
     held = _held(config, roles, pinned=device != "cpu")
-    passes, notes = _passes(config, roles, device)
+    generating = roles["trunk" if "trunk" in roles else "actor"].module
+    path = choose_path(generating, config.engine.path)[0]
+    passes, notes = _passes(config, roles, device, fused=path == "fused")
     if config.engine.kv_gb:
         kv_budget = int(config.engine.kv_gb * 1e9)
-    generating = roles["trunk" if "trunk" in roles else "actor"].module
-    paged = choose_path(generating, config.engine.path)[0] != "padded"
     longest = longest_prompt or config.data.max_prompt_length
     longest += config.sampling.max_new_tokens
     token_bytes = cache_shape_of(generating).token_bytes
     kv = _keys_and_values(config, token_bytes, longest, device, kv_budget)
-    if not paged:
+    if path == "padded":
         # A batch's cache lives and dies in the forward; it grows by an eighth.
-        passes["generate"]["actor"]["kv"] = kv.nbytes * 9 // 8
+        passes["generate"]["generator"]["kv"] = kv.nbytes * 9 // 8
         notes += ("the architecture generates in padded batches: their cache is an estimate",)
+    wish = config.engine.overlap_scoring
+    if path in ("fused", "modules") and (wish == "on" or (wish == "auto" and device != "cpu")):
+        passes["generate"] |= passes["score"]
+    keep = config.engine.keep_memory
     # A GPU gets the pages back after each rollout, host memory keeps them for the next.
-    for phase in ("generate",) if device != "cpu" else PHASES[1:]:
-        add(held[phase], "generator", "kv", kv.nbytes if paged else 0)
+    for phase in PHASES[1:] if keep or device == "cpu" else ("generate",):
+        add(held[phase], *PAGES[:2], kv.nbytes if path in ("fused", "modules") else 0)
+    if path == "fused":
+        add(held["generate"], *COPIES[:2], adapter_copies(roles["actor"], generating))
+        for phase in PHASES[1:] if keep else ("generate",):
+            add(held[phase], *COPIES[:2], weight_copies(generating))
     shape = roles["actor"].shape
     assert shape is not None
     return MemoryPlan(
@@ -136,7 +157,7 @@ def _moments(config: PPOConfig, parameter: Tensor) -> list[int]:
 
 
 def _passes(
-    config: PPOConfig, roles: Mapping[str, RolePlan], device: str
+    config: PPOConfig, roles: Mapping[str, RolePlan], device: str, *, fused: bool
 ) -> tuple[Passes, tuple[str, ...]]:
     passes: Passes = {phase: {} for phase in PHASES}
     compute = 2 if config.run.dtype == "bfloat16" else 4
@@ -156,7 +177,7 @@ def _passes(
         passes["score"][name] = _scoring(name, role, plan, device)
         if role.trained:
             passes["update"][name] = _updating(config, name, role, plan, device)
-    passes["generate"]["actor"] = _generating(config, roles["actor"], compute)
+    passes["generate"]["generator"] = _generating(config, roles["actor"], compute, fused=fused)
     if config.kl.estimator == "exact":
         _add_exact_kl(config, roles, passes, device)
     notes = ("activations of this architecture are estimates",) if unknown else ()
@@ -181,7 +202,7 @@ def _updating(
     return parts
 
 
-def _generating(config: PPOConfig, actor: RolePlan, compute: int) -> dict[str, int]:
+def _generating(config: PPOConfig, actor: RolePlan, compute: int, *, fused: bool) -> dict[str, int]:
     assert actor.shape is not None
     samples = config.rollout.prompts * config.rollout.samples_per_prompt
     rows = min(samples, config.rollout.max_batch)
@@ -193,7 +214,7 @@ def _generating(config: PPOConfig, actor: RolePlan, compute: int) -> dict[str, i
         "activations": plan.without_graph(),
         # Logits of a decoding step, and what the sampler makes of them.
         "logits": 2 * 4 * rows * actor.shape.vocab,
-        "casts": actor.casts + head,
+        "casts": 0 if fused else actor.casts + head,
     }
 
 

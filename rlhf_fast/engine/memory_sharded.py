@@ -54,6 +54,8 @@ class Sharding:
         if phase == "load":
             return share
         if phase == "generate":
+            # W are the copies that one GPU would make.
+            share = (plan.resident(phase) - plan.copies(phase)) // self.gpus
             return share + self.generation_weights(plan) + plan.transient(phase)
         return share + 4 * plan.parameters // plan.layers + plan.transient(phase)
 
@@ -63,8 +65,10 @@ class Sharding:
 
     def kv_budget(self, plan: MemoryPlan, capacity: int) -> int:
         """Bytes for keys and values on all GPUs: the engine's share of what is free on each."""
-        weights = (plan.resident("generate") - plan.pages("generate")) // self.gpus
-        free = capacity - RESERVED - weights - self.generation_weights(plan)
+        copies = plan.copies("generate")
+        weights = plan.resident("generate") - plan.pages("generate") - copies
+        read = copies if self.gpus == 1 else self.generation_weights(plan)
+        free = capacity - RESERVED - weights // self.gpus - read
         return self.gpus * int(GPU_SHARE * max(0, free))
 
     def fits(self, plan: MemoryPlan, capacity: int) -> bool:

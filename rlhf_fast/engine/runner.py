@@ -138,7 +138,9 @@ class Runner:
         wanted = pages_wanted(rows, longest, size)
         budget = self._cache_bytes()
         affordable = budget // (shape.token_bytes * size)
-        pages = min(wanted, affordable)
+        held = self.cache if self.cache is None or self.cache.shape == shape else None
+        # Pages that were kept cost nothing more, however little is free beside them.
+        pages = min(wanted, max(affordable, 0 if held is None else held.pages))
         if pages < 1:
             raise GenerationError(
                 "RF4007",
@@ -146,8 +148,7 @@ class Runner:
                 f"{shape.token_bytes * size} bytes",
                 remedy="raise engine.kv_gb",
             )
-        held = self.cache
-        if held is None or held.pages < pages or held.shape != shape:
+        if held is None or held.pages < pages:
             self.cache = held = None
             held = PagedCache(shape, pages, size, self.device, poison=self.settings.poison)
         self.cache = held

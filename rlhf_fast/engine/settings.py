@@ -89,12 +89,12 @@ def padded_slots(module: nn.Module, kv_bytes: int) -> int | None:
     return kv_bytes // cache_shape_of(module).token_bytes if kv_bytes else None
 
 
-def cache_budget(device: torch.device, wish: int) -> int:
-    """Bytes of key-value memory at most."""
+def cache_budget(device: torch.device, wish: int, coming: int = 0) -> int:
+    """Bytes of key-value memory at most; a rollout will take `coming` bytes beside it."""
     if wish > 0:
         return wish
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(GPU_SHARE * (free + held))
-    return int(_CPU_SHARE * available_host_memory())
+        return int(GPU_SHARE * max(0, free + held - coming))
+    return int(_CPU_SHARE * max(0, available_host_memory() - coming))

@@ -53,6 +53,8 @@ def why_not_aliased(module: nn.Module) -> str | None:
     for name, parameter in module.named_parameters():
         if type(parameter.data) is not Tensor or not parameter.is_contiguous():
             return f"{name} is not an ordinary dense tensor"
+        if parameter.is_meta:
+            continue  # a size alone, which lies nowhere
         start = parameter.data_ptr()
         spans.append((start, start + parameter.numel() * parameter.itemsize, name))
     spans.sort()
@@ -66,6 +68,23 @@ def why_not_aliased(module: nn.Module) -> str | None:
             return "a projection is used in two places"
         seen |= ids
     return None
+
+
+def _groups(module: nn.Module) -> list[list[nn.Parameter]]:
+    """All parameters in the order of the flat buffers: those that lie side by side together."""
+    groups = [g for g in _adjacent_groups(module) if len({p.dtype for p in g}) == 1]
+    grouped = {id(p) for group in groups for p in group}
+    return groups + [[p] for p in module.parameters() if id(p) not in grouped]
+
+
+def _padded_numel(group: Sequence[nn.Parameter]) -> int:
+    step = _ALIGNMENT_BYTES // group[0].itemsize
+    return -(-sum(p.numel() for p in group) // step) * step
+
+
+def flat_numel(module: nn.Module, dtype: torch.dtype) -> int:
+    """Elements of the flat buffer of this type; the module may be on the meta device."""
+    return sum(_padded_numel(g) for g in _groups(module) if g[0].dtype == dtype)
 
 
 def _names(module: nn.Module) -> dict[str, int]:
@@ -93,9 +112,7 @@ class AliasedWeights:
         self._places: list[tuple[str, nn.Parameter, int]] = []
         self._buffers: dict[torch.dtype, Tensor] = {}
         names = {id(p): name for name, p in module.named_parameters()}
-        groups = [g for g in _adjacent_groups(module) if len({p.dtype for p in g}) == 1]
-        grouped = {id(p) for group in groups for p in group}
-        groups += [[p] for p in module.parameters() if id(p) not in grouped]
+        groups = _groups(module)
         fault = why_not_aliased(module)
         if fault is not None:
             raise GenerationError(
@@ -120,11 +137,10 @@ class AliasedWeights:
     def _lay_out(
         self, groups: Sequence[list[nn.Parameter]], dtype: torch.dtype, names: dict[int, str]
     ) -> None:
-        step = _ALIGNMENT_BYTES // dtype.itemsize
         starts, total = [], 0
         for group in groups:
             starts.append(total)
-            total += -(-sum(p.numel() for p in group) // step) * step
+            total += _padded_numel(group)
         device = groups[0][0].device
         # A storage of its own, to the byte: what lies between groups is never read.
         # A caller's inference mode would leave parameters that can never be trained.

@@ -57,6 +57,10 @@ class Scoring:
         self._early = EarlyScores(self) if overlaps else None
         return self._early
 
+    def forget(self) -> None:
+        """The rollout that was begun has failed: what was read of it belongs to no other."""
+        self._early = None
+
     @torch.no_grad()
     def score(self, rollout: Rollout, *, step: int = 0) -> ScoredRollout:
         """All roles on a rollout; what was read early is taken over.

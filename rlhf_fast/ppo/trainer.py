@@ -138,9 +138,13 @@ class PPOLearner:
         ]
         scorer = self.scoring.begin()
         more: dict[str, Any] = {} if scorer is None else {"scorer": scorer}
-        return self.roles.generator.generate(
-            prompts, self.sampling, samples_per_prompt=group, seeds=seeds, **more
-        )
+        try:
+            return self.roles.generator.generate(
+                prompts, self.sampling, samples_per_prompt=group, seeds=seeds, **more
+            )
+        except BaseException:
+            self.scoring.forget()
+            raise
 
     def score(self, rollout: Rollout) -> ScoredRollout:
         """The four roles read the finished sequences, those not read while others were drawn."""

@@ -37,8 +37,10 @@ class MemoryReport:
         for phase in (p for p in PHASES if p in self.held):
             predicted, held = dict(self.plan.held[phase]), self.held[phase]
             for role, parts in self.plan.passes[phase].items():
-                if "streamed" in parts:
-                    predicted[Slot(role, "streamed")] = parts["streamed"]
+                slot = Slot(role, "streamed")
+                # Whether samples are scored in a rollout depends on how long they are.
+                if "streamed" in parts and (phase != "generate" or slot in held):
+                    predicted[slot] = parts["streamed"]
             for slot in dict.fromkeys([*predicted, *held]):
                 yield phase, slot, predicted.get(slot, 0), held.get(slot, 0)
 

@@ -23,7 +23,7 @@ from rlhf_fast.engine.memory_sharded import Sharding
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.models.checks import check_context
 from rlhf_fast.models.meta import meta_model, model_config
-from rlhf_fast.stages.plan_advice import Advice, advise
+from rlhf_fast.stages.plan_advice import OBJECTS, Advice, advise
 from rlhf_fast.stages.training import require_settings
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -166,7 +166,7 @@ def _config(path: Path | None, overrides: Sequence[str], model: str | None) -> P
             remedy="leave one out",
         )
     given = [*overrides, *([] if model is None else [f"actor={model}"])]
-    config = load_config(PPOConfig, path, given, objects=("reward", "ptx.data"))
+    config = load_config(PPOConfig, path, given, objects=OBJECTS)
     require_settings(config, "actor")
     return config
 

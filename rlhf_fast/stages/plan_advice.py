@@ -13,6 +13,8 @@ from rlhf_fast.engine.memory_ledger import MemoryPlan
 
 Values = dict[str, Any]
 RANK = 64
+# Keys whose objects may be passed to a trainer, and so need no name in a config that is planned.
+OBJECTS = ("reward", "ptx.data")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,13 @@ def advise(
         return full
     start: Values = {"lora.rank": RANK, "lora.alpha": 2.0 * RANK}
     start |= {"critic": ""} if config.critic else {}
+    # A head on the actor's trunk and a reference of its own memory are there without LoRA alone.
+    if config.memory.value_head == "actor":
+        start["memory.value_head"] = "separate"
+    if config.memory.reference == "offload" and not config.reference:
+        start["memory.reference"] = "resident"
+    if violations(with_values(config, start), given=OBJECTS):
+        return full
     adapted = _gather(config, start, list(_steps(with_values(config, start))), plan, fits)
     return adapted if adapted.fits or adapted.plan.least() < full.plan.least() else full
 
@@ -73,22 +82,24 @@ def _gather(
         if fits(best):
             break
         change = step(now)
-        if not change or violations(with_values(now, change), given=("reward",)):
+        if not change or violations(with_values(now, change), given=OBJECTS):
             continue
         changed, more, found = trial([*taken, change])
-        if found.least() < best.least():
+        if found.least() < best.least() or fits(found):
             taken, now, values, best = [*taken, change], changed, more, found
     if fits(best):
         for change in reversed(taken[1:]):
             fewer = [part for part in taken if part is not change]
             changed, more, found = trial(fewer)
-            if fits(found) and not violations(changed, given=("reward",)):
+            if fits(found) and not violations(changed, given=OBJECTS):
                 taken, values, best = fewer, more, found
     return Advice(values, best, fits(best))
 
 
 def _steps(config: PPOConfig) -> Iterator[Callable[[PPOConfig], Values]]:
     """In the order of what they cost: each says what it would change of a config."""
+    yield lambda now: {"engine.keep_memory": False} if now.engine.keep_memory else {}
+    yield _score_afterwards
     for key, value in (
         ("memory.reference", "offload"),
         ("memory.reward_model", "offload"),
@@ -104,6 +115,12 @@ def _steps(config: PPOConfig) -> Iterator[Callable[[PPOConfig], Values]]:
     while tokens >= longest:
         yield lambda now, tokens=tokens: _microbatch(now, tokens)  # type: ignore[misc]
         tokens //= 2
+    yield _score_afterwards  # what did not help as long as another phase was the fullest
+
+
+def _score_afterwards(config: PPOConfig) -> Values:
+    value = "off"
+    return {} if config.engine.overlap_scoring == value else {"engine.overlap_scoring": value}
 
 
 def _step_in_backward(config: PPOConfig) -> Values:

@@ -131,7 +131,10 @@ def _title(result: PlanResult) -> str:
 
 def _conclusions(result: PlanResult) -> Iterator[str]:
     plan, sharding = result.plan, result.sharding
-    yield "* while the role runs, one role after the other; the totals count the largest"
+    yield (
+        "* while the role runs, one role after the other; the totals count the largest, and the "
+        "generator beside it"
+    )
     if sharding.gpus > 1:
         yield f"{sharding.gpus} GPUs: {_UNBUILT}"
     for note in result.notes:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_fast.engine import settings as settings_module
 from rlhf_fast.engine.fused_forward import FusedForward
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.settings import EngineSettings
@@ -82,6 +83,20 @@ def test_fp32_masters_are_copied_once_in_two_bytes_a_parameter(keep: bool) -> No
     generate(engine)
     assert set(held) == {engine.weights.nbytes // 2}
     assert forward.compute.nbytes == (held[0] if keep else 0)
+
+
+def test_keys_and_values_leave_room_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, forward = engine_of(bf16("llama"), keep=True)
+    monkeypatch.setattr(settings_module, "available_host_memory", lambda: 4_000_000)
+    size = forward.compute.coming
+    assert engine.weights is not None
+    assert size == engine.weights.nbytes // 2
+    assert engine._cache_bytes() == (4_000_000 - size) // 4
+    before = generate(engine)
+    assert forward.compute.coming == 0
+    assert engine._cache_bytes() == 1_000_000
+    monkeypatch.setattr(settings_module, "available_host_memory", lambda: 0)
+    assert torch.equal(generate(engine), before)  # in the pages that were kept
 
 
 def test_bf16_parameters_are_read_where_they_lie() -> None:

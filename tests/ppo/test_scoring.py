@@ -254,6 +254,22 @@ def test_an_exception_inside_scoring_leaves_training_usable(path):
     assert metrics[0] == metrics[1]
 
 
+def test_what_a_failed_rollout_was_scored_is_in_no_other():
+    class FailsSecond(SplitReward):
+        def start(self, rollout, samples):
+            if len(self.asked) == 1:
+                self.asked.append([])
+                raise RewardError("RF5000", "in the middle")
+            return super().start(rollout, samples)
+
+    ppo, other = learner(config_for("on"), reward=FailsSecond()), learner(config_for("off"))
+    with pytest.raises(RewardError, match="in the middle"):
+        ppo.generate(prompts())
+    other.steps = 1
+    rollout = other.generate(prompts())
+    assert_same(ppo.score(rollout), other.score(rollout))
+
+
 def test_an_optimizer_step_inside_scoring_is_refused():
     reward = FailsOnce(lambda: None)
     ppo = learner(config_for("on"), reward=reward)

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhf_fast import PPOTrainer
 from rlhf_fast.config import AlgorithmConfig, LoraConfig, MemoryConfig, OptimConfig
-from rlhf_fast.engine.memory_ledger import PHASES, Slot
+from rlhf_fast.engine.memory_ledger import COPIES, PHASES, Slot
 from rlhf_fast.tasks.tiny import build_tokenizer
 from tests.stages.test_ppo import PROMPTS, settings, short_is_good
 
@@ -79,13 +79,14 @@ def saved(kind, tokenizer, folder, *, tied=False, classifier=False):
 def report(folder, *, kind="llama", tied=False, dtype="float32", judge=True, **changes):
     """What is found after two steps of a run from directories."""
     tokenizer = build_tokenizer()
-    rollout = changes.pop("rollout", {})
+    rollout, engine = changes.pop("rollout", {}), changes.pop("engine", {})
     config = settings(folder / "run", total_steps=2, **changes)
     config = dataclasses.replace(
         config,
         actor=saved(kind, tokenizer, folder / "actor", tied=tied),
         run=dataclasses.replace(config.run, dtype=dtype),
         rollout=dataclasses.replace(config.rollout, **rollout),
+        engine=dataclasses.replace(config.engine, **engine),
     )
     if config.memory.step_in_backward:
         algorithm = dataclasses.replace(config.algorithm, minibatches=1)
@@ -115,9 +116,36 @@ def test_every_mode(tmp_path, mode):
     assert found.worst() < TOLERANCE
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("mode", ["default", "offloaded", "value head, all"])
-def test_bfloat16(tmp_path, mode):
-    require_equal(report(tmp_path, dtype="bfloat16", **MODES[mode]))
+def test_bfloat16(tmp_path, mode, keep):
+    """The fused path's bf16 copy of fp32 masters: 2 bytes a parameter in a rollout, or for good."""
+    found = report(tmp_path, dtype="bfloat16", engine={"keep_memory": keep}, **MODES[mode])
+    require_equal(found)
+    weights = found.held["load"][Slot("actor", "weights")]
+    copies = {phase: found.held[phase].get(COPIES, 0) for phase in PHASES}
+    kept = weights // 2 if keep else 0
+    expected = {"load": 0, "generate": weights // 2, "score": kept, "update": kept}
+    assert copies == pytest.approx(expected, rel=0.01)
+
+
+def test_the_modules_make_no_copy(tmp_path):
+    found = report(tmp_path, dtype="bfloat16", engine={"path": "modules", "keep_memory": True})
+    require_equal(found)
+    assert not any(COPIES in ledger for ledger in found.held.values())
+    assert found.plan.passes["generate"]["generator"]["casts"] > 0
+
+
+def test_what_is_streamed_while_samples_are_drawn(tmp_path):
+    found = report(
+        tmp_path,
+        memory=AWAY,
+        engine={"overlap_scoring": "on"},
+        rollout={"max_batch": 7},
+        microbatch_tokens=40,
+    )
+    require_equal(found)
+    assert found.held["generate"][Slot("reference", "streamed")] > 4096
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("qwen2", True), ("gpt2", True), ("llama", True)])
@@ -130,8 +158,21 @@ def test_architectures_and_tied_embeddings(tmp_path, kind, tied):
 def test_lora(tmp_path, kind, dtype):
     found = report(tmp_path, kind=kind, dtype=dtype, judge=False, lora=LoraConfig(rank=8))
     require_equal(found)
+    assert (found.held["generate"].get(COPIES, 0) > 0) == (kind == "qwen2")
+    assert not any(COPIES in found.held[phase] for phase in ("load", "score", "update"))
     assert Slot("trunk", "weights") in found.held["update"]
     assert Slot("trunk", "gradients") not in found.held["update"]
+
+
+@pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "v_proj", "down_proj")])
+def test_lora_with_kept_memory(tmp_path, targets):
+    """A bf16 trunk is read where it lies, so adapters are all that is copied: a rollout long."""
+    lora = LoraConfig(rank=8, targets=targets)
+    keep = {"keep_memory": True}
+    found = report(tmp_path, dtype="bfloat16", judge=False, lora=lora, engine=keep)
+    require_equal(found)
+    assert found.held["generate"][COPIES] > 2 * 8 * 64
+    assert COPIES not in found.held["update"]
 
 
 def test_lora_from_adapters_with_a_reference_of_its_own(tmp_path):

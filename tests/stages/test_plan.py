@@ -53,8 +53,9 @@ def small(tmp_path_factory):
 
 
 def resident(result, phase):
-    """GB on the device, without keys and values."""
-    return (result.plan.resident(phase) - result.plan.pages(phase)) / GB
+    """GB on the device, without keys and values and what a rollout copies."""
+    plan = result.plan
+    return (plan.resident(phase) - plan.pages(phase) - plan.copies(phase)) / GB
 
 
 @pytest.mark.parametrize(
@@ -90,10 +91,15 @@ def test_four_roles_on_one_7b_trunk_take_19_gb(llama):
     assert generate / GB == pytest.approx(18.2, rel=0.02)
 
 
-@pytest.mark.parametrize("memory", ["24GB", "80GB"])
-@pytest.mark.parametrize("rest", [[], ["algorithm.estimator=grpo", "rollout.samples_per_prompt=4"]])
-def test_advice_makes_it_fit_and_is_a_valid_config(llama, small, memory, rest):
-    for model in (llama, small):
+GRPO = ["algorithm.estimator=grpo", "rollout.samples_per_prompt=4"]
+
+
+@pytest.mark.parametrize(
+    ("names", "memory", "rest"),
+    [("llama small", "24GB", []), ("llama small", "80GB", GRPO), ("small", "24GB", GRPO)],
+)
+def test_advice_makes_it_fit_and_is_a_valid_config(request, names, memory, rest):
+    for model in map(request.getfixturevalue, names.split()):
         result = run_plan(None, [BF16, *rest], model=model, gpu_memory=memory)
         if result.fits:
             assert result.advice is None
@@ -104,6 +110,22 @@ def test_advice_makes_it_fit_and_is_a_valid_config(llama, small, memory, rest):
         again = run_plan(None, [BF16, *rest, *changes], model=model, gpu_memory=memory)
         assert again.fits
         assert again.plan.kv.samples == advice.plan.kv.samples >= 1
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        ["memory.value_head=actor"],
+        ["memory.reference=offload", "memory.optimizer=adamw8bit"],
+        ["ptx.coef=0.1"],
+    ],
+)
+def test_lora_is_advised_whatever_of_full_fine_tuning_was_asked_for(llama, rest):
+    result = run_plan(None, [BF16, *rest], model=llama, gpu_memory="24GB")
+    assert result.advice.fits
+    assert result.advice.changes["lora.rank"] == 64
+    changes = [*result.advice.overrides().split(), f"reward.model={llama}"]
+    assert run_plan(None, [BF16, *rest, *changes], model=llama, gpu_memory="24GB").fits
 
 
 def test_no_change_that_was_named_is_superfluous(llama):
@@ -132,7 +154,7 @@ def test_samples_that_decode_side_by_side_follow_from_what_is_left(llama):
         None, [BF16, "lora.rank=64", "gradient_checkpointing=true"], model=llama, gpu_memory="80GB"
     )
     plan = result.plan
-    free = 80e9 - RESERVED - resident(result, "generate") * GB
+    free = 80e9 - RESERVED - resident(result, "generate") * GB - plan.copies("generate")
     assert plan.kv.token_bytes == 4 * 32 * 32 * 128
     assert plan.kv.sample_bytes == 1024 * plan.kv.token_bytes
     assert plan.kv.samples == int(0.8 * free) // plan.kv.sample_bytes
@@ -140,6 +162,44 @@ def test_samples_that_decode_side_by_side_follow_from_what_is_left(llama):
     assert plan.pages("update") == 0
     fixed = run_plan(None, [BF16, "engine.kv_gb=3"], model=llama, gpu_memory="80GB")
     assert fixed.plan.kv.samples == 3_000_000_000 // plan.kv.sample_bytes
+
+
+@pytest.mark.parametrize("path", ["auto", "fused", "modules"])
+def test_the_copy_that_generation_reads_leaves_less_for_keys_and_values(small, path):
+    plan = run_plan(None, [BF16, f"engine.path={path}"], model=small, gpu_memory="80GB").plan
+    copy = 0 if path == "modules" else 2 * plan.parameters
+    assert plan.copies("generate") == pytest.approx(copy, rel=1e-3)
+    assert plan.copies("score") == plan.copies("update") == 0
+    assert (plan.passes["generate"]["generator"]["casts"] > 0) == (path == "modules")
+    free = 80e9 - RESERVED - plan.resident("generate") + plan.pages("generate")
+    assert plan.kv.budget == pytest.approx(0.8 * free)
+
+
+def test_roles_that_score_during_generation_count_there(small):
+    plans = {
+        wish: run_plan(
+            None,
+            [BF16, f"engine.overlap_scoring={wish}", "memory.reference=offload"],
+            model=small,
+        ).plan
+        for wish in ("on", "off", "auto")
+    }
+    beside = plans["on"].transient("generate") - plans["off"].transient("generate")
+    assert beside == plans["off"].transient("score") > 0
+    assert plans["auto"].transient("generate") == plans["on"].transient("generate")
+
+
+def test_kept_memory_is_there_in_every_phase_and_given_up_first(small):
+    given = [BF16, "engine.keep_memory=true"]
+    plan = run_plan(None, [*given, "engine.kv_gb=2"], model=small).plan
+    for phase in ("score", "update"):
+        assert plan.copies(phase) == plan.copies("generate") > 0
+        assert plan.pages(phase) == plan.pages("generate") > 0
+    # All of the GPU that a rollout leaves free is then held while the update runs.
+    result = run_plan(None, [*given, f"reward.model={small}"], model=small, gpu_memory="100GB")
+    assert not result.fits
+    assert result.advice.fits
+    assert result.advice.overrides() == "engine.keep_memory=false"
 
 
 def test_directories_of_other_roles_count(llama, small):
@@ -192,7 +252,8 @@ def test_json_has_every_number(llama, capsys):
         for entry in phase["entries"]:
             if entry["while_running"]:
                 running[entry["role"]] = running.get(entry["role"], 0) + entry["bytes"]
-        total = sum(e["bytes"] for e in held) + max(running.values(), default=0)
+        total = sum(e["bytes"] for e in held) + running.pop("generator", 0)
+        total += max(running.values(), default=0)
         assert total == phase["device"]
     several = run_plan(None, [BF16], model=llama, gpu_memory="80GB", gpus=2)
     assert plan_as_json(several)["sharding"]["available"] is False
