@@ -378,6 +378,12 @@ class PPOConfig:
     critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=9e-6))
     total_steps: int = setting(500, "rollout batches", low=1)
     microbatch_tokens: int = setting(8192, "tokens of one forward", low=1)
+    side_by_side: int = setting(
+        0,
+        "models that score or train at the same time on a CPU, each on its share of run.threads, "
+        "at least one; 0: as many as there are threads; 1: one after another, in less memory",
+        low=0,
+    )
     sample_every: int = setting(10, "steps between samples written to samples.jsonl", low=1)
     gradient_checkpointing: bool = setting(False, "recompute activations in backward")
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast_kernels import dispatch, native, triton_support
-from rlhf_fast_kernels.decode_fields import FIELDS, NO_STOP, Drawn, Places, Record
+from rlhf_fast_kernels.decode_fields import FIELDS, NO_STOP, SAMPLE, STEP, Drawn, Places, Record
 from rlhf_fast_kernels.reference import decode_state as reference
 
 PLACE, RECORD = "place_tokens", "record_tokens"
@@ -227,9 +227,10 @@ def _example(
         draw(0, 50, (samples, columns)),
         real(),
         real(),
-        draw(0, 5, (samples,)),
+        torch.zeros(samples, dtype=torch.int64),
         torch.zeros(samples, dtype=torch.bool),
     )
+    record.lengths[state[SAMPLE, :rows]] = state[STEP, :rows]
     table = draw(1, 20, (rows, 4)).to(torch.int32)
     return (
         *(state.to(device)[:, :rows], table.to(device)),

@@ -40,7 +40,8 @@ class Roles:
 
     The head of a critic on the actor's trunk is the last group of the actor's optimizer instead.
     `between_updates` is entered for sampling and scoring: what only the update needs may rest.
-    `checkpointed` is what else a resumed run needs, by name.
+    `checkpointed` is what else a resumed run needs, by name. `independent`: no two roles share a
+    module, a weight or a config, so that they may compute at the same time.
     """
 
     actor: PolicyModel
@@ -55,6 +56,7 @@ class Roles:
     scoring: Callable[[], AbstractContextManager[Any]] = nullcontext
     between_updates: Callable[[], AbstractContextManager[Any]] = nullcontext
     checkpointed: Mapping[str, Checkpointed] = field(default_factory=dict)
+    independent: bool = False
 
     @property
     def rates(self) -> dict[str, float]:

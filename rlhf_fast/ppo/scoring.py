@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,16 +14,26 @@ from rlhf_fast.ppo.anchors import checked_samples, logprob_gap
 from rlhf_fast.ppo.exact_kl import read_both
 from rlhf_fast.ppo.layout import ResponseSlots, response_slots, token_packs
 from rlhf_fast.ppo.roles import Roles
+from rlhf_fast.ppo.side_by_side import SideBySide
 from rlhf_fast.ppo.trunk import row_logprobs
 from rlhf_fast.protocols import RewardOutput, SampleReward, TrunkValueModel
 from rlhf_fast.types import LogprobGap, PackedSequences, Rollout, ScoredRollout
 
+Read = Callable[[PackedSequences, Tensor], dict[str, Tensor]]
+
 
 @dataclass(frozen=True)
 class _Pack:
-    """Some samples of a rollout and what the roles said of their tokens, [N] float32 by name."""
+    """Some samples of a rollout and what the roles said of their tokens.
+
+    Args:
+        slots: where the samples lie.
+        targets: [N] int64, the token after each position, IGNORE_INDEX outside the responses.
+        found: [N] float32 by the names of `ScoredRollout`.
+    """
 
     slots: ResponseSlots
+    targets: Tensor
     found: dict[str, Tensor]
 
 
@@ -32,14 +43,16 @@ class Scoring:
     Args:
         config: the PPO stage's config.
         roles: the four models.
+        side_by_side: runs the roles' forwards.
 
     Attributes:
         early_fraction: part of the samples of the last rollout that was read during generation.
     """
 
-    def __init__(self, config: PPOConfig, roles: Roles) -> None:
+    def __init__(self, config: PPOConfig, roles: Roles, side_by_side: SideBySide) -> None:
         self.config = config
         self.roles = roles
+        self._side_by_side = side_by_side
         self.early_fraction = 0.0
         self._early: EarlyScores | None = None
         self._exact = config.kl.estimator == "exact" and config.kl.placement == "reward"
@@ -74,11 +87,22 @@ class Scoring:
         rollout = rollout.to(self._device)
         rest = sorted(set(range(len(rollout))) - set(early.samples))
         self.early_fraction = len(early.samples) / max(len(rollout), 1)
-        scores, scored = self._reward(rollout, rest, early)
-        packs = early.packs + [
-            self.read(rollout, samples)
+        packs = [
+            self._pack(rollout, samples)
             for samples in token_packs(rollout, rest, self.config.microbatch_tokens)
         ]
+        rewards: list[RewardOutput] = []
+        # A model reads one pack after another: while it does, its attention is switched.
+        calls: list[Callable[[], None]] = [
+            partial(_read_all, read, packs) for read in self._reads()
+        ]
+        if isinstance(self.roles.reward, SampleReward) and self.roles.reward.splits:
+            calls.insert(0, lambda: rewards.append(self._reward(rollout, rest, early)))
+        else:  # a function of the user's, which may do anything
+            rewards.append(self._reward(rollout, rest, early))
+        self._side_by_side.run(calls, self._device)
+        packs = early.packs + packs
+        scores, scored = rewards[0]
         found = _padded(packs, rollout)
         old, gap = self._anchors(rollout, step) if self._anchored else (found["old_logprobs"], None)
         return ScoredRollout(
@@ -92,34 +116,62 @@ class Scoring:
 
     def read(self, rollout: Rollout, samples: Sequence[int]) -> _Pack:
         """One forward of each model over some samples."""
-        slots = response_slots(rollout, samples)
-        return _Pack(slots, self._read(slots.sequences, slots.targets(rollout.response_mask)))
+        pack = self._pack(rollout, samples)
+        for read in self._reads():
+            _read_all(read, [pack])
+        return pack
 
-    def _read(self, sequences: PackedSequences, targets: Tensor) -> dict[str, Tensor]:
-        """[N] float32 by the names of `ScoredRollout`; anchors of the rollout are not read here."""
-        actor, reference, critic = self.roles.actor, self.roles.reference, self.roles.critic
-        temperature, found = self._temperature, dict[str, Tensor]()
+    def _pack(self, rollout: Rollout, samples: Sequence[int]) -> _Pack:
+        slots = response_slots(rollout, samples)
+        return _Pack(slots, slots.targets(rollout.response_mask), {})
+
+    def _reads(self) -> list[Read]:
+        """Forwards that share no model; together they find all that `ScoredRollout` holds.
+
+        Anchors of the rollout are not read here.
+        """
+        critic = self.roles.critic
         on_trunk = isinstance(critic, TrunkValueModel)
-        rows = actor.head_rows(sequences) if self._exact or on_trunk else None
         if self._exact:
-            names = ("old_logprobs", "ref_logprobs", "exact_kl")
-            read = read_both(rows, reference.head_rows(sequences), targets, temperature=temperature)
-            found |= zip(names, read, strict=True)
+            reads: list[Read] = [self._both]
+        elif on_trunk:
+            reads = [self._trunk, self._reference]
         else:
-            if rows is not None:
-                found["old_logprobs"] = row_logprobs(rows, targets, temperature=temperature)
-            elif not self._anchored:
-                found["old_logprobs"] = self._actor_logprobs(sequences, targets)
-            found["ref_logprobs"], _ = reference.logprobs(
-                sequences, targets, temperature=temperature
-            )
+            reads = [self._reference] if self._anchored else [self._actor, self._reference]
+        return reads if on_trunk or critic is None else [*reads, self._values]
+
+    def _both(self, sequences: PackedSequences, targets: Tensor) -> dict[str, Tensor]:
+        """Actor and reference at once, for the KL over the whole vocabulary."""
+        rows = self.roles.actor.head_rows(sequences)
+        reference = self.roles.reference.head_rows(sequences)
+        read = read_both(rows, reference, targets, temperature=self._temperature)
+        names = ("old_logprobs", "ref_logprobs", "exact_kl")
+        found = dict(zip(names, read, strict=True))
+        critic = self.roles.critic
         if isinstance(critic, TrunkValueModel) and rows is not None:
             found["values"] = critic.values_from(rows.hidden)
-        elif critic is None:
-            found["values"] = torch.zeros_like(found["ref_logprobs"])
-        else:
-            found["values"] = critic.values(sequences)
         return found
+
+    def _trunk(self, sequences: PackedSequences, targets: Tensor) -> dict[str, Tensor]:
+        """Actor and critic by one forward of the trunk."""
+        rows, critic = self.roles.actor.head_rows(sequences), self.roles.critic
+        assert isinstance(critic, TrunkValueModel)
+        assert rows is not None  # the trainer requires a head of one map
+        return {
+            "old_logprobs": row_logprobs(rows, targets, temperature=self._temperature),
+            "values": critic.values_from(rows.hidden),
+        }
+
+    def _actor(self, sequences: PackedSequences, targets: Tensor) -> dict[str, Tensor]:
+        return {"old_logprobs": self._actor_logprobs(sequences, targets)}
+
+    def _reference(self, sequences: PackedSequences, targets: Tensor) -> dict[str, Tensor]:
+        found, _ = self.roles.reference.logprobs(sequences, targets, temperature=self._temperature)
+        return {"ref_logprobs": found}
+
+    def _values(self, sequences: PackedSequences, _targets: Tensor) -> dict[str, Tensor]:
+        assert self.roles.critic is not None
+        return {"values": self.roles.critic.values(sequences)}
 
     def _actor_logprobs(self, sequences: PackedSequences, targets: Tensor) -> Tensor:
         return self.roles.actor.logprobs(sequences, targets, temperature=self._temperature)[0]
@@ -189,6 +241,11 @@ class EarlyScores:
             self.rewards.append((samples, reward.start(rollout, samples)))
         self.packs.append(replace(pack, slots=slots))
         self.samples += samples
+
+
+def _read_all(read: Read, packs: Sequence[_Pack]) -> None:
+    for pack in packs:
+        pack.found.update(read(pack.slots.sequences, pack.targets))
 
 
 def _padded(packs: Sequence[_Pack], rollout: Rollout) -> dict[str, Tensor]:

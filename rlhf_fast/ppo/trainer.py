@@ -21,6 +21,7 @@ from rlhf_fast.ppo.losses import linear_policy_loss, policy_loss, value_loss
 from rlhf_fast.ppo.rewards import RunningMoments, shape_scores
 from rlhf_fast.ppo.roles import PretrainingSource, Roles
 from rlhf_fast.ppo.scoring import Scoring
+from rlhf_fast.ppo.side_by_side import SideBySide
 from rlhf_fast.ppo.statistics import UpdateStatistics, rollout_metrics
 from rlhf_fast.ppo.trunk import require_trunk_head
 from rlhf_fast.protocols import TrunkValueModel
@@ -94,7 +95,8 @@ class PPOLearner:
         self.config = config
         self.roles = roles
         self.phase = phase
-        self.scoring = Scoring(config, roles)
+        self.side_by_side = SideBySide(roles.independent, config.side_by_side)
+        self.scoring = Scoring(config, roles, self.side_by_side)
         self.kl_controller = KLController(config.kl)
         self.score_moments = RunningMoments()
         self.steps = 0
@@ -238,19 +240,30 @@ class PPOLearner:
         """Forward and backward of both models over one microbatch; gradients accumulate."""
         # First, so that the reference's layers do not run beside the actor's activations.
         reference = self._reference_rows(microbatch.sequences)
-        rows = self.roles.actor.head_rows(microbatch.sequences)
-        policy = self._policy_loss(microbatch, rows, reference)
-        statistics.add(policy)
-        if self.trunk_critic is not None and rows is not None:
+        critic = self.roles.critic
+
+        def policy_backward() -> list[LossOutput]:
+            rows = self.roles.actor.head_rows(microbatch.sequences)
+            policy = self._policy_loss(microbatch, rows, reference)
+            if self.trunk_critic is None or rows is None:
+                policy.loss.backward()
+                return [policy]
             value = self._value_loss(microbatch, self.trunk_critic.values_from(rows.hidden))
             (policy.loss + self.config.memory.value_coef * value.loss).backward()
-            statistics.add(value)
-            return
-        policy.loss.backward()
-        if self.roles.critic is not None:
-            value = self._value_loss(microbatch, self.roles.critic.values(microbatch.sequences))
+            return [policy, value]
+
+        def value_backward() -> list[LossOutput]:
+            assert critic is not None
+            value = self._value_loss(microbatch, critic.values(microbatch.sequences))
             value.loss.backward()
-            statistics.add(value)
+            return [value]
+
+        calls = [policy_backward]
+        if critic is not None and self.trunk_critic is None:
+            calls.append(value_backward)
+        for outputs in self.side_by_side.run(calls, microbatch.targets.device):
+            for output in outputs:
+                statistics.add(output)
 
     def _value_loss(self, microbatch: Microbatch, values: Tensor) -> LossOutput:
         return value_loss(microbatch, values, algorithm=self.config.algorithm)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from rlhf_fast.errors import ConfigError
+from rlhf_fast.models.attention_mode import attention_configs
 from rlhf_fast.models.checks import check_context, check_same_tokenizer, check_vocabulary
 from rlhf_fast.models.forward import ComputeDtype
 from rlhf_fast.models.loading import (
@@ -34,6 +35,18 @@ def check_tokenizers(tokenizer: Any, **directories: str) -> None:
             check_same_tokenizer(tokenizer, load_tokenizer(directory), names=f"actor, {role}")
 
 
+def role_modules(roles: Roles) -> list[tuple[str, nn.Module]]:
+    """The modules with a trunk of their own, each with its role."""
+    modules = [("actor", roles.actor.module), ("reference", roles.reference.module)]
+    if roles.critic is not None and not isinstance(roles.critic, TrunkCritic):
+        modules.append(("critic", roles.critic.module))
+    parts = [part for _, part in roles.reward.parts] if isinstance(roles.reward, SumReward) else []
+    for part in parts or [roles.reward]:
+        if isinstance(part, ModelReward):
+            modules.append(("reward model", part.reward_model.module))
+    return modules
+
+
 def check_roles(roles: Roles, tokenizer: Any, prompt: int, response: int) -> None:
     """Refuse a role that cannot read the longest sequence, before anything is generated.
 
@@ -46,14 +59,7 @@ def check_roles(roles: Roles, tokenizer: Any, prompt: int, response: int) -> Non
     Raises:
         ModelError: ids without an embedding (RF3021), or too few positions (RF3022).
     """
-    modules = {"actor": roles.actor.module, "reference": roles.reference.module}
-    if roles.critic is not None and not isinstance(roles.critic, TrunkCritic):
-        modules["critic"] = roles.critic.module
-    parts = [part for _, part in roles.reward.parts] if isinstance(roles.reward, SumReward) else []
-    for part in parts or [roles.reward]:
-        if isinstance(part, ModelReward):
-            modules["reward model"] = part.reward_model.module
-    for role, module in modules.items():
+    for role, module in role_modules(roles):
         check_vocabulary(tokenizer, module, role=role)
         check_context(module, prompt, response, role=role)
 
@@ -82,3 +88,18 @@ def adopt_modules(dtype: ComputeDtype, modules: Mapping[str, nn.Module | None]) 
                     else f"pass copy.deepcopy of {role}",
                 )
         adopt_module(module, dtype=dtype, role=role)
+
+
+def share_nothing(modules: Iterable[nn.Module]) -> bool:
+    """Whether the modules may compute at the same time: no tensor or config is in two of them.
+
+    A config counts because a forward switches the attention that it names.
+    """
+    seen: set[int] = set()
+    for module in modules:
+        parts = {id(part) for part in (*module.parameters(), *module.buffers())}
+        parts |= {id(config) for config in attention_configs(module)}
+        if parts & seen:
+            return False
+        seen |= parts
+    return True

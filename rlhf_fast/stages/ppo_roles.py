@@ -28,7 +28,12 @@ from rlhf_fast.models.reward_function import RewardFunction
 from rlhf_fast.models.roles import Actor, Critic, Reference, TrunkCritic
 from rlhf_fast.ppo.roles import Roles
 from rlhf_fast.protocols import Reward
-from rlhf_fast.stages.ppo_checks import adopt_modules, check_tokenizers
+from rlhf_fast.stages.ppo_checks import (
+    adopt_modules,
+    check_tokenizers,
+    role_modules,
+    share_nothing,
+)
 from rlhf_fast.stages.ppo_optimizers import (
     between_updates,
     build_optimizer,
@@ -158,7 +163,7 @@ def build_roles(
         critic_optimizer = build_optimizer(config, value_model.module.to(device), "critic")
         engine.guard(critic_optimizer.optimizer)
     optimizers = [o for o in (actor_optimizer, critic_optimizer) if o is not None]
-    return Roles(
+    roles = Roles(
         actor=policy,
         reference=frozen_reference(config, reference, device),
         critic=value_model,
@@ -172,6 +177,8 @@ def build_roles(
         checkpointed={"expected_lengths": engine.expected},
         between_updates=between_updates(config, optimizers),
     )
+    roles.independent = share_nothing(module for _, module in role_modules(roles))
+    return roles
 
 
 def _shared_roles(

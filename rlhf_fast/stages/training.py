@@ -57,6 +57,7 @@ _SOFT_STAGE_KEYS = frozenset(
         "eval_every",
         "sample_every",
         "gradient_checkpointing",
+        "side_by_side",
         "max_batch",
         "engine",
     }

@@ -173,7 +173,7 @@ def test_exact_kl_in_the_reward_is_the_sum_over_the_vocabulary(model_type):
     torch.testing.assert_close(scored.exact_kl, expected, rtol=1e-4, atol=1e-5)
     assert torch.all(scored.exact_kl[~rollout.response_mask] == 0)
     plain = dataclasses.replace(ppo.config, kl=KLConfig(coef=0.1))
-    other = Scoring(plain, ppo.roles).score(rollout)
+    other = Scoring(plain, ppo.roles, ppo.side_by_side).score(rollout)
     assert other.exact_kl is None
     torch.testing.assert_close(scored.old_logprobs, other.old_logprobs)
     torch.testing.assert_close(scored.ref_logprobs, other.ref_logprobs)

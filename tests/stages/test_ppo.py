@@ -24,6 +24,7 @@ from rlhf_fast.config import (
 from rlhf_fast.errors import ConfigError, Interrupted, ModelError, RewardError
 from rlhf_fast.metrics import read_metrics
 from rlhf_fast.models.export import export_model
+from rlhf_fast.models.forward import packed_hidden
 from rlhf_fast.models.loading import load_sequence_classifier
 from rlhf_fast.ppo.statistics import UpdateStatistics
 from rlhf_fast.stages.check import check_stage
@@ -319,6 +320,49 @@ def test_gradient_checkpointing_recomputes_and_changes_no_bit(tmp_path, tokenize
     recomputed, more = run(tmp_path / "recomputed", True)
     assert recomputed == plain
     assert more == 2 * forwards
+
+
+def test_models_side_by_side_come_to_the_same_bits(tmp_path, tokenizer, monkeypatch):
+    """Each on one thread, they make the products that one after another makes on one."""
+    before = torch.get_num_threads()
+    running, most = [], []
+
+    def watched(*arguments):
+        running.append(1)
+        most.append(len(running))
+        try:
+            return packed_hidden(*arguments)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr("rlhf_fast.models.roles.packed_hidden", watched)
+    weights = []
+    try:
+        for models in (1, 2):
+            folder = tmp_path / str(models)
+            config = settings(folder, side_by_side=models, microbatch_tokens=64)
+            config = dataclasses.replace(config, run=dataclasses.replace(config.run, threads=1))
+            judged = judge(tokenizer, tmp_path / "judge")
+            more = trainer(folder, tokenizer, config, reward_model=judged, reward_function=None)
+            assert more.roles.independent
+            more.train()
+            weights.append([p.clone() for p in more.roles.actor.module.parameters()])
+            weights[-1] += [p.clone() for p in more.roles.critic.module.parameters()]
+            assert (max(most) > 1) == (models > 1)
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*weights, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_models_that_share_a_config_take_turns(tmp_path, tokenizer):
+    """A forward switches the attention that its config names."""
+    actor, reference = policy(tokenizer), policy(tokenizer)
+    assert trainer(tmp_path / "own", tokenizer, model=actor, reference=reference).roles.independent
+    sharing = policy(tokenizer)
+    sharing.config = sharing.model.config = actor.config
+    shared = trainer(tmp_path / "shared", tokenizer, model=actor, reference=sharing)
+    assert not shared.roles.independent
 
 
 def test_missing_parts_are_named(tmp_path, tokenizer):
