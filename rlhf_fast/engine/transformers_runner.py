@@ -22,6 +22,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 
 from rlhf_fast.engine.module_forward import cache_shape_of, unwrapped
+from rlhf_fast.engine.paged_cache import default_page_size
 from rlhf_fast.engine.progress import GenerationSummary, Progress, ProgressReports
 from rlhf_fast.engine.requests import Completions, Request
 from rlhf_fast.engine.runner import RunnerSettings
@@ -68,7 +69,7 @@ class TransformersRunner:
         self.eos_ids = tuple(eos_ids)
         self.decode = decode
         self.settings = settings
-        self.page_size = settings.page_size or (64 if device.type == "cpu" else 256)
+        self.page_size = settings.page_size or default_page_size(device.type)
         self.last: GenerationSummary | None = None
         self._cache_bytes = cache_bytes
 
