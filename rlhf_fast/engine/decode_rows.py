@@ -44,9 +44,6 @@ from rlhf_fast_kernels.decode_state import (
 )
 from rlhf_fast_kernels.sample import prepare as prepare_sample
 
-# Rows of the sampling settings, [3, capacity] float32.
-_TEMPERATURE, _TOP_P, _MIN_P = range(3)
-
 Call = Callable[[], object]
 
 
@@ -96,7 +93,7 @@ class DecodeRows:
         self.page_table = new(capacity, table_width, dtype=torch.int32)
         # A setting of all rows lies in one piece, as the sampler reads it.
         self._state = new(FIELDS, capacity, dtype=torch.int64)
-        self._settings = new(3, capacity, dtype=torch.float32)
+        self._settings = new(3, capacity, dtype=torch.float32)  # temperature, top_p, min_p
         self._stops = torch.full(
             (capacity, max(1, stop_width)), NO_STOP, dtype=torch.int64, device=device
         )
@@ -142,7 +139,8 @@ class DecodeRows:
     def add(self, rows: Sequence[NewRow], logits: Tensor) -> None:
         """Draw the first token of new rows from the logits [rows, V] after their last token."""
         start, self.count = self.count, self.count + len(rows)
-        self._batch, self._padded = None, 0
+        self.forget()
+        self._padded = 0
         part = slice(start, self.count)
         state = [
             [

@@ -19,7 +19,7 @@ from rlhf_fast.engine.progress import Progress
 from rlhf_fast.models.adapter_roles import AdapterActor, AdapterGenerator
 from rlhf_fast.models.adapters import AdapterModule
 from rlhf_fast.models.offload import StreamedModule
-from rlhf_fast.models.rewards import ModelReward, SumReward
+from rlhf_fast.models.rewards import judges_of
 from rlhf_fast.ppo.roles import Roles
 
 Phase = Callable[[str], AbstractContextManager[Any]]
@@ -29,10 +29,8 @@ def role_models(roles: Roles) -> dict[str, Any]:
     """What stands for each role that is a model, by name."""
     found: dict[str, Any] = {"actor": roles.actor, "critic": roles.critic}
     found["reference"] = roles.reference
-    parts = [part for _, part in roles.reward.parts] if isinstance(roles.reward, SumReward) else []
-    for part in parts or [roles.reward]:
-        if isinstance(part, ModelReward):
-            found["reward_model"] = part.reward_model
+    for judge in judges_of(roles.reward):
+        found["reward_model"] = judge
     return {name: role for name, role in found.items() if role is not None}
 
 

@@ -182,3 +182,9 @@ def spread_to_tokens(scores: Tensor, response_mask: Tensor) -> Tensor:
     columns = torch.arange(response_mask.shape[1], device=response_mask.device)
     last = torch.where(response_mask, columns, -1).amax(dim=1, keepdim=True)
     return torch.where(columns == last, scores[:, None], 0.0)
+
+
+def judges_of(reward: Reward) -> list[RewardModel]:
+    """The reward models in a reward, in order; functions have none."""
+    parts = [part for _, part in reward.parts] if isinstance(reward, SumReward) else [reward]
+    return [part.reward_model for part in parts if isinstance(part, ModelReward)]

@@ -11,11 +11,8 @@ from rlhf_fast.errors import ConfigError
 from rlhf_fast.models.attention_mode import attention_configs
 from rlhf_fast.models.checks import check_context, check_same_tokenizer, check_vocabulary
 from rlhf_fast.models.forward import ComputeDtype
-from rlhf_fast.models.loading import (
-    adopt_module,
-    load_tokenizer,
-)
-from rlhf_fast.models.rewards import ModelReward, SumReward
+from rlhf_fast.models.loading import adopt_module, load_tokenizer
+from rlhf_fast.models.rewards import judges_of
 from rlhf_fast.models.roles import TrunkCritic
 from rlhf_fast.ppo.roles import Roles
 
@@ -40,10 +37,7 @@ def role_modules(roles: Roles) -> list[tuple[str, nn.Module]]:
     modules = [("actor", roles.actor.module), ("reference", roles.reference.module)]
     if roles.critic is not None and not isinstance(roles.critic, TrunkCritic):
         modules.append(("critic", roles.critic.module))
-    parts = [part for _, part in roles.reward.parts] if isinstance(roles.reward, SumReward) else []
-    for part in parts or [roles.reward]:
-        if isinstance(part, ModelReward):
-            modules.append(("reward model", part.reward_model.module))
+    modules += [("reward model", judge.module) for judge in judges_of(roles.reward)]
     return modules
 
 
