@@ -1,0 +1,180 @@
+"""The ranks of a run: who there is, on which mesh, and the few collectives that are not FSDP's.
+
+`torchrun` starts the processes; one started by itself is a world of one rank, without any process
+group, in which every collective here returns what it was given. A mesh has two axes:
+
+    replicate   copies of the sharded model (HSDP); 1 unless asked for
+    shard       the ranks that hold one model between them
+
+Every rank trains on samples of its own, whatever the axes. What a method returns is the same on all
+ranks, bit for bit, so that decisions taken from it agree.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import Store
+
+from rlhf_fast.errors import EnvironmentFault
+
+REPLICATE, SHARD = "replicate", "shard"
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run.
+
+    Args:
+        device: of this rank.
+        rank: of this process among all.
+        size: number of ranks.
+        local_rank: of this process on its machine.
+        mesh: [replicas, shards] with the axes `replicate` and `shard`; None for one rank.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    mesh: DeviceMesh | None = None
+
+    @classmethod
+    def join(
+        cls,
+        device: torch.device,
+        *,
+        replicas: int = 1,
+        timeout_seconds: float = 600.0,
+        store: Store | None = None,
+        rank: int | None = None,
+        size: int | None = None,
+    ) -> World:
+        """Make the default process group and the mesh, as the environment of `torchrun` says.
+
+        Args:
+            device: of this rank, `cuda:<local rank>` on GPUs: NCCL there, gloo on the CPU.
+            replicas: copies of the sharded model; divides the number of ranks.
+            timeout_seconds: after which a collective that some rank does not join is an error.
+            store, rank, size: in the place of the environment's.
+
+        Raises:
+            EnvironmentFault: RF7050, the number of ranks is no multiple of `replicas`.
+        """
+        rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+        size = int(os.environ.get("WORLD_SIZE", 1)) if size is None else size
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        if size % replicas:
+            raise EnvironmentFault(
+                "RF7050",
+                f"{size} ranks cannot be {replicas} replicas",
+                where="distributed.replicas",
+                expected="a divisor of the number of processes that torchrun starts",
+                remedy="change distributed.replicas or --nproc-per-node",
+            )
+        if size == 1:
+            return cls(device)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+            **({} if store is None else {"store": store, "rank": rank, "world_size": size}),
+        )
+        ranks = torch.arange(size).view(replicas, size // replicas)
+        mesh = DeviceMesh(device.type, ranks, mesh_dim_names=(REPLICATE, SHARD))
+        return cls(device, rank, size, local_rank, mesh)
+
+    def leave(self) -> None:
+        """Destroy the process groups; does nothing in a world of one."""
+        if self.mesh is not None:
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and talks to people."""
+        return self.rank == 0
+
+    @property
+    def shards(self) -> int:
+        """Ranks that hold one model between them."""
+        return 1 if self.mesh is None else self.mesh.size(1)
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the sharded model."""
+        return 1 if self.mesh is None else self.mesh.size(0)
+
+    @property
+    def shard_rank(self) -> int:
+        """Which shard this rank holds."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank(SHARD)
+
+    @property
+    def replica(self) -> int:
+        """Which copy this rank belongs to."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank(REPLICATE)
+
+    @property
+    def shard_mesh(self) -> DeviceMesh:
+        """[shards]: the axis along which the model is cut.
+
+        Raises:
+            ValueError: there is one rank only.
+        """
+        if self.mesh is None:
+            raise ValueError("a world of one rank has no mesh")
+        return self.mesh[SHARD]
+
+    @property
+    def fsdp_mesh(self) -> DeviceMesh:
+        """What `fully_shard` is given: [shards], or [replicas, shards] if there are replicas."""
+        if self.mesh is None:
+            raise ValueError("a world of one rank has no mesh")
+        return self.mesh[SHARD] if self.replicas == 1 else self.mesh
+
+    # ---- collectives --------------------------------------------------------------------------
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, of one shape everywhere; in place, and returned."""
+        if self.mesh is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank."""
+        if self.mesh is None:
+            return flag
+        found = torch.tensor([flag], dtype=torch.int32, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
+
+    def gather_rows(self, rows: Tensor) -> list[Tensor]:
+        """The tensors [n_r, ...] of all ranks in their order; only n_r may differ."""
+        if self.mesh is None:
+            return [rows]
+        counts = [torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor(len(rows), device=self.device))
+        lengths = [int(count) for count in counts]
+        padded = rows.new_zeros((max(lengths), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded)
+        return [part[:n] for part, n in zip(parts, lengths, strict=True)]
+
+    def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+        """Overwrite the tensors with those of rank `source`."""
+        if self.mesh is not None:
+            for tensor in tensors:
+                dist.broadcast(tensor, source)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.mesh is not None:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)

@@ -1,0 +1,67 @@
+"""Ranks, axes and collectives; what one returns is the same everywhere."""
+
+import pytest
+import torch
+
+from rlhf_fast.distributed.world import World
+from rlhf_fast.errors import EnvironmentFault
+from tests.distributed.ranks import on_ranks
+
+
+def _facts(world: World) -> dict[str, object]:
+    parts = world.gather_rows(torch.arange(world.rank + 1) + 10 * world.rank)
+    sent = torch.tensor([world.rank + 5])
+    world.broadcast([sent], source=2)
+    world.barrier()
+    return {
+        "place": (world.rank, world.replica, world.shard_rank),
+        "sizes": (world.size, world.replicas, world.shards),
+        "main": world.is_main,
+        "fsdp": world.fsdp_mesh.ndim,
+        "sum": world.sum(torch.tensor([1.0, world.rank])).tolist(),
+        "any": (world.any(world.rank == 3), world.any(False)),
+        "rows": [part.tolist() for part in parts],
+        "sent": int(sent),
+    }
+
+
+def test_four_ranks_as_two_replicas() -> None:
+    found = on_ranks(4, _facts, replicas=2)
+    assert [f["place"] for f in found] == [(0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 1, 1)]
+    for facts in found:
+        assert facts["sizes"] == (4, 2, 2)
+        assert facts["fsdp"] == 2
+        assert facts["sum"] == [4.0, 6.0]
+        assert facts["any"] == (True, False)
+        assert facts["rows"] == [[0], [10, 11], [20, 21, 22], [30, 31, 32, 33]]
+        assert facts["sent"] == 7
+    assert [f["main"] for f in found] == [True, False, False, False]
+
+
+def _fails_on_one(world: World) -> None:
+    if world.rank == 1:
+        raise ValueError("the reason")
+    world.barrier()
+
+
+def test_the_harness_reports_the_rank_that_failed() -> None:
+    with pytest.raises(AssertionError, match=r"rank 1:[\s\S]*the reason"):
+        on_ranks(2, _fails_on_one)
+
+
+def test_one_rank_needs_no_process_group() -> None:
+    world = World.join(torch.device("cpu"))
+    value = torch.ones(2)
+    assert world.sum(value) is value
+    assert world.gather_rows(value)[0] is value
+    assert world.any(True)
+    assert not world.any(False)
+    assert (world.is_main, world.shards, world.replicas, world.mesh) == (True, 1, 1, None)
+    assert not torch.distributed.is_initialized()
+    world.barrier()
+    world.leave()
+
+
+def test_replicas_must_divide_the_ranks() -> None:
+    with pytest.raises(EnvironmentFault, match="RF7050"):
+        World.join(torch.device("cpu"), replicas=2, rank=0, size=3)
