@@ -81,11 +81,14 @@ class World:
             )
         if size == 1:
             return cls(device)
+        gpu = device.type == "cuda"
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "nccl" if gpu else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
-            device_id=device if device.type == "cuda" else None,
-            **({} if store is None else {"store": store, "rank": rank, "world_size": size}),
+            store=store,
+            rank=-1 if store is None else rank,
+            world_size=-1 if store is None else size,
+            device_id=device if gpu else None,
         )
         ranks = torch.arange(size).view(replicas, size // replicas)
         mesh = DeviceMesh(device.type, ranks, mesh_dim_names=(REPLICATE, SHARD))
