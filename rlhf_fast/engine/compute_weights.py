@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlhf_fast.engine.weights import AliasedWeights
+from rlhf_fast.engine.sharded_views import Weights
 
 
 class ComputeWeights:
@@ -29,7 +29,7 @@ class ComputeWeights:
 
     def __init__(
         self,
-        weights: AliasedWeights,
+        weights: Weights,
         dtype: torch.dtype,
         *,
         version: Callable[[], int] | None = None,

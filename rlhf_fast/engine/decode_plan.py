@@ -70,7 +70,7 @@ class DecodePlan:
 
     def run(self) -> Tensor:
         """[rows, V] logits, in a buffer that the next step overwrites."""
-        torch.index_select(self._model.embedding, 0, self.batch.ids, out=self._residual)
+        self._model.embed(self.batch.ids, self._residual)
         for call in self._calls:
             call()
         return self.logits
@@ -83,17 +83,20 @@ class DecodePlan:
         norms = (layer.q_norm, layer.k_norm)
         attend = self._prepared_attention(layer, keys, values)
         attended = self._attended.flatten(1)
+        summed = [] if model.parallel is None else [partial(model.parallel.sum, self._update)]
         return [
             *self._products(self._hidden, layer.qkv, layer.qkv_bias, low.qkv, self._qkv),
             partial(self._store, self._q, self._k, self._v, keys, values, *norms),
             partial(attend, self._q, keys, values, self._attended),
             *self._products(attended, layer.out, layer.out_bias, low.out, self._update),
+            *summed,
             self._norm(self._update, layer.post_norm, self._residual),
             *self._products(
                 self._hidden, layer.gate_up, layer.gate_up_bias, low.gate_up, self._gate_up
             ),
             _silu_mul(self._gate_up, self._activated),
             *self._products(self._activated, layer.down, layer.down_bias, low.down, self._update),
+            *summed,
             self._norm(self._update, following, self._residual),
         ]
 

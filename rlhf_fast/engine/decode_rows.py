@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from rlhf_fast.engine.paged_batch import PagedBatch, PagedForward
 from rlhf_fast.engine.paged_cache import PagedCache
 from rlhf_fast.engine.requests import Completions
+from rlhf_fast.engine.tensor_parallel import TensorParallel
 from rlhf_fast.types import SamplingParams
 from rlhf_fast_kernels import SampleOutput, dispatch, sample
 from rlhf_fast_kernels.decode_fields import (
@@ -77,6 +79,7 @@ class DecodeRows:
         stop_width: stop ids of the request that has most.
         out: where tokens and log-probs go; its last row belongs to no sample.
         device: of everything here.
+        parallel: ranks with which the vocabulary is shared.
     """
 
     def __init__(
@@ -86,7 +89,9 @@ class DecodeRows:
         stop_width: int,
         out: Completions,
         device: torch.device,
+        parallel: TensorParallel | None = None,
     ) -> None:
+        self._parallel = parallel
         self.count = 0
         self.out = out
         new = partial(torch.zeros, device=device)
@@ -219,27 +224,28 @@ class DecodeRows:
         out = SampleOutput(*drawn, None)
         draw: Call
         record: Call
+        # Plain sampling has a kernel without filters, which numbers ask for.
+        off = not self.warps
+        settings: dict[str, Any] = {
+            "seeds": state[SEED],
+            "step": state[STEP],
+            "temperature": temperature,
+            "top_k": 0 if off else state[TOP_K],
+            "top_p": 1.0 if off else top_p,
+            "min_p": 0.0 if off else min_p,
+            "out": out,
+        }
         on_cpu = self._native and dispatch.choose("sample", None, logits).impl == "cpu"
-        if on_cpu and logits.stride(1) == 1:
+        if self._parallel is not None:
+            draw = self._parallel.drawing(logits, **settings)
+            record = partial(record_tokens, state, stops, drawn, self._record)
+        elif on_cpu and logits.stride(1) == 1:
             draw = prepare_sample(
                 *(logits, state[SEED], state[STEP], temperature, state[TOP_K], top_p, min_p, out)
             )
             record = prepare_record(state, stops, drawn, self._record)
         else:
-            # Plain sampling has a kernel without filters, which numbers ask for.
-            off = not self.warps
-            draw = partial(
-                sample,
-                logits,
-                seeds=state[SEED],
-                step=state[STEP],
-                temperature=temperature,
-                top_k=0 if off else state[TOP_K],
-                top_p=1.0 if off else top_p,
-                min_p=0.0 if off else min_p,
-                with_entropy=False,
-                out=out,
-            )
+            draw = partial(sample, logits, with_entropy=False, **settings)
             record = partial(record_tokens, state, stops, drawn, self._record)
 
         def call() -> None:

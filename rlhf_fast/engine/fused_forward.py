@@ -28,7 +28,9 @@ from rlhf_fast.engine.fused_adapters import LayerAdapters, LowRank, layer_adapte
 from rlhf_fast.engine.fused_support import COMPUTE
 from rlhf_fast.engine.module_forward import cache_shape_of, require_same_type, unwrapped
 from rlhf_fast.engine.paged_batch import PagedBatch
-from rlhf_fast.engine.weights import AliasedWeights, base_linear
+from rlhf_fast.engine.sharded_views import Weights
+from rlhf_fast.engine.tensor_parallel import TensorParallel
+from rlhf_fast.engine.weights import base_linear
 from rlhf_fast.models.forward import compute_dtype
 from rlhf_fast_kernels import paged_attention, rms_norm, rope_and_store, silu_mul
 from rlhf_fast_kernels.attention_backends import (
@@ -68,18 +70,21 @@ class FusedForward:
         version: of the weights, see `ComputeWeights`.
         keep: hold a bf16 copy of fp32 parameters between rollouts.
         attention: what decodes and prefills; None: `paged_attention`.
+        parallel: the ranks that hold the other slices of the model; None: it is whole.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        weights: AliasedWeights,
+        weights: Weights,
         *,
         version: Callable[[], int] | None = None,
         keep: bool = False,
         attention: AttentionChoice | None = None,
+        parallel: TensorParallel | None = None,
     ) -> None:
         self.module = module
+        self.parallel = parallel
         self.weights = weights
         self.dtype = COMPUTE[compute_dtype(module)]
         self.compute = ComputeWeights(weights, self.dtype, version=version, keep=keep)
@@ -186,7 +191,8 @@ class FusedForward:
             if self._plan is None or self._plan.batch is not batch:
                 self._plan = DecodePlan(self, batch)
             return self._plan.run()
-        residual = F.embedding(batch.ids, self.embedding)
+        residual = self.embedding.new_empty(len(batch.ids), self.embedding.shape[1])
+        self.embed(batch.ids, residual)
         hidden = self._norm(residual, self.layers[0].input_norm, None)
         last = len(self.layers) - 1
         for index, (layer, low) in enumerate(zip(self.layers, self.adapters, strict=True)):
@@ -194,6 +200,7 @@ class FusedForward:
             hidden = self._norm(update, layer.post_norm, residual)
             gate_up = _linear(hidden, layer.gate_up, layer.gate_up_bias, low.gate_up)
             update = _linear(silu_mul(gate_up), layer.down, layer.down_bias, low.down)
+            update = self.summed(update)
             if index == last and batch.rows is not None:
                 # Rows of no interest end here; the head is the largest product of a small model.
                 update, residual = update[batch.rows], residual[batch.rows]
@@ -204,6 +211,17 @@ class FusedForward:
         )
         vocabulary_product(hidden, self.head, self.head_bias, logits)()
         return logits
+
+    def embed(self, ids: Tensor, out: Tensor) -> None:
+        """Write the embeddings [N, H] of ids [N]."""
+        if self.parallel is None:
+            torch.index_select(self.embedding, 0, ids, out=out)
+        else:
+            self.parallel.embed(ids, self.embedding, out)
+
+    def summed(self, x: Tensor) -> Tensor:
+        """What the slices of a layer give together; in place."""
+        return x if self.parallel is None else self.parallel.sum(x)
 
     def _norm(self, x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
         out = torch.empty(x.shape, dtype=self.dtype, device=x.device)
@@ -236,7 +254,7 @@ class FusedForward:
                 *(batch.slots, batch.cu_queries, batch.max_query, layer.scale, layer.window)
             )
             out = prefill.prefill(q, stored_keys(keys, batch.slots), v, call)
-            return _linear(out.flatten(1), layer.out, layer.out_bias, low.out)
+            return self.summed(_linear(out.flatten(1), layer.out, layer.out_bias, low.out))
         out = paged_attention(
             q,
             keys,
@@ -249,7 +267,7 @@ class FusedForward:
             max_query=batch.max_query,
             max_context=batch.max_context,
         )
-        return _linear(out.flatten(1), layer.out, layer.out_bias, low.out)
+        return self.summed(_linear(out.flatten(1), layer.out, layer.out_bias, low.out))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank | None) -> Tensor:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +64,7 @@ from rlhf_fast.engine.settings import (
     choose_attention_for,
     padded_slots,
 )
+from rlhf_fast.engine.sharded_views import Weights, WeightView
 from rlhf_fast.engine.stopping import Decode, stops_of
 from rlhf_fast.engine.weights import AliasedWeights
 from rlhf_fast.errors import DivergedGeneration, GenerationError
@@ -99,6 +100,7 @@ class HybridEngine:
         on_progress: called after every burst of decoding steps.
         progress_seconds: but not more often than that, and at the end; may be set later.
         expected: lengths that earlier rollouts had, to go on from.
+        view: how the parameters are seen where they are sharded; `module` is its twin then.
 
     Raises:
         GenerationError: RF4003 the model cannot decode, RF4030 its weights cannot be aliased,
@@ -116,8 +118,10 @@ class HybridEngine:
         on_progress: Callable[[Progress], None] | None = None,
         progress_seconds: float = 0.0,
         expected: ExpectedLengths | None = None,
+        view: WeightView | None = None,
     ) -> None:
         self.module = module
+        self.view = view
         self.settings = EngineSettings() if settings is None else settings
         self.eos_ids = tuple(sorted(set(eos_ids)))
         self.on_progress = on_progress
@@ -130,7 +134,7 @@ class HybridEngine:
         self._in_train_mode: list[nn.Module] = []
         self.expected = ExpectedLengths() if expected is None else expected
         self.path, self.reason = choose_path(module, self.settings.path)
-        self.weights: AliasedWeights | None = None
+        self.weights: Weights | None = None
         self.attention: AttentionChoice | None = None  # of the fused path
         self._runner: Runner | TransformersRunner | None = None
         self._padded: HFGenerator | None = None
@@ -144,7 +148,8 @@ class HybridEngine:
                 decode=decode,
             )
         else:
-            self._runner = self._make_runner()
+            with self._reading():
+                self._runner = self._make_runner()
 
     @classmethod
     def from_tokenizer(cls, module: nn.Module, tokenizer: Any, **options: Any) -> HybridEngine:
@@ -174,8 +179,9 @@ class HybridEngine:
 
             return TransformersRunner(self.module, self._device, **options)
         forward: PagedForward
+        view = self.view
         if self.path == "fused":
-            self.weights = AliasedWeights.of(self.module)
+            self.weights = AliasedWeights.of(self.module) if view is None else view.weights
             self.attention = choose_attention_for(self.module, settings, self._device)
             forward = FusedForward(
                 self.module,
@@ -183,6 +189,7 @@ class HybridEngine:
                 version=self._version,
                 keep=settings.keep_memory,
                 attention=self.attention,
+                parallel=None if view is None else view.parallel,
             )
         else:
             forward = ModuleForward(self.module)
@@ -194,7 +201,9 @@ class HybridEngine:
         """What there may be of keys and values, beside the copy of weights that is to come."""
         forward = self._runner.forward if isinstance(self._runner, Runner) else None
         coming = forward.compute.coming if isinstance(forward, FusedForward) else 0
-        return cache_budget(self._device, self.settings.kv_bytes, coming)
+        budget = cache_budget(self._device, self.settings.kv_bytes, coming)
+        # Ranks in step have to give way to each other at the same moment.
+        return budget if self.view is None else self.view.agreed(budget)
 
     # ---- modes --------------------------------------------------------------------------------
 
@@ -291,7 +300,7 @@ class HybridEngine:
         if self._padded is not None:
             self._padded.on_progress = self.on_progress
             self._padded.progress_seconds = self.progress_seconds
-            with self._in(Mode.GENERATE):
+            with self._in(Mode.GENERATE), self._reading():
                 return self._padded.generate(
                     prompts, sampling, samples_per_prompt=samples_per_prompt, seeds=seeds
                 )
@@ -331,7 +340,16 @@ class HybridEngine:
                 remedy="call generate(), which runs on padded batches too, or try "
                 "engine.path=transformers",
             )
+        with self._reading():
+            return self._run(requests, overlap)
+
+    def _reading(self) -> AbstractContextManager[None]:
+        """The parameters as training left them."""
+        return nullcontext() if self.view is None else self.view.reading()
+
+    def _run(self, requests: Sequence[Request], overlap: Overlap | None) -> Completions:
         self._follow_changes()
+        assert self._runner is not None
         if self._device != self._runner.device:
             raise GenerationError(
                 "RF4031",
@@ -340,7 +358,9 @@ class HybridEngine:
                 remedy="move the model first, then make the engine",
             )
         model = unwrapped(self.module)
-        vocab = int(model.get_input_embeddings().weight.shape[0])
+        parallel = None if self.view is None else self.view.parallel
+        rows = model.get_input_embeddings().weight.shape[0]
+        vocab = int(rows) if parallel is None else parallel.vocabulary
         check_requests(requests, vocab, context_limit(model.config))
         version = self._weight_version()
 

@@ -152,6 +152,8 @@ class ModuleForward:
         module: the model, or a peft wrapper around it; adapters that are active take part.
     """
 
+    parallel = None
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         model = unwrapped(module)

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from rlhf_fast.engine.paged_cache import CacheShape, PagedCache
+from rlhf_fast.engine.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class PagedForward(Protocol):
     @property
     def cache_shape(self) -> CacheShape:
         """What a token costs in pages."""
+        ...
+
+    @property
+    def parallel(self) -> TensorParallel | None:
+        """Ranks with which the vocabulary is shared: logits are those of its own rows."""
         ...
 
     @property

@@ -197,6 +197,7 @@ class _Run:
             max(len(ids) for ids in self._stop_ids.values()),
             room,
             device,
+            runner.forward.parallel,
         )
         self.graphs: DecodeGraphs | None = None
         if recorder is not None:

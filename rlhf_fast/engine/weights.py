@@ -6,8 +6,7 @@ concatenation, which a fused product reads, is then a view too: generation uses 
 optimizer writes, and a switch between the two costs nothing. Parameters stay the objects they were,
 so optimizers, checkpoints and hooks do not notice.
 
-Other views (shards that are tensor-parallel slices, a gathered buffer) will answer the same three
-questions: `linear(...)`, `check()`, `nbytes`.
+Views of sharded parameters are made in `sharded_views`, over a twin of the module.
 """
 
 from __future__ import annotations
@@ -45,6 +44,11 @@ def _adjacent_groups(module: nn.Module) -> Iterable[list[nn.Parameter]]:
                 yield [layer.bias for layer in layers]
 
 
+def _lies_nowhere(parameter: Tensor) -> bool:
+    """A size alone: on the meta device, or its memory was given back."""
+    return parameter.is_meta or parameter.untyped_storage().nbytes() == 0
+
+
 def why_not_aliased(module: nn.Module) -> str | None:
     """None if all parameters can become views of one buffer, otherwise why not."""
     if len({p.device for p in module.parameters()}) > 1:
@@ -53,8 +57,8 @@ def why_not_aliased(module: nn.Module) -> str | None:
     for name, parameter in module.named_parameters():
         if type(parameter.data) is not Tensor or not parameter.is_contiguous():
             return f"{name} is not an ordinary dense tensor"
-        if parameter.is_meta:
-            continue  # a size alone, which lies nowhere
+        if _lies_nowhere(parameter):
+            continue
         start = parameter.data_ptr()
         spans.append((start, start + parameter.numel() * parameter.itemsize, name))
     spans.sort()
@@ -100,7 +104,8 @@ class AliasedWeights:
     """All parameters of a module as views of one flat buffer per dtype.
 
     Args:
-        module: its parameters move into new storage, once; gradients must not exist yet.
+        module: its parameters move into new storage, once; gradients must not exist yet. Those
+            whose storage was given back get room alone.
 
     Raises:
         GenerationError: RF4030, a parameter is no ordinary dense tensor.
@@ -149,7 +154,8 @@ class AliasedWeights:
             for group, start in zip(groups, starts, strict=True):
                 for parameter in group:
                     view = buffer[start : start + parameter.numel()].view(parameter.shape)
-                    view.copy_(parameter)
+                    if not _lies_nowhere(parameter):
+                        view.copy_(parameter)
                     parameter.data = view
                     self._places.append((names[id(parameter)], parameter, view.data_ptr()))
                     start += parameter.numel()
@@ -159,6 +165,22 @@ class AliasedWeights:
     def nbytes(self) -> int:
         """Bytes of the flat buffers."""
         return sum(b.numel() * b.itemsize for b in self._buffers.values())
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that the buffers have now: 0 after `release`."""
+        return sum(b.untyped_storage().nbytes() for b in self._buffers.values())
+
+    def release(self) -> None:
+        """Give the memory of all buffers back; the parameters have no values until `restore`."""
+        for buffer in self._buffers.values():
+            buffer.untyped_storage().resize_(0)
+
+    def restore(self) -> None:
+        """Memory for the buffers again, without values; parameters and views of them stay views."""
+        for buffer in self._buffers.values():
+            buffer.untyped_storage().resize_(buffer.numel() * buffer.itemsize)
+        self._places = [(name, p, p.data_ptr()) for name, p, _ in self._places]
 
     def buffer(self, dtype: torch.dtype) -> Tensor:
         """The flat buffer of this type; views of its parameters have offsets in it."""
@@ -194,17 +216,22 @@ class AliasedWeights:
             )
 
     def concatenated(self, parameters: Sequence[Tensor]) -> Tensor | None:
-        """[sum of rows, ...] view over parameters that lie side by side; None if they do not."""
-        first = parameters[0]
-        end = first.data_ptr()
-        for parameter in parameters:
-            if (
-                parameter.data_ptr() != end
-                or parameter.dtype != first.dtype
-                or parameter.shape[1:] != first.shape[1:]
-            ):
-                return None
-            end += parameter.numel() * parameter.itemsize
-        rows = sum(p.shape[0] for p in parameters)
-        shape = (rows, *first.shape[1:])
-        return first.detach().as_strided(shape, first.stride(), first.storage_offset())
+        """See `concatenated`."""
+        return concatenated(parameters)
+
+
+def concatenated(parameters: Sequence[Tensor]) -> Tensor | None:
+    """[sum of rows, ...] view over parameters that lie side by side; None if they do not."""
+    first = parameters[0]
+    end = first.data_ptr()
+    for parameter in parameters:
+        if (
+            parameter.data_ptr() != end
+            or parameter.dtype != first.dtype
+            or parameter.shape[1:] != first.shape[1:]
+        ):
+            return None
+        end += parameter.numel() * parameter.itemsize
+    rows = sum(p.shape[0] for p in parameters)
+    shape = (rows, *first.shape[1:])
+    return first.detach().as_strided(shape, first.stride(), first.storage_offset())
