@@ -9,10 +9,20 @@ weights) that training does not know of.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_fast.engine.fused_support import COMPUTE, why_not_fused
+from rlhf_fast.engine.module_forward import unwrapped
+from rlhf_fast.engine.weights import ADJACENT, concatenated, padded_numel
+from rlhf_fast.errors import GenerationError
+from rlhf_fast.models.forward import compute_dtype
+
+_HEAD_NORMS = ("q_norm.weight", "k_norm.weight")
 
 
 def twin_of(module: nn.Module) -> nn.Module:
@@ -42,12 +52,123 @@ def put(module: nn.Module, name: str, tensor: Tensor) -> None:
                 part._parameters[key] = replaced
 
 
-def room(
-    shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, now: bool = True
-) -> Tensor:
-    """A tensor without values; `now` false: without memory as well, for `AliasedWeights`."""
-    with torch.inference_mode(False):
-        tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
-    if not now:
-        tensor.untyped_storage().resize_(0)
-    return tensor
+def read_types(twin: nn.Module) -> dict[str, torch.dtype]:
+    """The type in which generation reads every parameter, so that it computes what training does.
+
+    Products and what acts on their results are in the type of the computation, all else (embedding,
+    norms of the residual stream, adapters) in the type of the parameter. A head that is tied to an
+    embedding of another type becomes a parameter of its own in the twin.
+    """
+    compute = COMPUTE[compute_dtype(twin)]
+    fused = why_not_fused(twin) is None
+    head: Any = unwrapped(twin).get_output_embeddings()
+    embedding: Any = unwrapped(twin).get_input_embeddings()
+    if head.weight is embedding.weight and embedding.weight.dtype is not compute:
+        head.weight = nn.Parameter(embedding.weight.detach(), requires_grad=False)
+    types = {}
+    for name, parameter in twin.named_parameters():
+        owner = twin.get_submodule(name.rpartition(".")[0])
+        operand = isinstance(owner, nn.Linear | Conv1D) and ".lora_" not in name
+        operand = operand or (fused and name.endswith(_HEAD_NORMS))
+        types[name] = compute if operand else parameter.dtype
+    return types
+
+
+class TwinBuffers:
+    """Values that a twin holds for the length of a rollout, in one buffer per dtype.
+
+    Projections of one input lie side by side, as in `AliasedWeights`.
+
+    Args:
+        twin: gets the parameters.
+        wanted: their names, shapes and types.
+        device: where.
+    """
+
+    def __init__(
+        self,
+        twin: nn.Module,
+        wanted: Mapping[str, tuple[Sequence[int], torch.dtype]],
+        device: torch.device,
+    ) -> None:
+        self._buffers: list[Tensor] = []
+        self._parameters: list[nn.Parameter] = []
+        for dtype in dict.fromkeys(dtype for _, dtype in wanted.values()):
+            sizes = {name: shape for name, (shape, kind) in wanted.items() if kind is dtype}
+            self._lay_out(twin, sizes, dtype, device)
+        self.release()
+
+    def _lay_out(
+        self,
+        twin: nn.Module,
+        sizes: Mapping[str, Sequence[int]],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        empty = {n: torch.empty(*shape, dtype=dtype, device="meta") for n, shape in sizes.items()}
+        groups = list(groups_of(empty))
+        numels = [padded_numel([empty[name] for name in group]) for group in groups]
+        with torch.inference_mode(False):
+            buffer = torch.empty(sum(numels), dtype=dtype, device=device)
+        for group, piece in zip(groups, buffer.split(numels), strict=True):
+            start = 0
+            for name in group:
+                stop = start + empty[name].numel()
+                put(twin, name, piece[start:stop].view(empty[name].shape))
+                self._parameters.append(twin.get_parameter(name))
+                start = stop
+        self._buffers.append(buffer)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the buffers have now."""
+        return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers)
+
+    def restore(self) -> None:
+        """Memory for all of them, without values."""
+        for buffer in self._buffers:
+            buffer.untyped_storage().resize_(buffer.numel() * buffer.itemsize)
+
+    def release(self) -> None:
+        """Give the memory back; parameters stay views of it."""
+        for buffer in self._buffers:
+            buffer.untyped_storage().resize_(0)
+
+    def check(self) -> None:
+        """See `Weights`: a twin belongs to nobody who could move it."""
+        if any(p.untyped_storage().nbytes() == 0 for p in self._parameters if p.numel()):
+            raise GenerationError(
+                "RF4031",
+                "gathered weights are read outside of a rollout",
+                remedy="generate through the engine",
+            )
+
+    def concatenated(self, parameters: Sequence[Tensor]) -> Tensor | None:
+        """See `Weights`."""
+        return concatenated(parameters)
+
+    def buffer(self, dtype: torch.dtype) -> Tensor:
+        """Asked for where products run in another type, which a twin's parameters have already."""
+        raise AssertionError(f"operands of the twin are {dtype}")
+
+    @property
+    def changes(self) -> int:
+        """See `Weights`."""
+        return sum(parameter._version for parameter in self._parameters)
+
+
+def groups_of(names: Iterable[str]) -> Iterator[list[str]]:
+    """All names once: weights, or biases, of projections of one input together, in their order."""
+    left = dict.fromkeys(names)
+    for name in list(left):
+        if name not in left:
+            continue
+        group = [name]
+        for projections in ADJACENT:
+            part = next((p for p in projections if f".{p}." in name), None)
+            if part is not None and ".lora_" not in name:
+                others = [name.replace(f".{part}.", f".{other}.") for other in projections]
+                group = others if all(other in left for other in others) else group
+        for member in group:
+            del left[member]
+        yield group

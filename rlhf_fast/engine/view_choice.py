@@ -54,8 +54,8 @@ def choose_view(module: nn.Module, twin: nn.Module, world: World, wish: str = "a
         return LayerwiseView(module, twin, world, "asked for")
     if wish == "gather":
         return GatherView(module, twin, world, "asked for")
-    size = sum(p.shape.numel() for p in named_parts(module).values())
-    size *= COMPUTE[compute_dtype(twin)].itemsize
+    parts = named_parts(module)
+    size = COMPUTE[compute_dtype(twin)].itemsize * sum(p.shape.numel() for p in parts.values())
     room = int(_GATHER_SHARE * _free(world.device))
     # The rank with the least memory decides for all: a view is one for the group.
     fits = not world.any(size > room)

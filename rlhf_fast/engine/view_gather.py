@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rlhf_fast.distributed.world import World
-from rlhf_fast.engine.fused_support import COMPUTE
 from rlhf_fast.engine.module_forward import unwrapped
-from rlhf_fast.engine.shard_gather import Gatherer, named_parts, part_of
+from rlhf_fast.engine.shard_gather import Gatherer, part_of
 from rlhf_fast.engine.sharded_views import Weights
 from rlhf_fast.engine.tensor_parallel import TensorParallel
-from rlhf_fast.engine.twin import put, room
-from rlhf_fast.engine.weights import AliasedWeights
-from rlhf_fast.models.forward import compute_dtype
+from rlhf_fast.engine.twin import TwinBuffers, put, read_types
+
+_ALIGNMENT = 256  # bytes: parameters of one block begin where any kernel likes them to
 
 
 def blocks_of(twin: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -58,28 +58,26 @@ class GatherView:
         self.module, self.reason = twin, reason
         group = world.shard_mesh.get_group()
         self.gatherer = Gatherer(group, world.shard_rank, world.shards)
-        dtype = COMPUTE[compute_dtype(twin)]
-        for name, part in named_parts(module).items():
-            put(twin, name, room(part.shape, dtype, part.local.device, now=False))
-        self._owned = AliasedWeights(twin)
-        self.weights: Weights = self._owned
+        trained = dict(module.named_parameters(remove_duplicate=False))
+        wanted = {name: (trained[name].shape, dtype) for name, dtype in read_types(twin).items()}
+        self.weights = TwinBuffers(twin, wanted, world.device)
         self._buckets = _buckets(module, twin)
 
     @property
     def nbytes(self) -> int:
         """See `WeightView`."""
-        return self._owned.held
+        return self.weights.nbytes
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """See `WeightView`."""
-        self._owned.restore()
+        self.weights.restore()
         try:
             for bucket in self._buckets:
                 self.gatherer.whole([(target, part_of(p)) for target, p in bucket])
             yield
         finally:
-            self._owned.release()
+            self.weights.release()
 
     def agreed(self, number: int) -> int:
         """See `WeightView`."""
@@ -104,26 +102,23 @@ class LayerwiseView:
         self.module, self.reason = twin, reason
         group = world.shard_mesh.get_group()
         self.gatherer = Gatherer(group, world.shard_rank, world.shards)
-        dtype = COMPUTE[compute_dtype(twin)]
-        parts = named_parts(module)
-        device = next(iter(parts.values())).local.device
+        trained = dict(module.named_parameters(remove_duplicate=False))
+        types = read_types(twin)
         blocks = blocks_of(twin)
         inside = {
-            name: block for name in parts for block, _ in blocks if name.startswith(f"{block}.")
+            name: block for name in types for block, _ in blocks if name.startswith(f"{block}.")
         }
-        sizes = dict.fromkeys((block for block, _ in blocks), 0)
-        for name, block in inside.items():
-            sizes[block] += parts[name].shape.numel()
-        most = max(sizes.values(), default=0)
-        self._buffer = room([most], dtype, device)
+        self._buffer = room([_most_bytes(trained, types, inside)], torch.uint8, world.device)
         used: dict[str, int] = {}
-        for name, part in parts.items():
+        for name, dtype in types.items():
+            shape = trained[name].shape
             if name not in inside:
-                put(twin, name, room(part.shape, dtype, device))
+                put(twin, name, room(shape, dtype, world.device))
                 continue
             start = used.get(inside[name], 0)
-            used[inside[name]] = stop = start + part.shape.numel()
-            put(twin, name, self._buffer[start:stop].view(part.shape))
+            stop = start + shape.numel() * dtype.itemsize
+            used[inside[name]] = -(-stop // _ALIGNMENT) * _ALIGNMENT
+            put(twin, name, self._buffer[start:stop].view(dtype).view(shape))
         self.weights: Weights = _NoFusedPath()
         *each, self._rest = _buckets(module, twin)
         for bucket, (_, block_module) in zip(each, blocks, strict=True):
@@ -152,6 +147,23 @@ class LayerwiseView:
         return self.gatherer.least(number)
 
 
+def room(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor without values."""
+    with torch.inference_mode(False):
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def _most_bytes(
+    trained: Mapping[str, Tensor], types: Mapping[str, torch.dtype], inside: Mapping[str, str]
+) -> int:
+    """Bytes of the largest block."""
+    sizes: dict[str, int] = {}
+    for name, block in inside.items():
+        size = trained[name].numel() * types[name].itemsize
+        sizes[block] = sizes.get(block, 0) + -(-size // _ALIGNMENT) * _ALIGNMENT
+    return max(sizes.values(), default=0)
+
+
 class _NoFusedPath:
     """`Weights` of a twin whose hooks keep it off the fused path."""
 
@@ -161,9 +173,10 @@ class _NoFusedPath:
 
 def _buckets(module: nn.Module, twin: nn.Module) -> list[list[tuple[Tensor, nn.Parameter]]]:
     """(target in the twin, trained parameter), a block a bucket, then all the rest."""
+    trained = dict(module.named_parameters(remove_duplicate=False))
     names = [f"{name}." for name, _ in blocks_of(twin)]
     buckets: list[list[tuple[Tensor, nn.Parameter]]] = [[] for _ in (*names, "")]
-    for name, parameter in module.named_parameters():
+    for name, target in twin.named_parameters():
         place = next((i for i, block in enumerate(names) if name.startswith(block)), -1)
-        buckets[place].append((twin.get_parameter(name).data, parameter))
+        buckets[place].append((target.data, trained[name]))
     return buckets

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.distributed.world import World
-from rlhf_fast.engine.fused_support import COMPUTE, why_not_fused
+from rlhf_fast.engine.fused_support import why_not_fused
 from rlhf_fast.engine.module_forward import unwrapped
 from rlhf_fast.engine.shard_gather import Gatherer, Part, named_parts, part_of
 from rlhf_fast.engine.sharded_views import Weights
 from rlhf_fast.engine.tensor_parallel import TensorParallel
-from rlhf_fast.engine.twin import put, room
-from rlhf_fast.engine.weights import ADJACENT, AliasedWeights, concatenated
+from rlhf_fast.engine.twin import TwinBuffers, groups_of, put, read_types
+from rlhf_fast.engine.weights import ADJACENT, concatenated
 from rlhf_fast.errors import GenerationError
-from rlhf_fast.models.forward import compute_dtype
 
 # Projections that are cut along their outputs, and along their inputs.
 _COLUMN = frozenset(name for names in ADJACENT for name in names)
@@ -91,10 +90,16 @@ def why_not_tensor_parallel(module: nn.Module, twin: nn.Module, world: World) ->
 
 
 class ShardAliases:
-    """`Weights` over local shards where they lie."""
+    """`Weights` over local shards where they lie, and over what was copied beside them.
 
-    def __init__(self, places: Mapping[str, tuple[nn.Parameter, int]]) -> None:
+    Args:
+        places: name -> trained parameter and the address of its shard.
+        copies: the rest.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[nn.Parameter, int]], copies: TwinBuffers) -> None:
         self._places = places
+        self._copies = copies
 
     def check(self) -> None:
         """See `Weights`."""
@@ -107,28 +112,29 @@ class ShardAliases:
                 expected="a model that is not moved, cast or re-assigned after the engine was made",
                 remedy="shard the model first, then make the engine",
             )
+        self._copies.check()
 
     def concatenated(self, parameters: Sequence[Tensor]) -> Tensor | None:
         """See `Weights`."""
         return concatenated(parameters)
 
     def buffer(self, dtype: torch.dtype) -> Tensor:
-        """Asked for where products run in another type: such shards are never aliased."""
-        raise AssertionError(f"aliased shards are {dtype} already")
+        """See `TwinBuffers.buffer`."""
+        return self._copies.buffer(dtype)
 
     @property
     def changes(self) -> int:
         """See `Weights`."""
-        return sum(parameter._version for parameter, _ in self._places.values())
+        return self._copies.changes + sum(p._version for p, _ in self._places.values())
 
 
 class TensorParallelView:
     """`WeightView` over slices.
 
-    Shards are read where they lie if products run in their type and q|k|v and gate|up lie side by
-    side. Otherwise (fp32 masters under bf16) they are copied for each rollout, at the size of a
-    slice and without a word between ranks. Vectors that are sharded all the same and the factors of
-    LoRA, which are small, are gathered.
+    A shard is read where it lies if it has the type that generation reads and, of q|k|v and
+    gate|up, lies beside the others. What does not (fp32 masters under bf16) is copied for each
+    rollout, at the size of a slice and without a word between ranks. Vectors that are sharded all
+    the same and the factors of LoRA, which are small, are gathered.
 
     Args:
         module: sharded, with `why_not_tensor_parallel` None.
@@ -150,50 +156,45 @@ class TensorParallelView:
         # (target, trained parameter) and, for what the ranks exchange, the dim of the slice.
         self._local: list[tuple[Tensor, nn.Parameter]] = []
         self._foreign: list[tuple[Tensor, nn.Parameter, int | None]] = []
-        self._owned: AliasedWeights | None = None
-        dtype = COMPUTE[compute_dtype(twin)]
-        parts, trained = named_parts(module), dict(module.named_parameters())
-        alias = all(p.local.dtype is dtype for p in parts.values()) and _side_by_side(parts)
+        trained = dict(module.named_parameters(remove_duplicate=False))
+        types = read_types(twin)
+        parts = {name: part_of(trained[name]) for name in types}
+        where = {n for n, p in parts.items() if _lies_right(p, slice_of(n, rank), types[n])}
+        where -= {n for g in groups_of(types) if not _side_by_side(g, parts) for n in g}
         places: dict[str, tuple[nn.Parameter, int]] = {}
-        copies: dict[str, tuple[Part, Slice]] = {}
+        wanted: dict[str, tuple[Sequence[int], torch.dtype]] = {}
         for name, part in parts.items():
             piece = slice_of(name, rank)
             if piece.drop:
                 owner, _, key = name.rpartition(".")
                 twin.get_submodule(owner)._parameters[key] = None
-            elif alias and part.dim == piece.dim:
+            elif name in where:
                 put(twin, name, part.local)
                 places[name] = (trained[name], part.local.data_ptr())
             else:
                 shape = list(part.shape)
                 if piece.dim is not None:
                     shape[piece.dim] = part.span(piece.dim, rank, shards)[1]
-                put(twin, name, room(shape, dtype, part.local.device, now=alias))
-                copies[name] = (part, piece)
-        _narrow(unwrapped(twin).config, shards)
-        self.weights: Weights = ShardAliases(places)
-        if not alias:
-            self.weights = self._owned = AliasedWeights(twin)
-        for name, (part, piece) in copies.items():
-            target = twin.get_parameter(name).data
-            if part.dim == piece.dim:
+                wanted[name] = (shape, types[name])
+        self._copies = TwinBuffers(twin, wanted, world.device)
+        self.weights: Weights = ShardAliases(places, self._copies)
+        for name in wanted:
+            target, piece = twin.get_parameter(name).data, slice_of(name, rank)
+            if parts[name].dim == piece.dim:
                 self._local.append((target, trained[name]))
             else:
                 self._foreign.append((target, trained[name], piece.dim))
+        _narrow(unwrapped(twin).config, shards)
 
     @property
     def nbytes(self) -> int:
         """See `WeightView`."""
-        if self._owned is not None:
-            return self._owned.held
-        targets = [t for t, _ in self._local] + [t for t, _, _ in self._foreign]
-        return sum(target.untyped_storage().nbytes() for target in targets)
+        return self._copies.nbytes
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """See `WeightView`; shards that are read where they lie are not touched."""
-        if self._owned is not None:
-            self._owned.restore()
+        self._copies.restore()
         try:
             with torch.no_grad():
                 for target, parameter in self._local:
@@ -201,27 +202,20 @@ class TensorParallelView:
             self.gatherer.slices([(t, part_of(p), dim) for t, p, dim in self._foreign])
             yield
         finally:
-            if self._owned is not None:
-                self._owned.release()
+            self._copies.release()
 
     def agreed(self, number: int) -> int:
         """See `WeightView`."""
         return self.gatherer.least(number)
 
 
-def _side_by_side(parts: Mapping[str, Part]) -> bool:
-    """Whether the shards of every fused projection are one piece of memory."""
-    for name in parts:
-        for first, *others in ADJACENT:
-            for kind in ("weight", "bias"):
-                if not name.endswith(f"{first}.{kind}") and not name.endswith(
-                    f"{first}.base_layer.{kind}"
-                ):
-                    continue
-                names = [name, *(name.replace(f".{first}.", f".{other}.") for other in others)]
-                if concatenated([parts[n].local for n in names]) is None:
-                    return False
-    return True
+def _lies_right(part: Part, piece: Slice, dtype: torch.dtype) -> bool:
+    return part.dim == piece.dim and part.local.dtype is dtype
+
+
+def _side_by_side(names: Sequence[str], parts: Mapping[str, Part]) -> bool:
+    """Whether the shards of a fused projection are one piece of memory."""
+    return concatenated([parts[name].local for name in names]) is not None
 
 
 def _narrow(config: Any, shards: int) -> None:

@@ -81,14 +81,15 @@ def _groups(module: nn.Module) -> list[list[nn.Parameter]]:
     return groups + [[p] for p in module.parameters() if id(p) not in grouped]
 
 
-def _padded_numel(group: Sequence[nn.Parameter]) -> int:
+def padded_numel(group: Sequence[Tensor]) -> int:
+    """Elements that tensors which lie side by side take in a flat buffer."""
     step = _ALIGNMENT_BYTES // group[0].itemsize
     return -(-sum(p.numel() for p in group) // step) * step
 
 
 def flat_numel(module: nn.Module, dtype: torch.dtype) -> int:
     """Elements of the flat buffer of this type; the module may be on the meta device."""
-    return sum(_padded_numel(g) for g in _groups(module) if g[0].dtype == dtype)
+    return sum(padded_numel(g) for g in _groups(module) if g[0].dtype == dtype)
 
 
 def _names(module: nn.Module) -> dict[str, int]:
@@ -104,8 +105,7 @@ class AliasedWeights:
     """All parameters of a module as views of one flat buffer per dtype.
 
     Args:
-        module: its parameters move into new storage, once; gradients must not exist yet. Those
-            whose storage was given back get room alone.
+        module: its parameters move into new storage, once; gradients must not exist yet.
 
     Raises:
         GenerationError: RF4030, a parameter is no ordinary dense tensor.
@@ -145,7 +145,7 @@ class AliasedWeights:
         starts, total = [], 0
         for group in groups:
             starts.append(total)
-            total += _padded_numel(group)
+            total += padded_numel(group)
         device = groups[0][0].device
         # A storage of its own, to the byte: what lies between groups is never read.
         # A caller's inference mode would leave parameters that can never be trained.
@@ -154,8 +154,7 @@ class AliasedWeights:
             for group, start in zip(groups, starts, strict=True):
                 for parameter in group:
                     view = buffer[start : start + parameter.numel()].view(parameter.shape)
-                    if not _lies_nowhere(parameter):
-                        view.copy_(parameter)
+                    view.copy_(parameter)
                     parameter.data = view
                     self._places.append((names[id(parameter)], parameter, view.data_ptr()))
                     start += parameter.numel()
@@ -165,22 +164,6 @@ class AliasedWeights:
     def nbytes(self) -> int:
         """Bytes of the flat buffers."""
         return sum(b.numel() * b.itemsize for b in self._buffers.values())
-
-    @property
-    def held(self) -> int:
-        """Bytes of memory that the buffers have now: 0 after `release`."""
-        return sum(b.untyped_storage().nbytes() for b in self._buffers.values())
-
-    def release(self) -> None:
-        """Give the memory of all buffers back; the parameters have no values until `restore`."""
-        for buffer in self._buffers.values():
-            buffer.untyped_storage().resize_(0)
-
-    def restore(self) -> None:
-        """Memory for the buffers again, without values; parameters and views of them stay views."""
-        for buffer in self._buffers.values():
-            buffer.untyped_storage().resize_(buffer.numel() * buffer.itemsize)
-        self._places = [(name, p, p.data_ptr()) for name, p, _ in self._places]
 
     def buffer(self, dtype: torch.dtype) -> Tensor:
         """The flat buffer of this type; views of its parameters have offsets in it."""

@@ -208,17 +208,23 @@ def _tensor_parallel_corners(world: World) -> dict[str, Any]:
     engine = engine_over(copied)
     assert_same(drawn_by(engine), reference)
     facts["released"] = copied.nbytes
-    # fp32 masters under bf16: a slice in bf16 for the length of a rollout.
-    half = llama()
+    # fp32 masters under bf16: operands of products in bf16 for a rollout, tied heads apart; the
+    # rest is read where it lies.
+    half = MODELS["qwen2-tied"]()
     set_compute_dtype(half, "bfloat16")
     low = choose_view(sharded(half, world), twin_of(half), world)
-    engine = engine_over(low)
-    drawn_by(engine)
+    whole = choose_view(sharded(half, world, slices=False), twin_of(half), world, "gather")
+    reference = drawn_by(_engine(half))
+    for view in (low, whole):
+        got = drawn_by(engine_over(view))
+        first = got.raw_logprobs[:, 0] - reference.raw_logprobs[:, 0]
+        facts[f"bf16 {view.name}"] = float(first.abs().max())
+    facts["bf16 residual"] = str(low.module.get_input_embeddings().weight.dtype)
+    operands = sum(p.numel() for n, p in half.named_parameters() if n.endswith("proj.weight"))
+    operands += half.get_input_embeddings().weight.numel()
     with low.reading():
-        whole = sum(p.numel() for p in half.parameters())
-        facts["bf16"] = low.nbytes / (2 * whole / world.shards)
+        facts["bf16 bytes"] = low.nbytes / (2 * operands / world.shards)
     # A shard that moved is an error, not old weights.
-    view.weights.check()
     trained = sharded(module, world)
     moved = choose_view(trained, twin_of(module), world)
     engine = engine_over(moved)
@@ -234,8 +240,11 @@ def test_slices_under_preemption_in_chunks_copied_and_in_bf16() -> None:
     for facts in on_ranks(2, _tensor_parallel_corners):
         assert facts["preemptions"] > 0
         assert facts["released"] == 0
-        # Padding between groups, and vectors that every rank holds, are all there is beside it.
-        assert 1.0 <= facts["bf16"] < 1.2
+        # Biases, and padding between groups, are all there is beside the operands.
+        assert 1.0 <= facts["bf16 bytes"] < 1.3
+        assert facts["bf16 residual"] == "torch.float32"
+        assert facts["bf16 tp"] < 0.05
+        assert facts["bf16 gather"] == 0.0
 
 
 # ---- gather and layerwise -----------------------------------------------------------------------
