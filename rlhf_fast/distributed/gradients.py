@@ -28,6 +28,11 @@ class RankGradients:
     def __init__(self, world: World) -> None:
         self._world = world
 
+    @classmethod
+    def of(cls, world: World) -> RankGradients | None:
+        """What a `GuardedOptimizer` of this world is given as `ranks`; None for one rank."""
+        return None if world.mesh is None else cls(world)
+
     def shard(self, parameter: nn.Parameter) -> nn.Parameter:
         """The part of a parameter that this rank steps: the parameter, or its shard's memory."""
         if not isinstance(parameter, DTensor):

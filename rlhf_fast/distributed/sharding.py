@@ -37,7 +37,7 @@ from rlhf_fast.distributed.vocabulary_shards import (
     why_not_parallel,
 )
 from rlhf_fast.distributed.world import World
-from rlhf_fast.errors import ModelError
+from rlhf_fast.errors import EnvironmentFault, ModelError
 
 # Blocks whose gather is under way while one computes, in forward; backward looks one ahead itself.
 PREFETCHED_BLOCKS = 2
@@ -150,6 +150,30 @@ class ShardedModule:
         """
         part = self.sharded(name, self._local[name] if local is None else local)
         return part.full_tensor() if isinstance(part, DTensor) else part
+
+    def reset(self) -> None:
+        """Go back to shards after a forward or backward that raised, and drop all gradients.
+
+        Every rank has to call it, whichever of them raised; microbatches of the step start anew.
+
+        Raises:
+            EnvironmentFault: RF7051, a PyTorch before 2.13, in which FSDP cannot go on.
+        """
+        # A unit that was in backward has its gathered parameters in place, and gradients on them.
+        for parameter in (*self._parameters.values(), *self.module.parameters()):
+            parameter.grad = None
+        model: Any = self.module
+        if self.world.mesh is None:
+            return
+        if not hasattr(model.base_model, "reset_iter_state"):
+            raise EnvironmentFault(
+                "RF7051",
+                "a step of a sharded model failed, and this PyTorch cannot start it anew",
+                where=f"torch {torch.__version__}",
+                expected="torch 2.13 or later",
+                remedy="resume from the last checkpoint, or update PyTorch",
+            )
+        model.base_model.reset_iter_state()
 
     @property
     def held_bytes(self) -> int:

@@ -31,7 +31,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "fused and uneven": ("gpt_neox", {"hidden_size": 20, "intermediate_size": 27}),
     "padded": ("opt", {}),
     "scaled embedding": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8}),
-    "experts": ("mixtral", {}),
+    "experts": ("qwen2_moe", {}),
 }
 UNSLICED = {"positions", "fused and uneven", "padded", "scaled embedding", "experts"}
 
