@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import rlhf_fast_kernels
+from rlhf_fast.head_ops import HeadOps, HeadShards
 from rlhf_fast.transfer import sent
 
 IGNORE_INDEX = -100
@@ -350,14 +352,16 @@ class VocabularyHead:
     model.
 
     Args:
-        weight: [V, H], the model's own parameter: gradients flow to it.
-        bias: [V] or None.
+        weight: [V, H], the model's own parameter: gradients flow to it. With `shards`, this rank's
+            rows of it.
+        bias: [V] or None; with `shards`, as weight.
         softcap: c of cap(x) = c * tanh(x / c); None: cap(x) = x.
         scale: divides the logits, beside the temperature.
         vocab_size: rows of the weight from there on belong to no token; None: all are real.
         compute_dtype: type the operands of products are rounded to; None: that of the hidden
             states.
         chunk_rows: rows whose logits exist at once; None: what suits the device.
+        shards: the ranks that hold the rows between them; None: they are all here.
     """
 
     weight: Tensor
@@ -367,6 +371,17 @@ class VocabularyHead:
     vocab_size: int | None = None
     compute_dtype: torch.dtype | None = None
     chunk_rows: int | None = None
+    shards: HeadShards | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole weight."""
+        return self.weight.shape[0] if self.shards is None else self.shards.vocab
+
+    @property
+    def ops(self) -> HeadOps:
+        """What reads this head: on shards, collective ops over the ranks that hold them."""
+        return rlhf_fast_kernels if self.shards is None else self.shards
 
     def settings(self, temperature: float) -> dict[str, Any]:
         """What `linear_logprobs`, `linear_ppo_loss` and `linear_kl` call these numbers."""

@@ -39,12 +39,17 @@ def chunk_bounds(rows: int, vocab: int, device: torch.device, most: int | None) 
         device: decides the size where `most` is None.
         most: rows of the largest chunk.
     """
-    if most is None:
-        low, high = CPU_CHUNK_ROWS
-        fitting = CPU_CHUNK_ELEMENTS // max(vocab, 1)
-        most = GPU_CHUNK_ROWS if device.type != "cpu" else min(max(fitting, low), high)
+    most = most_chunk_rows(vocab, device) if most is None else most
     count = max(1, -(-rows // most))
     return [rows * i // count for i in range(count + 1)]
+
+
+def most_chunk_rows(vocab: int, device: torch.device) -> int:
+    """Rows of the largest chunk of logits with `vocab` columns, if nobody says otherwise."""
+    if device.type != "cpu":
+        return GPU_CHUNK_ROWS
+    low, high = CPU_CHUNK_ROWS
+    return min(max(CPU_CHUNK_ELEMENTS // max(vocab, 1), low), high)
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,10 @@ class Head:
         if self.bias is not None:
             out += self.bias.to(out.dtype)
 
-    def hidden_gradient(self, d: Tensor) -> Tensor:
-        """D W, [n, H] in D's dtype; accumulated in fp32."""
+    def hidden_gradient(self, d: Tensor, *, wide: bool = False) -> Tensor:
+        """D W, [n, H] in D's dtype, accumulated in fp32; `wide`: left in fp32, to be summed on."""
+        if wide and self.mixed:
+            return torch.ops.aten.mm.dtype(d, self.weight, torch.float32)
         result: Tensor | None = None
         for rows, tile in self._tiles():
             if result is None:

@@ -151,8 +151,8 @@ def run(problem: Problem, needs: Needs, weight_out: Tensor | None = None) -> Res
     ]
     losses, sums, extrema, logprobs, entropy = zip(*parts, strict=True)
     return Result(
-        _total(losses),
-        _total(sums),
+        sum_of_chunks(losses),
+        sum_of_chunks(sums),
         torch.stack(extrema).amax(0),
         torch.cat(logprobs),
         torch.cat(entropy),
@@ -160,7 +160,7 @@ def run(problem: Problem, needs: Needs, weight_out: Tensor | None = None) -> Res
     )
 
 
-def _total(parts: tuple[Tensor, ...]) -> Tensor:
+def sum_of_chunks(parts: tuple[Tensor, ...]) -> Tensor:
     """The sum over chunks in fp64: their number must not show in the digits."""
     return torch.stack(parts).double().sum(0).to(parts[0].dtype)
 
@@ -181,7 +181,7 @@ def _chunk(
         stats = gather_shards(stats, labels, settings, call.group)
     assert stats.entropy is not None
     kl = _exact_kl(problem, memory, settings, start, stop)
-    loss, sums, extrema, g, h, _ = _token_gradients(
+    loss, sums, extrema, g, h, _ = loss_of_rows(
         problem, stats, kl, start, stop, wants_gradient=sink is not None
     )
     if sink is not None:
@@ -194,7 +194,7 @@ def _chunk(
     return loss, sums, extrema, stats.logprobs, stats.entropy
 
 
-def _token_gradients(
+def loss_of_rows(
     problem: Problem,
     stats: RowStats,
     kl: KLRowStats | None,
@@ -203,7 +203,14 @@ def _token_gradients(
     *,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(loss, sums, extrema, dloss/dlogp, dloss/dH, None) of rows [start, stop)."""
+    """(loss, sums, extrema, dloss/dlogp, dloss/dH, None) of rows [start, stop).
+
+    Args:
+        problem: the call.
+        stats, kl: of these rows over the whole vocabulary; kl with a reference only.
+        start, stop: the rows, among those of `problem.inputs`.
+        wants_gradient: otherwise the two gradients are None.
+    """
     here = {name: None if x is None else x[start:stop] for name, x in vars(problem.inputs).items()}
     here |= {
         "logprobs": stats.logprobs,
@@ -249,20 +256,23 @@ def _add_kl_gradient(
 ) -> None:
     """d += the gradient of kl_coef KL / normalizer."""
     count = d.shape[0]
-    slope = torch.full_like(kl.kl, problem.settings.kl_coef * problem.grad_scale)
-    if isinstance(problem.normalizer, Tensor):
-        count_of_step = problem.normalizer.reshape(()).to(slope.device)
-        positive = count_of_step > 0
-        slope = torch.where(positive, slope / torch.where(positive, count_of_step, 1), 0)
-    else:
-        slope = slope / problem.normalizer if problem.normalizer > 0 else slope * 0
     kl_row_gradient(
         problem.call.impl,
         memory.logits[:count],
         memory.ref_logits[:count],
         kl_settings(rows),
         kl,
-        slope.to(kl.kl.dtype),
+        kl_slope(problem, kl.kl),
         d,
         accumulate=True,
     )
+
+
+def kl_slope(problem: Problem, kl: Tensor) -> Tensor:
+    """dloss/dKL of rows with exact KL `kl`: kl_coef / normalizer, times the gradients' scale."""
+    slope = torch.full_like(kl, problem.settings.kl_coef * problem.grad_scale)
+    if not isinstance(problem.normalizer, Tensor):
+        return slope / problem.normalizer if problem.normalizer > 0 else slope * 0
+    count = problem.normalizer.reshape(()).to(slope.device)
+    positive = count > 0
+    return torch.where(positive, slope / torch.where(positive, count, 1), 0).to(kl.dtype)

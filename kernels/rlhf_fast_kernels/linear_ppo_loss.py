@@ -174,13 +174,13 @@ def linear_ppo_loss(
     )
     tensors = (old_logprobs, advantages, ref_logprobs, weights)
     reference_head = (ref_hidden, ref_weight, ref_bias)
-    _validate_tokens(labels, mask, tensors, settings)
+    validate_tokens(labels, mask, tensors, settings)
     _validate_reference(hidden, weight, reference_head, settings)
     scale, per_row = temperature_of(OP, temperature, labels)
     compute = compute_dtype_of(hidden, compute_dtype)
     impl = dispatch.choose(OP, impl, hidden, weight, hidden.new_empty(0, dtype=compute)).impl
     shape = (scale, softcap, vocab_size, chunk_rows)
-    flat = _Flat(hidden, weight, bias, labels, mask, rows, per_row, tensors, reference_head)
+    flat = FlatCall(hidden, weight, bias, labels, mask, rows, per_row, tensors, reference_head)
     with torch.autocast(hidden.device.type, enabled=False):
         if torch.compiler.is_compiling():
             if group is not None or weight_out is not None:
@@ -195,7 +195,7 @@ def linear_ppo_loss(
     return LinearPPOLossOutput(*out, logprobs.view(labels.shape), token_entropy.view(labels.shape))
 
 
-class _Flat:
+class FlatCall:
     """The tensors of a call with tokens in one dim."""
 
     def __init__(
@@ -234,7 +234,7 @@ _Raw = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _eager(
-    flat: _Flat,
+    flat: FlatCall,
     normalizer: float | Tensor,
     settings: Settings,
     call: Call,
@@ -263,7 +263,7 @@ def _eager(
 
 
 def _compiled(
-    flat: _Flat,
+    flat: FlatCall,
     normalizer: float | Tensor,
     settings: Settings,
     impl: str,
@@ -287,7 +287,7 @@ def _compiled(
 # ---- validation ---------------------------------------------------------------------------------
 
 
-def _validate_tokens(
+def validate_tokens(
     labels: Tensor,
     mask: Tensor | None,
     tensors: tuple[Tensor | None, ...],

@@ -29,6 +29,7 @@ from rlhf_fast.distributed.placement import (
     vocabulary_modules,
     why_not_sliced,
 )
+from rlhf_fast.distributed.vocab_parallel import VocabParallel
 from rlhf_fast.distributed.vocabulary_shards import (
     VocabularyRows,
     as_rows,
@@ -251,6 +252,10 @@ class _Cutter:
         read_by_rows(embedding, lookup=unparallel is None)
         for head in heads:
             read_by_rows(head, lookup=False)
+            # What makes the losses read the rows where they lie; see `HeadShards`.
+            group, rows = self._world.shard_mesh.get_group(), head.weight.shape[0]
+            shards: Any = VocabParallel.like_shard(group, rows)
+            head.vocabulary_shards = shards
         self._settle(list(layers))
         return ShardedModule(
             self._module,

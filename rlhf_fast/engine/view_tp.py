@@ -83,7 +83,8 @@ def why_not_tensor_parallel(module: nn.Module, twin: nn.Module, world: World) ->
             return f"{count} {what} do not divide into {world.shards} shards"
     for name, part in named_parts(module).items():
         wanted = slice_of(name, 0).dim
-        if "lora_" not in name and wanted is not None and part.dim != wanted:
+        matrix = len(part.shape) > 1 and "lora_" not in name
+        if matrix and wanted is not None and part.dim != wanted:
             found = "whole" if part.dim is None else f"cut along dim {part.dim}"
             return f"{name} is {found}, not cut along dim {wanted}"
     return None

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_fast.distributed.vocabulary_shards import full_rows, is_read_by_rows
+from rlhf_fast.distributed.vocabulary_shards import is_read_by_rows
+from rlhf_fast.errors import ModelError
+from rlhf_fast.head_ops import HeadShards
 from rlhf_fast.models.forward import (
     PACKED_MODEL_TYPES,
     autocast,
@@ -29,7 +31,7 @@ from rlhf_fast.models.forward import (
 )
 from rlhf_fast.transfer import sent
 from rlhf_fast.types import IGNORE_INDEX, PackedSequences, VocabularyHead
-from rlhf_fast_kernels import linear_logprobs, logprobs_from_logits
+from rlhf_fast_kernels import logprobs_from_logits
 
 # Logits are output embedding of the trunk's last hidden states, but for scale and softcap: a test
 # holds each of them against the stock logits.
@@ -48,6 +50,8 @@ MODULE_ROWS = 512
 
 # What the ops multiply; fp8 is not among them.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What names the ranks that hold a head's rows: an attribute of the module.
+SHARDS = "vocabulary_shards"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -63,24 +67,46 @@ def vocabulary_head(
     """The head of a causal LM as numbers, or None if it is more than one linear map.
 
     Args:
-        module: causal LM.
+        module: causal LM. An attribute `vocabulary_shards` of its output embedding names the ranks
+            that hold the rows, see `HeadShards`; the weight is then what those can take apart.
         vocab_size: ids that exist; None: every row of the weight.
         chunk_rows: rows whose logits the ops may make at once; None: what suits the device.
+
+    Raises:
+        ModelError: RF3074, rows on several ranks of a head that is more than one linear map.
     """
-    if not has_known_head(module):
-        return None
     model: Any = module
     head = model.get_output_embeddings()
-    if not _is_plain_linear(head):
+    if not has_known_head(module):
         return None
+    shards: HeadShards | None = getattr(head, SHARDS, None)
+    if not _is_plain_linear(head, sharded=shards is not None):
+        if shards is None:
+            return None
+        raise _no_plain_shards(head)
+    weight, bias = head.weight, head.bias
+    if shards is not None:
+        weight = shards.local(weight)
+        bias = None if bias is None else shards.local(bias)
     return VocabularyHead(
-        weight=full_rows(head.weight),
-        bias=head.bias,
+        weight=weight,
+        bias=bias,
         softcap=_softcap(module),
         scale=_scale(module),
         vocab_size=vocab_size,
         compute_dtype=torch.bfloat16 if compute_dtype(module) == "bfloat16" else None,
         chunk_rows=chunk_rows,
+        shards=shards,
+    )
+
+
+def _no_plain_shards(head: Any) -> ModelError:
+    return ModelError(
+        "RF3074",
+        "a vocabulary head whose rows lie on several ranks has to be one linear map",
+        where=type(head).__name__,
+        expected="an unmodified nn.Linear of a known architecture",
+        remedy="leave the head out of lora.targets, or train in one process",
     )
 
 
@@ -116,7 +142,7 @@ def target_logprobs(
     targets = sent(targets, device)
     head = vocabulary_head(module, vocab_size=vocab_size, chunk_rows=chunk_rows)
     if head is not None:
-        return linear_logprobs(
+        return head.ops.linear_logprobs(
             packed_hidden(module, sequences),
             head.weight,
             targets,
@@ -191,25 +217,29 @@ def likeliest_tokens(module: nn.Module, sequences: PackedSequences, rows: Tensor
     if not has_known_head(module):
         return stock_logits(module, sequences).index_select(0, rows).argmax(-1)
     hidden = packed_hidden(module, sequences).index_select(0, rows)
+    known = vocabulary_head(module)
+    if known is not None and known.shards is not None:
+        return known.shards.likeliest(
+            hidden, known.weight, bias=known.bias, compute_dtype=known.compute_dtype
+        )
     model: Any = module
     head = model.get_output_embeddings()
     with autocast(module):
         return torch.cat([head(chunk).argmax(-1) for chunk in hidden.split(MODULE_ROWS)])
 
 
-def _is_plain_linear(head: Any) -> bool:
+def _is_plain_linear(head: Any, *, sharded: bool = False) -> bool:
     """Whether calling `head` is its weight and bias and nothing else.
 
     Subclasses (LoRA, parametrisations, quantised layers), hooks, a replaced forward and weights
-    that are no ordinary tensors (quantised, sharded by others) do something that reading the weight
-    misses. Rows that `shard_module` made are the weight, cut.
+    that are no ordinary tensors (quantised, or sharded in a way that nobody named) do something
+    that reading the weight misses. Rows that `shard_module` made are the weight, cut.
     """
-    rows = is_read_by_rows(head)
     return (
         type(head) is nn.Linear
         and not any(getattr(head, name) for name in _HOOKS)
-        and ("forward" not in vars(head) or rows)
-        and (type(head.weight) is nn.Parameter or rows)
+        and ("forward" not in vars(head) or is_read_by_rows(head))
+        and (sharded or type(head.weight) is nn.Parameter)
         and head.weight.dtype in _DTYPES
     )
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from rlhf_fast.errors import ModelError
 from rlhf_fast.transfer import sent
 from rlhf_fast.types import IGNORE_INDEX, HeadRows, VocabularyHead
-from rlhf_fast_kernels import linear_kl, linear_logprobs
 
 
 def require_exact_kl(actor: VocabularyHead | None, reference: VocabularyHead | None) -> None:
@@ -20,7 +19,8 @@ def require_exact_kl(actor: VocabularyHead | None, reference: VocabularyHead | N
 
     Raises:
         ModelError: RF3026, a head that is more than one linear map; RF3027, heads that differ in
-            vocabulary, softcap or scale.
+            vocabulary, softcap or scale; RF3073, a reference whose rows lie on other ranks than the
+            actor's. A reference with all rows on each rank goes with any actor.
     """
     for role, head in (("actor", actor), ("reference", reference)):
         if head is None:
@@ -45,12 +45,20 @@ def require_exact_kl(actor: VocabularyHead | None, reference: VocabularyHead | N
             remedy="take a reference of the same base model, or kl.estimator=k1, k2 or k3",
         )
 
+    if reference.shards not in (None, actor.shards):
+        raise ModelError(
+            "RF3073",
+            "the heads of actor and reference are not cut alike over the ranks",
+            where="actor, reference",
+            expected="the same rows of both on each rank, or all rows of the reference's on each",
+            remedy="shard both models over the same ranks, or keep the reference whole",
+        )
+
 
 def _rule(head: VocabularyHead) -> dict[str, object]:
-    rows = head.weight.shape[0]
     return {
-        "rows": rows,
-        "tokens": rows if head.vocab_size is None else head.vocab_size,
+        "rows": head.rows,
+        "tokens": head.rows if head.vocab_size is None else head.vocab_size,
         "softcap": head.softcap,
         "scale": head.scale,
     }
@@ -78,7 +86,7 @@ def read_both(
     chosen = sent((targets != IGNORE_INDEX).nonzero().squeeze(1), device)
     targets = sent(targets, device)
     old, ref = (
-        linear_logprobs(
+        rows.head.ops.linear_logprobs(
             rows.hidden,
             rows.head.weight,
             targets,
@@ -88,7 +96,7 @@ def read_both(
         )[0]
         for rows in (actor, reference)
     )
-    kl = linear_kl(
+    kl = actor.head.ops.linear_kl(
         actor.hidden,
         actor.head.weight,
         reference.hidden,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_fast.config import AlgorithmConfig, KLConfig
 from rlhf_fast.types import HeadRows, LossOutput, Microbatch
-from rlhf_fast_kernels import linear_ppo_loss, ppo_loss
+from rlhf_fast_kernels import ppo_loss
 
 
 def linear_policy_loss(
@@ -44,7 +44,7 @@ def linear_policy_loss(
             "ref_weight": reference.head.weight,
             "ref_bias": reference.head.bias,
         }
-    output = linear_ppo_loss(
+    output = rows.head.ops.linear_ppo_loss(
         rows.hidden,
         rows.head.weight,
         microbatch.targets,

@@ -7,7 +7,6 @@ from torch import Tensor
 from rlhf_fast.errors import ModelError
 from rlhf_fast.transfer import sent
 from rlhf_fast.types import IGNORE_INDEX, HeadRows, VocabularyHead
-from rlhf_fast_kernels import linear_logprobs
 
 
 def require_trunk_head(actor: VocabularyHead | None) -> None:
@@ -31,7 +30,7 @@ def row_logprobs(rows: HeadRows, targets: Tensor, *, temperature: float) -> Tens
     device, chosen = rows.hidden.device, None
     if targets.device != device:  # looked through on the host, so the accelerator is not waited for
         chosen = sent((targets != IGNORE_INDEX).nonzero().squeeze(1), device)
-    return linear_logprobs(
+    return rows.head.ops.linear_logprobs(
         rows.hidden,
         rows.head.weight,
         sent(targets, device),
