@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -26,6 +27,8 @@ TIMEOUT_SECONDS = 120.0
 # A rank that waits for one that failed gives up soon after.
 _COLLECTIVE_SECONDS = 60.0
 
+# The server imports what this process would, also where another tree is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["torch.distributed.fsdp", "transformers", "rlhf_fast.stages.ppo", "tests.distributed.ranks"]
