@@ -169,8 +169,10 @@ def _measure(world: World) -> dict[str, Any]:
         with torch.no_grad():
             shards.linear_ppo_loss(*own, labels, **frozen)
         found["no gradient"] = traffic.reset()
-        shards.linear_kl(*own, *ref.values(), mask=part["mask"], **case.options)
-        found["kl"] = traffic.reset()
+        kl = shards.linear_kl(*own, *ref.values(), mask=part["mask"], **case.options)
+        found["kl forward"] = traffic.reset()
+        kl.sum().backward()
+        found["kl backward"] = traffic.reset()
     return {**found, "elements": peak.elements}
 
 
@@ -187,7 +189,8 @@ def test_traffic_and_memory_are_as_documented() -> None:
         "exact backward": (0, 0),
         "frozen trunk": (3 * k + 2, h * c + 8 + 24 + 16),
         "no gradient": (2 * k + 2, h * c + 8 + 24),
-        "kl": (2 * k + 3, h * c + ref * c + 8 + 24),
+        "kl forward": (2 * k + 3, h * c + ref * c + 8 + 24),
+        "kl backward": (3 * k + 1, h * c + ref * c + h * 4 + 32),
     }
     for found in on_ranks(n, _measure):
         elements = found.pop("elements")
