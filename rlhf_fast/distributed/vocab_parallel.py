@@ -28,7 +28,7 @@ hidden rows; the slice's gradient; for a later backward 16 or 24 bytes a row of 
 every rank.
 
 What all ranks must do alike: the calls and their order, settings, which tensors are given, which of
-them require gradients, and for `linear_logprobs` whether backward runs. A rank without rows takes
+them require gradients, and whether backward runs. A rank without rows takes
 part with hidden states [0, H]; its loss is 0, and its backward holds the others' gradients of its
 slice. The upstream gradient of the loss of `linear_ppo_loss` must be one number on all ranks.
 """
@@ -111,8 +111,13 @@ class VocabParallel:
         return slice(self.bounds[rank], self.bounds[rank + 1])
 
     def local(self, parameter: Tensor) -> Tensor:
-        """This rank's rows of a DTensor, with graph; other tensors are those rows already."""
-        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        """This rank's rows of a weight or bias, with graph.
+
+        Args:
+            parameter: a DTensor that is cut so; or a tensor of all rows, whole on every rank, of
+                which each rank's gradient is then that of its rows alone.
+        """
+        return parameter.to_local() if isinstance(parameter, DTensor) else self._own(parameter)
 
     def __deepcopy__(self, _memo: Any) -> VocabParallel:
         return self  # a copied module's head lies on the same ranks

@@ -232,13 +232,13 @@ def _is_plain_linear(head: Any, *, sharded: bool = False) -> bool:
 
     Subclasses (LoRA, parametrisations, quantised layers), hooks, a replaced forward and weights
     that are no ordinary tensors (quantised, or sharded in a way that nobody named) do something
-    that reading the weight misses.
+    that reading the weight misses. `sharded`: who put the rows on several ranks may have replaced
+    the forward, which finds them there.
     """
     return (
         type(head) is nn.Linear
         and not any(getattr(head, name) for name in _HOOKS)
-        and "forward" not in vars(head)
-        and (sharded or type(head.weight) is nn.Parameter)
+        and (sharded or ("forward" not in vars(head) and type(head.weight) is nn.Parameter))
         and head.weight.dtype in _DTYPES
     )
 
