@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_fast.errors import ModelError
 from rlhf_fast.head_ops import HeadShards
 from rlhf_fast.models.forward import (
     PACKED_MODEL_TYPES,
@@ -70,23 +69,18 @@ def vocabulary_head(
             that hold the rows, see `HeadShards`; the weight is then what those can take apart.
         vocab_size: ids that exist; None: every row of the weight.
         chunk_rows: rows whose logits the ops may make at once; None: what suits the device.
-
-    Raises:
-        ModelError: RF3074, rows on several ranks of a head that is more than one linear map.
     """
+    if not has_known_head(module):
+        return None
     model: Any = module
     head = model.get_output_embeddings()
     shards: HeadShards | None = getattr(head, SHARDS, None)
-    plain = has_known_head(module) and _is_plain_linear(head, sharded=shards is not None)
-    if shards is None:
-        if not plain:
-            return None
-        weight, bias = head.weight, head.bias
-    else:
-        if not plain:
-            raise _no_plain_shards(head)
-        weight = shards.local(head.weight)
-        bias = None if head.bias is None else shards.local(head.bias)
+    if not _is_plain_linear(head, sharded=shards is not None):
+        return None
+    weight, bias = head.weight, head.bias
+    if shards is not None:
+        weight = shards.local(weight)
+        bias = None if bias is None else shards.local(bias)
     return VocabularyHead(
         weight=weight,
         bias=bias,
@@ -96,16 +90,6 @@ def vocabulary_head(
         compute_dtype=torch.bfloat16 if compute_dtype(module) == "bfloat16" else None,
         chunk_rows=chunk_rows,
         shards=shards,
-    )
-
-
-def _no_plain_shards(head: Any) -> ModelError:
-    return ModelError(
-        "RF3074",
-        "a vocabulary head whose rows lie on several ranks has to be one linear map",
-        where=type(head).__name__,
-        expected="an unmodified nn.Linear of a known architecture",
-        remedy="leave the head out of lora.targets, or train in one process",
     )
 
 
