@@ -43,7 +43,7 @@ class HeadShards(HeadOps, Protocol):
         ...
 
     def local(self, parameter: Tensor) -> Tensor:
-        """This rank's rows of a weight or bias, with graph: its gradient gets there."""
+        """This rank's rows of a weight or bias, cut or whole, with graph: gradients get there."""
         ...
 
     def likeliest(

@@ -1,4 +1,4 @@
-"""`linear_logprobs` and `linear_kl` of a head whose rows lie on several ranks, under autograd."""
+"""`linear_logprobs` of a head whose rows lie on several ranks, under autograd."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from rlhf_fast.distributed.vocab_slice import (
     RowFacts,
     Slice,
     agree,
+    head_of,
     merged,
-    merged_kl,
     taking,
 )
 from rlhf_fast_kernels.linear_arguments import Tokens
 from rlhf_fast_kernels.linear_chunks import Call, GradientSink
 from rlhf_fast_kernels.linear_head import Head
-from rlhf_fast_kernels.linear_kl import Side
 from rlhf_fast_kernels.logit_rows import RowStats, row_gradient
 
 
@@ -44,7 +43,7 @@ class ShardedLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         rows = agree(group, tokens, call, vocab)
         facts = RowFacts.told(tokens, rows)
-        stats = _stats(hidden, _head(weight, bias, call), tokens, call, rows, facts)
+        stats = _stats(hidden, head_of(weight, bias, call), tokens, call, rows, facts)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, *tokens, facts.facts, stats.lse, stats.entropy)
         ctx.call, ctx.rows = call, rows
@@ -65,7 +64,7 @@ class ShardedLogprobs(torch.autograd.Function):
             numbers += [entropy, _upstream(grad_entropy, tokens)]
         with torch.autocast(hidden.device.type, enabled=False):
             told = ctx.rows.everyone(torch.stack([x.double() for x in numbers]))
-            head = _head(weight, bias, ctx.call)
+            head = head_of(weight, bias, ctx.call)
             found = _gradients(
                 *(hidden.detach(), head, tokens, ctx.call, ctx.rows, facts, told),
                 ctx.needs_input_grad[:3],
@@ -75,10 +74,6 @@ class ShardedLogprobs(torch.autograd.Function):
             for g, x in zip(found, (hidden, weight, bias), strict=True)
         )
         return *typed, None, None, None, None
-
-
-def _head(weight: Tensor, bias: Tensor | None, call: Call) -> Head:
-    return Head(weight.detach(), None if bias is None else bias.detach(), call.compute)
 
 
 def _upstream(gradient: Tensor | None, tokens: Tokens) -> Tensor:
@@ -128,23 +123,6 @@ def _gradients(
         if d_hidden is not None:
             d_hidden.add(chunk, piece.hidden_gradient(d))
     return None if d_hidden is None else d_hidden.finish(), *sink.finish(call)[1:]
-
-
-def sharded_kl(
-    actor: Side, reference: Side, tokens: Tokens, call: Call, group: Group, vocab: int
-) -> Tensor:
-    """[n] KL(actor || reference) of this rank's rows, without a graph."""
-    rows = agree(group, tokens, call, vocab)
-    facts = RowFacts.told(tokens, rows)
-    pieces = [Slice(side.head, call, rows) for side in (actor, reference)]
-    parts = rows.by_owner(3, rows.longest, actor.hidden.device)
-    sides = (rows.gathered(taking(side.hidden, tokens, call)) for side in (actor, reference))
-    for (chunk, x), (_, ref_x) in zip(*sides, strict=True):
-        _, settings = facts.of(chunk, pieces[0].settings)
-        (_, logits), (_, ref_logits) = pieces[0].logits(x), pieces[1].logits(ref_x)
-        rows.put(parts, chunk, pieces[0].kl_stats(logits, ref_logits, settings), chunk.start)
-    own = rows.to_owners(parts)[:, :, : tokens.labels.shape[0]]
-    return merged_kl(own, actor.head.accumulate).kl
 
 
 def likeliest_rows(hidden: Tensor, head: Head, call: Call, group: Group, vocab: int) -> Tensor:

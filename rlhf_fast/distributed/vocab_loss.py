@@ -142,10 +142,12 @@ class _Pass:
         parts = self._of_owners(chunk, torch.cat(found))
         stats = merged(parts[:, :3], problem.tokens.labels[own], piece.settings, self.kind)
         kl = None if ref_logits is None else merged_kl(parts[:, 3:], self.kind)
+        wanted = any(self.needs)
         loss, sums, extrema, g, h, _ = loss_of_rows(
-            problem, stats, kl, own.start, own.stop, wants_gradient=any(self.needs)
+            problem, stats, kl, own.start, own.stop, wants_gradient=wanted
         )
-        if g is not None:
+        if wanted:
+            assert g is not None
             told = self._told(chunk, stats, kl, (g, h))
             d = self._gradient(chunk, told, (logits, ref_logits), labels, settings)
             self._take_in(chunk, d, x)

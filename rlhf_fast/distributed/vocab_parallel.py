@@ -11,6 +11,7 @@ compute dtype and 4 those of fp32, a rank receives per call
                        backward   (n - 1) m (H c + H 4 + 32)        2 K + 1
     linear_ppo_loss    at once    (n - 1) m (H c + H 4 + 8 + 24 + 8 q)   4 K + 2, backward none
     linear_kl          forward    (n - 1) m (H c + H' c + 8 + 24)   2 K + 3
+                       backward   (n - 1) m (H c + H' c + H 4 + 32) 3 K + 1
 
 and n - 1 counts of 8 bytes. Without the entropy, 24 and 32 are 16; q is 2, and 4 with an entropy
 bonus. The exact KL in the loss adds H' c + 24 + 32 and K collectives. Temperatures of their own add
@@ -21,12 +22,13 @@ Gathering the weight for a call instead moves (n - 1) / n V H c, twice if it is 
 backward, and (n - 1) / n V H 4 for its gradient, whatever the tokens: less than the above from
 about n m = V rows on, at V H (c + 4) bytes more memory on every rank. The products are the same.
 
-Memory of a call: logits of one chunk, [rows, ceil(V / n)] fp32, where rows is `chunk_rows` of all
-ranks together; two chunks of hidden rows; the slice's gradient; for backward of `linear_logprobs`
-16 bytes a row of this rank and 8 of every rank.
+Memory of a call: logits of one chunk, [rows, V_r] fp32, where rows is `chunk_rows` of all ranks
+together (and as much again for the reference's and for gradients in another dtype); two chunks of
+hidden rows; the slice's gradient; for a later backward 16 or 24 bytes a row of this rank and 8 of
+every rank.
 
 What all ranks must do alike: the calls and their order, settings, which tensors are given, which of
-them require gradients, and for `linear_logprobs` whether backward runs. A rank without rows takes
+them require gradients, and whether backward runs. A rank without rows takes
 part with hidden states [0, H]; its loss is 0, and its backward holds the others' gradients of its
 slice. The upstream gradient of the loss of `linear_ppo_loss` must be one number on all ranks.
 """
@@ -40,9 +42,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rlhf_fast.distributed.vocab_logprobs import ShardedLogprobs, likeliest_rows, sharded_kl
+from rlhf_fast.distributed.vocab_kl import ShardedKL
+from rlhf_fast.distributed.vocab_logprobs import ShardedLogprobs, likeliest_rows
 from rlhf_fast.distributed.vocab_loss import ShardedPPOLoss
 from rlhf_fast.distributed.vocab_rows import Group
+from rlhf_fast.distributed.vocab_slice import head_of
 from rlhf_fast_kernels import LinearPPOLossOutput, dispatch
 from rlhf_fast_kernels.linear_arguments import (
     Tokens,
@@ -57,7 +61,6 @@ from rlhf_fast_kernels.linear_arguments import (
     validate_softcap,
 )
 from rlhf_fast_kernels.linear_chunks import Call
-from rlhf_fast_kernels.linear_head import Head
 from rlhf_fast_kernels.linear_kl import Side
 from rlhf_fast_kernels.linear_ppo_autograd import policy_inputs
 from rlhf_fast_kernels.linear_ppo_chunks import Problem
@@ -108,13 +111,13 @@ class VocabParallel:
         return slice(self.bounds[rank], self.bounds[rank + 1])
 
     def local(self, parameter: Tensor) -> Tensor:
-        """This rank's rows of a DTensor, with graph, or of a tensor that is whole everywhere.
+        """This rank's rows of a weight or bias, with graph.
 
-        A tensor of as many rows as this rank holds is those rows already.
+        Args:
+            parameter: a DTensor that is cut so; or a tensor of all rows, whole on every rank, of
+                which each rank's gradient is then that of its rows alone.
         """
-        if isinstance(parameter, DTensor):
-            return parameter.to_local()
-        return parameter[self.rows] if len(parameter) == self.vocab else parameter
+        return parameter.to_local() if isinstance(parameter, DTensor) else self._own(parameter)
 
     def __deepcopy__(self, _memo: Any) -> VocabParallel:
         return self  # a copied module's head lies on the same ranks
@@ -249,7 +252,7 @@ class VocabParallel:
         )
         with torch.autocast(hidden.device.type, enabled=False):
             tokens = self._tokens(op, flat.labels, flat.keep, rows, per_row, call)
-            head = _head(weight, bias, call)
+            head = head_of(weight, bias, call)
             inputs = policy_inputs(tokens, flat.tensors, head.accumulate)
             problem = Problem(
                 flat.hidden.detach(), head, tokens, inputs, normalizer, settings, reference, call
@@ -262,7 +265,6 @@ class VocabParallel:
         shape = labels.shape
         return LinearPPOLossOutput(*out, logprobs.view(shape), entropy.view(shape))
 
-    @torch.no_grad()
     def linear_kl(
         self,
         hidden: Tensor,
@@ -281,9 +283,7 @@ class VocabParallel:
         chunk_rows: int | None = None,
         impl: str | None = None,
     ) -> Tensor:
-        """`rlhf_fast_kernels.linear_kl` of this rank's tokens, as a number: it has no gradient.
-
-        In a loss it is `linear_ppo_loss(kl_estimator="exact")` that has one.
+        """`rlhf_fast_kernels.linear_kl` of this rank's tokens.
 
         Args:
             hidden, weight, bias, chunk_rows: as in `linear_logprobs`.
@@ -306,12 +306,18 @@ class VocabParallel:
         )
         reference = self._reference(op, hidden, ref_hidden, ref_weight, ref_bias, call)
         assert reference is not None
-        actor = Side(hidden.reshape(-1, hidden.shape[-1]), _head(weight, bias, call))
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
+            raise ValueError(
+                f"{op}: mask must be bool {tuple(shape)}, got {mask.dtype} {tuple(mask.shape)}"
+            )
         keep = None if mask is None else mask.reshape(-1)
         with torch.autocast(hidden.device.type, enabled=False):
             tokens = self._tokens(op, labels.reshape(-1), keep, rows, per_row, call)
-            kl = sharded_kl(actor, reference, tokens, call, self.group, self.vocab)
-        return tokens.spread(kl, labels.numel()).view(shape)
+            kl = ShardedKL.apply(
+                *(hidden.reshape(-1, hidden.shape[-1]), weight, bias),
+                *(reference, tokens, call, self.group, self.vocab),
+            )
+        return kl.view(shape)
 
     @torch.no_grad()
     def likeliest(
@@ -334,7 +340,7 @@ class VocabParallel:
             *(op, hidden, weight, bias, 1.0, None, None, compute_dtype, None, False, None)
         )
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _head(weight, bias, call)
+            head = head_of(weight, bias, call)
             return likeliest_rows(hidden, head, call, self.group, self.vocab)
 
     # ---- arguments ----------------------------------------------------------------------------
@@ -412,12 +418,8 @@ class VocabParallel:
         assert weight is not None
         self._validate_head(op, ref_hidden, weight, bias, prefix="ref_")
         rows = ref_hidden.detach().reshape(-1, ref_hidden.shape[-1])
-        return Side(rows, _head(weight, bias, call))
+        return Side(rows, head_of(weight, bias, call))
 
     def _own(self, whole: Tensor) -> Tensor:
         """This rank's rows of what has all of them; anything else is returned."""
         return whole[self.rows] if whole.shape[0] == self.vocab else whole
-
-
-def _head(weight: Tensor, bias: Tensor | None, call: Call) -> Head:
-    return Head(weight.detach(), None if bias is None else bias.detach(), call.compute)

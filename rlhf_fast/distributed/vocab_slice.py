@@ -43,6 +43,11 @@ def agree(group: Group, tokens: Tokens, call: Call, vocab: int) -> SharedRows:
     return SharedRows.agree(group, tokens.labels.shape[0], device, max(1, most // ranks))
 
 
+def head_of(weight: Tensor, bias: Tensor | None, call: Call) -> Head:
+    """Weight and bias as a call uses them, without graph."""
+    return Head(weight.detach(), None if bias is None else bias.detach(), call.compute)
+
+
 def taking(hidden: Tensor, tokens: Tokens, call: Call) -> Callable[[int, int], Tensor]:
     """What `SharedRows.gathered` asks for this rank's rows: in the compute dtype."""
     return lambda start, stop: tokens.take(hidden, start, stop).to(call.compute)

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_fast.distributed.vocabulary_shards import is_read_by_rows
-from rlhf_fast.errors import ModelError
 from rlhf_fast.head_ops import HeadShards
 from rlhf_fast.models.forward import (
     PACKED_MODEL_TYPES,
@@ -71,19 +69,14 @@ def vocabulary_head(
             that hold the rows, see `HeadShards`; the weight is then what those can take apart.
         vocab_size: ids that exist; None: every row of the weight.
         chunk_rows: rows whose logits the ops may make at once; None: what suits the device.
-
-    Raises:
-        ModelError: RF3074, rows on several ranks of a head that is more than one linear map.
     """
-    model: Any = module
-    head = model.get_output_embeddings()
     if not has_known_head(module):
         return None
+    model: Any = module
+    head = model.get_output_embeddings()
     shards: HeadShards | None = getattr(head, SHARDS, None)
     if not _is_plain_linear(head, sharded=shards is not None):
-        if shards is None:
-            return None
-        raise _no_plain_shards(head)
+        return None
     weight, bias = head.weight, head.bias
     if shards is not None:
         weight = shards.local(weight)
@@ -97,16 +90,6 @@ def vocabulary_head(
         compute_dtype=torch.bfloat16 if compute_dtype(module) == "bfloat16" else None,
         chunk_rows=chunk_rows,
         shards=shards,
-    )
-
-
-def _no_plain_shards(head: Any) -> ModelError:
-    return ModelError(
-        "RF3074",
-        "a vocabulary head whose rows lie on several ranks has to be one linear map",
-        where=type(head).__name__,
-        expected="an unmodified nn.Linear of a known architecture",
-        remedy="leave the head out of lora.targets, or train in one process",
     )
 
 
@@ -187,7 +170,10 @@ def _module_logprobs(
     with autocast(module):
         if has_known_head(module):
             rows = packed_hidden(module, sequences).index_select(0, index)
-            parts = _in_chunks(read, rows, labels, chunk_rows)
+            # Rows of a weight on several ranks are gathered at every call, of which all ranks need
+            # equally many, however many tokens each has.
+            once = hasattr(head, SHARDS)
+            parts = _in_chunks(read, rows, labels, len(labels) if once else chunk_rows)
         else:
             logits = stock_logits(module, sequences).index_select(0, index)
             parts = [logprobs_from_logits(logits, labels, **settings)]
@@ -233,13 +219,13 @@ def _is_plain_linear(head: Any, *, sharded: bool = False) -> bool:
 
     Subclasses (LoRA, parametrisations, quantised layers), hooks, a replaced forward and weights
     that are no ordinary tensors (quantised, or sharded in a way that nobody named) do something
-    that reading the weight misses. Rows that `shard_module` made are the weight, cut.
+    that reading the weight misses. `sharded`: who put the rows on several ranks may have replaced
+    the forward, which finds them there.
     """
     return (
         type(head) is nn.Linear
         and not any(getattr(head, name) for name in _HOOKS)
-        and ("forward" not in vars(head) or is_read_by_rows(head))
-        and (sharded or type(head.weight) is nn.Parameter)
+        and (sharded or ("forward" not in vars(head) and type(head.weight) is nn.Parameter))
         and head.weight.dtype in _DTYPES
     )
 

@@ -169,8 +169,10 @@ def _measure(world: World) -> dict[str, Any]:
         with torch.no_grad():
             shards.linear_ppo_loss(*own, labels, **frozen)
         found["no gradient"] = traffic.reset()
-        shards.linear_kl(*own, *ref.values(), mask=part["mask"], **case.options)
-        found["kl"] = traffic.reset()
+        kl = shards.linear_kl(*own, *ref.values(), mask=part["mask"], **case.options)
+        found["kl forward"] = traffic.reset()
+        kl.sum().backward()
+        found["kl backward"] = traffic.reset()
     return {**found, "elements": peak.elements}
 
 
@@ -187,7 +189,8 @@ def test_traffic_and_memory_are_as_documented() -> None:
         "exact backward": (0, 0),
         "frozen trunk": (3 * k + 2, h * c + 8 + 24 + 16),
         "no gradient": (2 * k + 2, h * c + 8 + 24),
-        "kl": (2 * k + 3, h * c + ref * c + 8 + 24),
+        "kl forward": (2 * k + 3, h * c + ref * c + 8 + 24),
+        "kl backward": (3 * k + 1, h * c + ref * c + h * 4 + 32),
     }
     for found in on_ranks(n, _measure):
         elements = found.pop("elements")
@@ -210,6 +213,12 @@ def _contract(world: World) -> list[str]:
     hidden, weight = leaves(part["hidden"], part["weight"])
     labels = torch.where(part["mask"], part["labels"], -100)
 
+    whole = torch.arange(101.0, requires_grad=True)
+    own = shards.local(whole)
+    assert own.tolist() == list(range(101))[shards.rows]
+    (own * own).sum().backward()
+    assert torch.equal(world.sum(whole.grad), 2 * whole)
+
     clean = torch.where(part["mask"][:, None], part["hidden"], 0.0)
     logits = case.problem()["weight"] @ clean.T
     assert torch.equal(shards.likeliest(clean, part["weight"]), logits.argmax(0))
@@ -231,6 +240,7 @@ def _contract(world: World) -> list[str]:
         lambda: shards.linear_logprobs(hidden, case.problem()["weight"], labels),
         lambda: shards.linear_logprobs(hidden, weight, labels.clamp(min=101)),
         lambda: VocabParallel(shards.group, (0, 60, 50)),
+        lambda: shards.linear_kl(hidden, weight, hidden, weight, mask=part["mask"][:1]),
         lambda: shards.linear_ppo_loss(
             *(hidden, weight, labels),
             **{name: part[name] for name in ("old_logprobs", "advantages", "mask")},
@@ -251,6 +261,7 @@ def test_refusals_and_the_likeliest_token() -> None:
         starts = [
             *("trying to differentiate twice", "linear_ppo_loss: on a sharded head, backward"),
             *("linear_logprobs: weight must be", "linear_logprobs: label 101"),
-            *("bounds must ascend", "linear_ppo_loss: ref_hidden and ref_weight go with"),
+            *("bounds must ascend", "linear_kl: mask must be bool"),
+            "linear_ppo_loss: ref_hidden and ref_weight go with",
         ]
         assert [m[: len(s)] for m, s in zip(messages, starts, strict=True)] == starts

@@ -131,9 +131,8 @@ def run(ops: Any, problem: dict[str, Any], options: dict[str, Any]) -> dict[str,
         keep(name, own, sum_loss=out.loss, logprobs=out.logprobs, entropy=out.entropy, **sums)
         found[f"{name}.max"] = torch.stack(list(out.extrema.values()))
 
-    with torch.no_grad():
-        kl = ops.linear_kl(
-            *(problem["hidden"], problem["weight"], *ref.values()),
-            **{"bias": problem["bias"], "mask": mask, **shared},
-        )
-    return {**found, "kl.kl": kl}
+    own = fresh()
+    kl = ops.linear_kl(*(own[0], own[1], *ref.values()), **{"bias": own[2], "mask": mask, **shared})
+    (problem["upstream"][:, 0] * kl).sum().backward()
+    keep("kl", own, kl=kl)
+    return found
