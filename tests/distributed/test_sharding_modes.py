@@ -42,8 +42,12 @@ def _steps(twins: Twins, steps: int) -> None:
 
 def _bf16(world: World) -> list[str]:
     twins = _twins(world, dtype="bfloat16")
+    gathered = set()
+    layer = twins.handle.module.model.layers[0].mlp.up_proj
+    layer.register_forward_hook(lambda part, *_: gathered.add(part.weight.dtype))
     twins.backward()
     twins.compare_gradients()
+    assert gathered == {torch.bfloat16}
     _steps(twins, 2)
     masters = [twins.handle.local(name) for name in twins.handle.cuts]
     assert all(master.dtype == torch.float32 for master in masters)
@@ -145,20 +149,25 @@ def _reset(world: World) -> list[str]:
     return twins.faults
 
 
-def _frozen(world: World) -> list[str]:
+def _scores(world: World) -> list[str]:
     twins = _twins(world)
     twins.handle.module.requires_grad_(False)
-    with torch.no_grad():
-        for _ in range(2):
-            loss = policy_loss(twins.handle.module, world.rank)
-            twins.compare("loss", loss, policy_loss(twins.single, world.rank))
-    # What was gathered for them is not what the next step reads.
+    _compare_losses(twins)
     twins.handle.module.requires_grad_(True)
-    _steps(twins, 1)
-    with torch.no_grad():
-        loss = policy_loss(twins.handle.module, world.rank)
-        twins.compare("loss after a step", loss, policy_loss(twins.single, world.rank))
+    twins.backward()
+    # What is gathered for scores is not what the next step leaves behind.
+    _compare_losses(twins)
+    twins.step()
+    _compare_losses(twins)
     return twins.faults
+
+
+def _compare_losses(twins: Twins) -> None:
+    with torch.no_grad():
+        loss, single = (
+            policy_loss(module, twins.world.rank) for module in (twins.handle.module, twins.single)
+        )
+    twins.compare("loss", loss, single)
 
 
 def _moved(world: World) -> list[str]:
@@ -187,7 +196,7 @@ ALL = [
     _offloaded,
     _meta,
     _reset,
-    _frozen,
+    _scores,
     _moved,
 ]
 
