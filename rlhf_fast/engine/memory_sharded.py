@@ -1,24 +1,35 @@
 """What a plan comes to on each of several GPUs.
 
-With one GPU these are the plan's own numbers. With N the state is sharded N ways; this form is not
-built yet, and the formulas are those it will be held to (P parameters, L layers, bf16 compute):
+With one GPU these are the plan's own numbers. With N of them, for P parameters in L layers and bf16
+compute:
 
-    update, score  (held bytes) / N + 4 P / L + what a role needs while it runs
-    generate       (held bytes, keys and values) / N + W + what decoding needs
+    held              1 / N of weights, gradients and moments; adapters are whole on every GPU
+    score             held + G blocks of 2 P / L + what a role needs while it runs
+    update            held + G blocks of 2 P / L + 6 P / L + what a role needs while it runs
+    generate          held + keys and values / N + W + what decoding needs
 
-4 P / L is two layers gathered. W, the weights that generation reads, is 0 for one GPU (they alias
-those that are trained) and for a frozen trunk in tensor-parallel slices; 2 P / N for such slices of
-fp32 weights; 2 P where every GPU gathers the whole model to generate samples of its own.
+G = 3 blocks are gathered in bf16 at a time: the one that computes and those fetched ahead. In
+backward the gradients of a block exist whole, in bf16 and in the fp32 buffer that is reduced. W,
+the weights that generation reads, is 0 for one GPU (they alias those that are trained) and for a
+frozen trunk in tensor-parallel slices; 2 P / N for such slices of fp32 weights; 2 P where every GPU
+gathers the whole model to generate samples of its own (and 2 more a parameter of the embedding,
+which stays in fp32).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_fast.engine.memory_ledger import PHASES, RESERVED, MemoryPlan
+from rlhf_fast.distributed.sharding import PREFETCHED_BLOCKS
+from rlhf_fast.engine.memory_ledger import COPIES, PHASES, RESERVED, MemoryPlan
 from rlhf_fast.engine.settings import GPU_SHARE
 
 VIEWS = ("alias", "tp", "gather")
+# Blocks that exist whole at a time, see `distributed.sharding.PREFETCHED_BLOCKS`; bytes a parameter
+# of a block's gradients, bf16 and fp32.
+_BLOCKS, _GRADIENT_BYTES = 1 + PREFETCHED_BLOCKS, 6
+# Roles whose parameters are adapters where the trunk is frozen.
+_ADAPTED = ("actor", "critic")
 
 
 @dataclass(frozen=True)
@@ -46,18 +57,29 @@ class Sharding:
             return 0
         return 2 * plan.parameters // (self.gpus if self.view == "tp" else 1)
 
+    def held(self, plan: MemoryPlan, phase: str) -> int:
+        """Bytes on each GPU throughout a phase, without W."""
+        whole = parts = 0
+        for slot, size in plan.held[phase].items():
+            if slot.place != "device" or slot == COPIES:
+                continue  # copies are what one GPU would make in the place of W
+            if plan.frozen and slot.role in _ADAPTED:
+                whole += size
+            else:
+                parts += size
+        return whole + parts // self.gpus
+
     def device(self, plan: MemoryPlan, phase: str) -> int:
         """Bytes on each GPU at the fullest moment of a phase."""
         if self.gpus == 1:
             return plan.device(phase)
-        share = plan.resident(phase) // self.gpus
+        share = self.held(plan, phase)
         if phase == "load":
             return share
         if phase == "generate":
-            # W are the copies that one GPU would make.
-            share = (plan.resident(phase) - plan.copies(phase)) // self.gpus
             return share + self.generation_weights(plan) + plan.transient(phase)
-        return share + 4 * plan.parameters // plan.layers + plan.transient(phase)
+        per_parameter = 2 * _BLOCKS + (_GRADIENT_BYTES if phase == "update" else 0)
+        return share + per_parameter * plan.parameters // plan.layers + plan.transient(phase)
 
     def peak(self, plan: MemoryPlan) -> int:
         """The most of all phases."""
@@ -65,10 +87,12 @@ class Sharding:
 
     def kv_budget(self, plan: MemoryPlan, capacity: int) -> int:
         """Bytes for keys and values on all GPUs: the engine's share of what is free on each."""
-        copies = plan.copies("generate")
-        weights = plan.resident("generate") - plan.pages("generate") - copies
-        read = copies if self.gpus == 1 else self.generation_weights(plan)
-        free = capacity - RESERVED - weights // self.gpus - read
+        if self.gpus == 1:
+            used = plan.resident("generate") - plan.pages("generate")
+        else:
+            pages = plan.pages("generate") // self.gpus
+            used = self.held(plan, "generate") - pages + self.generation_weights(plan)
+        free = capacity - RESERVED - used
         return self.gpus * int(GPU_SHARE * max(0, free))
 
     def fits(self, plan: MemoryPlan, capacity: int) -> bool:

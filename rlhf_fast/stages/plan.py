@@ -69,7 +69,7 @@ def run_plan(
         path: YAML file of the config; None: defaults.
         overrides: each as `key=value`.
         model: directory or config.json of the actor, in place of the config's `actor`.
-        gpus: how many; for more than one the form is not built yet.
+        gpus: how many, on one mesh axis of shards.
         gpu_memory: of each, such as `80GB`; None: that of the GPU here, if there is one.
 
     Raises:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rlhf_fast.engine.memory_ledger import PHASES, RESERVED, ROLES, MemoryPlan
 from rlhf_fast.stages.plan import PlanResult
 
-_UNBUILT = "sharding is not available yet: planned numbers"
+_SHARDED = "one model over all of them (docs/distributed.md); unmeasured on GPUs"
 Row = tuple[str, str, list[int]]
 
 
@@ -49,7 +49,7 @@ def plan_as_json(result: PlanResult) -> dict[str, Any]:
         "notes": list(result.notes),
     }
     if sharding.gpus > 1:
-        report["sharding"] = {"available": False, "view": sharding.view, "note": _UNBUILT}
+        report["sharding"] = {"view": sharding.view, "note": _SHARDED}
     if result.advice is not None:
         report["advice"] = {
             "fits": result.advice.fits,
@@ -136,7 +136,7 @@ def _conclusions(result: PlanResult) -> Iterator[str]:
         "generator beside it"
     )
     if sharding.gpus > 1:
-        yield f"{sharding.gpus} GPUs: {_UNBUILT}"
+        yield f"{sharding.gpus} GPUs, weights view {sharding.view}: {_SHARDED}"
     for note in result.notes:
         yield f"note: {note}"
     if result.capacity is None:

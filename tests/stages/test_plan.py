@@ -222,7 +222,7 @@ def test_the_exact_kl_has_the_reference_beside_the_actor(small):
         assert exact.transient(phase) > base.transient(phase)
 
 
-def test_several_gpus_are_planned_numbers(llama, capsys):
+def test_several_gpus_share_all_but_adapters_and_gathered_blocks(llama, capsys):
     one = run_plan(None, [BF16], model=llama, gpu_memory="80GB")
     eight = run_plan(None, [BF16], model=llama, gpu_memory="80GB", gpus=8)
     plan, sharding = eight.plan, eight.sharding
@@ -233,10 +233,17 @@ def test_several_gpus_are_planned_numbers(llama, capsys):
     assert Sharding(8, "gather").generation_weights(plan) == 2 * plan.parameters
     assert one.sharding.generation_weights(plan) == 0
     assert Sharding.over(8, 4) == Sharding(8, "gather")
-    expected = plan.resident("update") // 8 + 4 * plan.parameters // 32 + plan.transient("update")
-    assert sharding.device(plan, "update") == expected
+    update = plan.resident("update") // 8 + 12 * plan.parameters // 32 + plan.transient("update")
+    assert sharding.device(plan, "update") == update
+    lora = run_plan(None, [BF16, "lora.rank=16"], model=llama, gpu_memory="80GB", gpus=8)
+    adapters = sum(
+        size for slot, size in lora.plan.held["update"].items() if slot.role in ("actor", "critic")
+    )
+    others = lora.plan.resident("update") - adapters
+    assert lora.sharding.held(lora.plan, "update") == adapters + others // 8
+    assert lora.sharding.generation_weights(lora.plan) == 0
     assert main(["plan", "--model", llama, "--gpus", "8", "--gpu-memory", "80GB"]) == 0
-    assert "sharding is not available yet: planned numbers" in capsys.readouterr().out
+    assert "8 GPUs, weights view tp" in capsys.readouterr().out
 
 
 def test_json_has_every_number(llama, capsys):
