@@ -41,7 +41,6 @@ from rlhf_fast.errors import EnvironmentFault, ModelError
 
 # Blocks whose gather is under way while one computes, in forward; backward looks one ahead itself.
 PREFETCHED_BLOCKS = 2
-_CONTIGUOUS = torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,10 @@ class BlockShards:
 class ShardedModule:
     """A model after `shard_module`: what lies where, for optimizers, checkpoints and generation.
 
-    Names are those of `module.named_parameters()`: a tied head goes by the embedding's. Everything
-    a rank holds keeps its address for the life of the model, so that views taken once stay good;
-    optimizer steps, forwards and checkpoints that are loaded write into that memory.
+    Names are those of `module.named_parameters()`: a tied head goes by the embedding's, a layer
+    under an adapter has `.base_layer` in its name. What a rank holds keeps its address for the life
+    of the model, so that views taken once stay good; optimizer steps, forwards and checkpoints that
+    are loaded write into that memory.
 
     Generation over tensor-parallel slices, if `why_not_tensor_parallel` is None, reads
 
@@ -319,13 +319,10 @@ class _Cutter:
 
     def _from_main(self, tensor: Tensor) -> Tensor:
         """A copy of rank 0's tensor on this rank's device."""
-        source = tensor.detach()
-        if self._world.rank:
-            source = torch.empty(source.shape, dtype=source.dtype)
-        # A copy even where it lies on the device: what is given is not written to.
-        copy = torch.empty_like(source, device=self._world.device, memory_format=_CONTIGUOUS)
+        # A copy even where it lies on the device already: what is given is not written to.
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._world.device)
         if self._world.is_main:
-            copy.copy_(source)
+            copy.copy_(tensor.detach())
         # Bytes, because not every type travels everywhere.
         self._world.broadcast([copy.reshape(-1).view(torch.uint8)] if copy.numel() else [])
         return copy
