@@ -10,7 +10,7 @@ padding. What is cut unevenly therefore stays where FSDP put it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,10 +49,10 @@ def lay_flat(block: nn.Module) -> FlatShards:
     with torch.no_grad():
         for dtype in dict.fromkeys(p.dtype for p in even.values()):
             locals_ = {n: p.to_local() for n, p in even.items() if p.dtype == dtype}
-            groups = list(_groups(locals_))
-            sizes = [_padded_numel([locals_[name] for name in group]) for group in groups]
+            together = list(groups(locals_))
+            sizes = [padded_numel([locals_[name] for name in group]) for group in together]
             buffer = next(iter(locals_.values())).new_zeros(sum(sizes))
-            for group, part in zip(groups, buffer.split(sizes), strict=True):
+            for group, part in zip(together, buffer.split(sizes), strict=True):
                 start = 0
                 for name in group:
                     local = locals_[name]
@@ -86,11 +86,11 @@ def _is_even(parameter: Tensor) -> bool:
     return parameter.shape[placement.dim] % parameter.device_mesh.size(-1) == 0
 
 
-def _groups(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+def groups(names: Iterable[str]) -> Iterator[list[str]]:
     """All names once: those that must lie side by side together, in the order of ADJACENT."""
-    by_place = {_place(name): name for name in tensors}
-    left = dict.fromkeys(tensors)
-    for name in tensors:
+    left = dict.fromkeys(names)
+    by_place = {_place(name): name for name in left}
+    for name in list(left):
         if name not in left:
             continue
         part, layer, kind = _place(name)
@@ -110,7 +110,8 @@ def _place(name: str) -> tuple[str, str, str]:
     return name.partition(f"{layer}.")[0], layer, name.rpartition(".")[2]
 
 
-def _padded_numel(tensors: Sequence[Tensor]) -> int:
+def padded_numel(tensors: Sequence[Tensor]) -> int:
+    """Elements that tensors which lie side by side take in a flat buffer."""
     step = ALIGNMENT_BYTES // tensors[0].itemsize
     return -(-sum(t.numel() for t in tensors) // step) * step
 

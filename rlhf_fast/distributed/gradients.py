@@ -75,13 +75,10 @@ class RankGradients:
         NaN or Inf on one rank is so on all.
         """
         square = torch.zeros((), dtype=torch.float64, device=self._world.device)
-        for copies, chosen in (
-            (
-                self._world.replicas,
-                [s for p, s in zip(parameters, shards, strict=True) if p is not s],
-            ),
-            (self._world.size, [s for p, s in zip(parameters, shards, strict=True) if p is s]),
-        ):
+        pairs = list(zip(parameters, shards, strict=True))
+        cut = [shard for parameter, shard in pairs if parameter is not shard]
+        whole = [shard for parameter, shard in pairs if parameter is shard]
+        for copies, chosen in ((self._world.replicas, cut), (self._world.size, whole)):
             grads = [s.grad for s in chosen if s.grad is not None and s.grad.numel()]
             if grads:
                 norms = torch.stack(torch._foreach_norm(grads)).double()

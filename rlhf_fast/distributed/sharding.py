@@ -42,7 +42,6 @@ from rlhf_fast.errors import EnvironmentFault, ModelError
 
 # Blocks whose gather is under way while one computes, in forward; backward looks one ahead itself.
 PREFETCHED_BLOCKS = 2
-_CONTIGUOUS = torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,10 @@ class BlockShards:
 class ShardedModule:
     """A model after `shard_module`: what lies where, for optimizers, checkpoints and generation.
 
-    Names are those of `module.named_parameters()`: a tied head goes by the embedding's. Everything
-    a rank holds keeps its address for the life of the model, so that views taken once stay good;
-    optimizer steps, forwards and checkpoints that are loaded write into that memory.
+    Names are those of `module.named_parameters()`: a tied head goes by the embedding's, a layer
+    under an adapter has `.base_layer` in its name. What a rank holds keeps its address for the life
+    of the model, so that views taken once stay good; optimizer steps, forwards and checkpoints that
+    are loaded write into that memory.
 
     Generation over tensor-parallel slices, if `why_not_tensor_parallel` is None, reads
 
@@ -151,6 +151,17 @@ class ShardedModule:
         """
         part = self.sharded(name, self._local[name] if local is None else local)
         return part.full_tensor() if isinstance(part, DTensor) else part
+
+    def sum_over_replicas(self, now: bool) -> None:
+        """Whether backwards from here on also sum the gradients of the blocks over the replicas.
+
+        They do unless told otherwise. A step of several microbatches needs it in the last of them
+        alone: False before the others, True before the last saves all but one of the sums.
+        Without replicas it changes nothing.
+        """
+        model: Any = self.module
+        if self.world.replicas > 1:
+            model.base_model.set_requires_all_reduce(now)
 
     def reset(self) -> None:
         """Go back to shards after a forward or backward that raised, and drop all gradients.
@@ -313,13 +324,10 @@ class _Cutter:
 
     def _from_main(self, tensor: Tensor) -> Tensor:
         """A copy of rank 0's tensor on this rank's device."""
-        source = tensor.detach()
-        if self._world.rank:
-            source = torch.empty(source.shape, dtype=source.dtype)
-        # A copy even where it lies on the device: what is given is not written to.
-        copy = torch.empty_like(source, device=self._world.device, memory_format=_CONTIGUOUS)
+        # A copy even where it lies on the device already: what is given is not written to.
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._world.device)
         if self._world.is_main:
-            copy.copy_(source)
+            copy.copy_(tensor.detach())
         # Bytes, because not every type travels everywhere.
         self._world.broadcast([copy.reshape(-1).view(torch.uint8)] if copy.numel() else [])
         return copy

@@ -9,16 +9,16 @@ weights) that training does not know of.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_fast.distributed.flat_shards import adjacent, groups, padded_numel
 from rlhf_fast.engine.fused_support import COMPUTE, why_not_fused
 from rlhf_fast.engine.module_forward import unwrapped
-from rlhf_fast.engine.weights import ADJACENT, concatenated, padded_numel
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.models.forward import compute_dtype
 
@@ -106,11 +106,11 @@ class TwinBuffers:
         device: torch.device,
     ) -> None:
         empty = {n: torch.empty(*shape, dtype=dtype, device="meta") for n, shape in sizes.items()}
-        groups = list(groups_of(empty))
-        numels = [padded_numel([empty[name] for name in group]) for group in groups]
+        together = list(groups(empty))
+        numels = [padded_numel([empty[name] for name in group]) for group in together]
         with torch.inference_mode(False):
             buffer = torch.empty(sum(numels), dtype=dtype, device=device)
-        for group, piece in zip(groups, buffer.split(numels), strict=True):
+        for group, piece in zip(together, buffer.split(numels), strict=True):
             start = 0
             for name in group:
                 stop = start + empty[name].numel()
@@ -145,7 +145,7 @@ class TwinBuffers:
 
     def concatenated(self, parameters: Sequence[Tensor]) -> Tensor | None:
         """See `Weights`."""
-        return concatenated(parameters)
+        return adjacent(parameters)
 
     def buffer(self, dtype: torch.dtype) -> Tensor:
         """Asked for where products run in another type, which a twin's parameters have already."""
@@ -155,20 +155,3 @@ class TwinBuffers:
     def changes(self) -> int:
         """See `Weights`."""
         return sum(parameter._version for parameter in self._parameters)
-
-
-def groups_of(names: Iterable[str]) -> Iterator[list[str]]:
-    """All names once: weights, or biases, of projections of one input together, in their order."""
-    left = dict.fromkeys(names)
-    for name in list(left):
-        if name not in left:
-            continue
-        group = [name]
-        for projections in ADJACENT:
-            part = next((p for p in projections if f".{p}." in name), None)
-            if part is not None and ".lora_" not in name:
-                others = [name.replace(f".{part}.", f".{other}.") for other in projections]
-                group = others if all(other in left for other in others) else group
-        for member in group:
-            del left[member]
-        yield group

@@ -10,19 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.distributed.flat_shards import adjacent, groups
+from rlhf_fast.distributed.placement import COLUMNS, ROWS
 from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.fused_support import why_not_fused
 from rlhf_fast.engine.module_forward import unwrapped
 from rlhf_fast.engine.shard_gather import Gatherer, Part, named_parts, part_of
 from rlhf_fast.engine.sharded_views import Weights
 from rlhf_fast.engine.tensor_parallel import TensorParallel
-from rlhf_fast.engine.twin import TwinBuffers, groups_of, put, read_types
-from rlhf_fast.engine.weights import ADJACENT, concatenated
+from rlhf_fast.engine.twin import TwinBuffers, put, read_types
 from rlhf_fast.errors import GenerationError
 
-# Projections that are cut along their outputs, and along their inputs.
-_COLUMN = frozenset(name for names in ADJACENT for name in names)
-_ROW = frozenset({"o_proj", "down_proj"})
 _VOCABULARY = frozenset({"embed_tokens", "lm_head"})
 
 
@@ -47,13 +45,13 @@ def slice_of(name: str, rank: int) -> Slice:
     parts = name.split(".")
     if _VOCABULARY & set(parts):
         return Slice(0)
-    layer = next((p for p in reversed(parts) if p in _COLUMN | _ROW), None)
+    layer = next((p for p in reversed(parts) if p in ROWS | COLUMNS), None)
     if layer is None:
         return Slice()
-    column = layer in _COLUMN
+    rows = layer in ROWS
     if "lora_A" in parts:
-        return Slice(None if column else 1)
-    if column:
+        return Slice(None if rows else 1)
+    if rows:
         return Slice(0)
     if "lora_B" in parts:
         return Slice()
@@ -117,7 +115,7 @@ class ShardAliases:
 
     def concatenated(self, parameters: Sequence[Tensor]) -> Tensor | None:
         """See `Weights`."""
-        return concatenated(parameters)
+        return adjacent(parameters)
 
     def buffer(self, dtype: torch.dtype) -> Tensor:
         """See `TwinBuffers.buffer`."""
@@ -161,7 +159,7 @@ class TensorParallelView:
         types = read_types(twin)
         parts = {name: part_of(trained[name]) for name in types}
         where = {n for n, p in parts.items() if _lies_right(p, slice_of(n, rank), types[n])}
-        where -= {n for g in groups_of(types) if not _side_by_side(g, parts) for n in g}
+        where -= {n for g in groups(types) if not _side_by_side(g, parts) for n in g}
         places: dict[str, tuple[nn.Parameter, int]] = {}
         wanted: dict[str, tuple[Sequence[int], torch.dtype]] = {}
         for name, part in parts.items():
@@ -216,7 +214,7 @@ def _lies_right(part: Part, piece: Slice, dtype: torch.dtype) -> bool:
 
 def _side_by_side(names: Sequence[str], parts: Mapping[str, Part]) -> bool:
     """Whether the shards of a fused projection are one piece of memory."""
-    return concatenated([parts[name].local for name in names]) is not None
+    return adjacent([parts[name].local for name in names]) is not None
 
 
 def _narrow(config: Any, shards: int) -> None:

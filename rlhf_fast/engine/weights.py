@@ -19,12 +19,9 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.distributed.flat_shards import adjacent, padded_numel
+from rlhf_fast.distributed.placement import ADJACENT
 from rlhf_fast.errors import GenerationError
-
-# Projections of one input, in the order in which a fused product returns them.
-ADJACENT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-# Groups start on a cache line and on a vector of any width; GPU products want 16 bytes.
-_ALIGNMENT_BYTES = 256
 
 
 def base_linear(module: Any) -> Any:
@@ -79,12 +76,6 @@ def _groups(module: nn.Module) -> list[list[nn.Parameter]]:
     groups = [g for g in _adjacent_groups(module) if len({p.dtype for p in g}) == 1]
     grouped = {id(p) for group in groups for p in group}
     return groups + [[p] for p in module.parameters() if id(p) not in grouped]
-
-
-def padded_numel(group: Sequence[Tensor]) -> int:
-    """Elements that tensors which lie side by side take in a flat buffer."""
-    step = _ALIGNMENT_BYTES // group[0].itemsize
-    return -(-sum(p.numel() for p in group) // step) * step
 
 
 def flat_numel(module: nn.Module, dtype: torch.dtype) -> int:
@@ -199,22 +190,5 @@ class AliasedWeights:
             )
 
     def concatenated(self, parameters: Sequence[Tensor]) -> Tensor | None:
-        """See `concatenated`."""
-        return concatenated(parameters)
-
-
-def concatenated(parameters: Sequence[Tensor]) -> Tensor | None:
-    """[sum of rows, ...] view over parameters that lie side by side; None if they do not."""
-    first = parameters[0]
-    end = first.data_ptr()
-    for parameter in parameters:
-        if (
-            parameter.data_ptr() != end
-            or parameter.dtype != first.dtype
-            or parameter.shape[1:] != first.shape[1:]
-        ):
-            return None
-        end += parameter.numel() * parameter.itemsize
-    rows = sum(p.shape[0] for p in parameters)
-    shape = (rows, *first.shape[1:])
-    return first.detach().as_strided(shape, first.stride(), first.storage_offset())
+        """See `adjacent`."""
+        return adjacent(parameters)

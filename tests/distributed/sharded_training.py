@@ -140,6 +140,10 @@ def check_layout(handle: ShardedModule, single: nn.Module) -> list[str]:
             piece = piece.narrow(cut.dim, start, shape[cut.dim])
         if local.shape != shape or not torch.equal(local, piece):
             faults.append(f"{name} is not its slice")
+    rows = handle.embedding
+    name = next(n for n, cut in handle.cuts.items() if cut.holder == "vocabulary")
+    if rows is None or rows.stop - rows.start != len(handle.local(name)):
+        faults.append(f"{rows} are not the rows of the embedding")
     aligned = sum(256 * len(block.flat.names) for block in handle.blocks)
     uneven = sum(  # padding of the last shards to the length of the first
         4 * parameter.numel() // max(1, parameter.shape[0])

@@ -70,6 +70,7 @@ def _train(world: World, names: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("ranks", "replicas", "names"),
     [
+        (2, 2, ["tied, biases"]),
         (2, 1, ["llama", "window", "norms of q and k", "padded", "fused and uneven"]),
         (4, 1, ["few key/value heads", "tied, biases", "scaled embedding"]),
         (4, 2, ["tied, biases", "positions", "experts", "fused and uneven"]),
@@ -82,4 +83,5 @@ def test_training_follows_the_single_process(ranks: int, replicas: int, names: l
             assert faults == [], name
             few = name == "few key/value heads" and shards == 4
             assert (unsliced is not None) == (few or name in UNSLICED), (name, unsliced)
+            assert not few or unsliced == "2 key/value heads cannot be dealt to 4 ranks"
             assert (unparallel is not None) == (name == "scaled embedding"), name

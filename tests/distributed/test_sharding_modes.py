@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.distributed.gradients import RankGradients
+from rlhf_fast.distributed.placement import blocks_to_shard
 from rlhf_fast.distributed.sharding import ShardedModule, shard_module
 from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import ConfigError, ModelError, NumericalError
@@ -69,8 +70,9 @@ def _checkpointing(world: World) -> list[str]:
 
 def _microbatches(world: World) -> list[str]:
     twins = _twins(world)
-    twins.backward()
-    twins.backward()
+    for last in (False, False, True):
+        twins.handle.sum_over_replicas(last)
+        twins.backward()
     twins.compare_gradients()
     return twins.faults
 
@@ -211,6 +213,16 @@ def _run(world: World, modes: list[Callable[[World], list[str]]]) -> dict[str, l
 def test_modes_of_training(ranks: int, replicas: int, modes: list[Any]) -> None:
     for found in on_ranks(ranks, _run, modes, replicas=replicas):
         assert found == {mode.__name__: [] for mode in modes}
+
+
+def test_layers_that_share_weights_are_refused() -> None:
+    module = build()
+    module.model.layers[1] = module.model.layers[0]
+    with pytest.raises(ModelError, match=r"RF3080[\s\S]*share weights"):
+        blocks_to_shard(module)
+    del module.model.layers
+    with pytest.raises(ModelError, match=r"RF3080[\s\S]*no list"):
+        blocks_to_shard(module)
 
 
 def test_one_rank_leaves_the_model_as_it_is() -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from rlhf_fast.distributed.placement import ADJACENT
 from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.requests import Completions, Request
@@ -20,7 +21,6 @@ from rlhf_fast.engine.sharded_views import WeightView
 from rlhf_fast.engine.twin import put, twin_of
 from rlhf_fast.engine.view_choice import choose_view
 from rlhf_fast.engine.view_tp import slice_of
-from rlhf_fast.engine.weights import ADJACENT
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.models.forward import set_compute_dtype
 from rlhf_fast.types import SamplingParams
