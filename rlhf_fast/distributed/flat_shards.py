@@ -116,6 +116,12 @@ def padded_numel(tensors: Sequence[Tensor]) -> int:
     return -(-sum(t.numel() for t in tensors) // step) * step
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, without a graph: its shard, or all of it."""
+    held = tensor.detach()
+    return held.to_local() if isinstance(held, DTensor) else held
+
+
 def around(local: Tensor, like: DTensor) -> DTensor:
     """A DTensor cut as `like` is, with `local` as this rank's part; no copy, no communication."""
     return DTensor.from_local(

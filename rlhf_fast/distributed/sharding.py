@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from rlhf_fast.distributed.flat_shards import FlatShards, adjacent, around, lay_flat
+from rlhf_fast.distributed.flat_shards import FlatShards, adjacent, around, lay_flat, local_part
 from rlhf_fast.distributed.placement import (
     Cut,
     blocks_to_shard,
@@ -102,7 +102,7 @@ class ShardedModule:
         self.why_not_tensor_parallel = why_not_tensor_parallel
         self.why_not_vocabulary_parallel = why_not_vocabulary_parallel
         self._parameters = dict(module.named_parameters())
-        self._local = {name: _local(p) for name, p in self._parameters.items()}
+        self._local = {name: local_part(p) for name, p in self._parameters.items()}
 
     def local(self, name: str) -> Tensor:
         """What this rank holds of a parameter, without a graph; the same memory at every call."""
@@ -366,8 +366,3 @@ class _Cutter:
         # The gradient of a look-up needs no weight.
         if all(isinstance(part, nn.Embedding) for part in of_root):
             trunk.set_unshard_in_backward(False)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    held = parameter.detach()
-    return held.to_local() if isinstance(held, DTensor) else held

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.distributed.flat_shards import local_part
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.memory_ledger import COPIES, PAGES, PHASES, Ledger, add, host_block
 from rlhf_fast.engine.progress import Progress
@@ -35,10 +36,10 @@ def role_models(roles: Roles) -> dict[str, Any]:
 
 
 def held_bytes(roles: Roles) -> Ledger:
-    """Bytes held now by role, part and place."""
+    """Bytes held now by role, part and place; of sharded models what this rank holds."""
     ledger: Ledger = {}
     seen = _Seen()
-    owners: dict[Tensor, str] = {}
+    owners: dict[tuple[int, int], str] = {}
     for name, role in role_models(roles).items():
         module: nn.Module = role.module
         place = "host" if _streamed(role) is not None else "device"
@@ -48,7 +49,7 @@ def held_bytes(roles: Roles) -> Ledger:
         add(ledger, name, "weights", seen.storages(module.buffers()))
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         add(ledger, name, "gradients", seen.storages(gradients))
-        owners |= dict.fromkeys(module.parameters(), name)
+        owners |= dict.fromkeys(map(_place, module.parameters()), name)
     if isinstance(roles.actor, AdapterActor):
         # What the adapters have not claimed.
         model: nn.Module = roles.actor.trunk.model
@@ -57,12 +58,18 @@ def held_bytes(roles: Roles) -> Ledger:
     for optimizer in (roles.actor_optimizer, roles.critic_optimizer):
         for parameter, tensor, on_host in [] if optimizer is None else optimizer.state_tensors():
             place = "host" if on_host else "device"
-            add(ledger, owners[parameter], "moments", seen.storages([tensor]), place)
+            add(ledger, owners[_place(parameter)], "moments", seen.storages([tensor]), place)
     engine = _engine(roles)
     if engine is not None:
         add(ledger, *PAGES[:2], engine.kv_bytes)
         add(ledger, *COPIES[:2], engine.copied_bytes)
     return ledger
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor begins: the same for a parameter and for the shard of it that is stepped."""
+    held = local_part(tensor)
+    return held.untyped_storage()._cdata, int(held.storage_offset())
 
 
 class _Seen:
@@ -75,19 +82,18 @@ class _Seen:
     def views(self, tensors: Iterable[Tensor]) -> int:
         """Bytes of the tensors alone, each place once; `storages` will count what is left."""
         total = 0
-        for tensor in tensors:
-            storage = tensor.untyped_storage()._cdata
-            place = (storage, int(tensor.storage_offset()))
+        for tensor in map(local_part, tensors):
+            place = _place(tensor)
             if place not in self._views:
                 self._views.add(place)
-                self._counted[storage] = self._counted.get(storage, 0) + tensor.nbytes
+                self._counted[place[0]] = self._counted.get(place[0], 0) + tensor.nbytes
                 total += tensor.nbytes
         return total
 
     def storages(self, tensors: Iterable[Tensor]) -> int:
         """Bytes of the storages behind the tensors that were not counted before."""
         total = 0
-        for tensor in tensors:
+        for tensor in map(local_part, tensors):
             storage = tensor.untyped_storage()
             pinned = torch.cuda.is_initialized() and tensor.is_pinned()
             size = host_block(storage.nbytes(), pinned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from rlhf_fast.distributed.gradients import RankGradients
 from rlhf_fast.distributed.placement import blocks_to_shard
 from rlhf_fast.distributed.sharding import ShardedModule, shard_module
 from rlhf_fast.distributed.world import World
+from rlhf_fast.engine.memory_held import held_bytes
 from rlhf_fast.errors import ConfigError, ModelError, NumericalError
 from rlhf_fast.models.forward import enable_gradient_checkpointing, set_compute_dtype
 from rlhf_fast.models.meta import meta_model
@@ -172,6 +174,31 @@ def _compare_losses(twins: Twins) -> None:
     twins.compare("loss", loss, single)
 
 
+def _memory(world: World) -> list[str]:
+    twins = _twins(world)
+    _steps(twins, 1)
+    twins.backward()
+    actor: Any = SimpleNamespace(module=twins.handle.module)
+    roles: Any = SimpleNamespace(
+        actor=actor,
+        critic=None,
+        reference=None,
+        reward=None,
+        generator=None,
+        actor_optimizer=twins.ours,
+        critic_optimizer=None,
+    )
+    found = {slot.part: n for slot, n in held_bytes(roles).items() if slot.role == "actor"}
+    held = sum(twins.handle.local(name).nbytes for name in twins.handle.cuts)
+    buffers = sum(b.nbytes for b in twins.handle.module.buffers())
+    assert found["weights"] == twins.handle.held_bytes + buffers
+    # The rows of the head come out of runs of one length.
+    assert held <= found["gradients"] <= held + 4 * 16
+    steps = 4 * len(twins.ours.named_parameters)
+    assert found["moments"] == 2 * held + steps
+    return twins.faults
+
+
 def _moved(world: World) -> list[str]:
     handle = shard_module(build(), world, dtype="float32")
     before = addresses(handle.module)
@@ -199,6 +226,7 @@ ALL = [
     _meta,
     _reset,
     _scores,
+    _memory,
     _moved,
 ]
 
