@@ -4,10 +4,11 @@ Inside `packed_attention_mode(module)` every attention layer of a Hugging Face m
 `packed_attention_forward`; outside it the model is stock. Linear layers then run on exactly the N
 packed tokens, and attention costs the sum of squared segment lengths instead of N squared.
 
-On CUDA in half precision a variable-length flash kernel reads the packed tensors as they lie. In
-every other case segments are gathered into right-padded groups for
-`scaled_dot_product_attention(is_causal=True)`: with padding on the right a causal query never sees
-a padded key, so no mask has to exist.
+On CUDA in half precision a variable-length flash kernel reads the packed tensors as they lie;
+elsewhere, and where no such library is installed, our op `packed_attention` does. What it does not
+take (fp64, heads wider than 256, a processor without the compiled module) is gathered into
+right-padded groups for `scaled_dot_product_attention(is_causal=True)`: with padding on the right a
+causal query never sees a padded key, so no mask has to exist.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from transformers import AttentionInterface
 from rlhf_fast.models.attention_mode import attention_configs, attention_mode
 from rlhf_fast.transfer import sent
 from rlhf_fast.types import PackedSequences
+from rlhf_fast_kernels.packed_attention import packed_attention, unsupported
 
 PACKED_ATTENTION = "rlhf_fast_packed"
 
@@ -159,6 +161,8 @@ def packed_attention_forward(
     query, key, value = (_autocast(t) for t in (query, key, value))
     window = sliding_window if (sliding_window or 0) < packed_layout.max_length else None
     kernel = _varlen_kernel(query.device.type, query.dtype, query.shape[-1])
+    if kernel is None and unsupported(query) is None:
+        kernel = _our_kernel
     if kernel is not None:
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
         return kernel(q, k, v, packed_layout, scaling, window)[None], None
@@ -222,6 +226,16 @@ def _varlen_kernel(device: str, dtype: torch.dtype, head_dim: int) -> VarlenKern
     if head_dim > 256 or head_dim % 8:
         return None
     return _flash_attn_kernel() or _torch_varlen_kernel()
+
+
+def _our_kernel(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float | None, win: int | None
+) -> Tensor:
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    out, _ = packed_attention(
+        q, k, v, layout.cu_seqlens, scale=scale, window=win, max_length=layout.max_length
+    )
+    return out
 
 
 @functools.cache
