@@ -10,6 +10,7 @@
 
 #include "cpu/attention_sums.h"
 #include "cpu/packed_attention.h"
+#include "cpu/vec_some.h"
 #include "host/parallel.h"
 
 namespace rlhf_fast {
@@ -32,43 +33,6 @@ inline bool is_same(vfloat a, vfloat b) {
 }
 
 // ---- rows ------------------------------------------------------------------------------------------
-
-inline vfloat load_some(const float* from, int64_t count) {
-#if defined(__AVX512F__)
-  return (vfloat)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
-#else
-  vfloat x = splat(0.0f);
-  for (int64_t i = 0; i < count; ++i) x[i] = from[i];
-  return x;
-#endif
-}
-
-inline vfloat load_some(const uint16_t* from, int64_t count) {
-  vfloat x = splat(0.0f);
-  for (int64_t i = 0; i < count; ++i) x[i] = bf16_to_float(from[i]);
-  return x;
-}
-
-inline vfloat load_all(const float* from) { return load(from); }
-
-inline vfloat load_all(const uint16_t* from) {
-  typedef uint16_t vhalf __attribute__((vector_size(kLanes * 2)));
-  vhalf bits;
-  std::memcpy(&bits, from, sizeof(bits));
-  return from_bits(__builtin_convertvector(bits, vint) << 16);
-}
-
-inline void store_some(float* to, int64_t count, vfloat x) {
-#if defined(__AVX512F__)
-  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), (__m512)x);
-#else
-  for (int64_t i = 0; i < count; ++i) to[i] = x[i];
-#endif
-}
-
-inline void store_some(uint16_t* to, int64_t count, vfloat x) {
-  for (int64_t i = 0; i < count; ++i) to[i] = float_to_bf16(x[i]);
-}
 
 // A row of `count` elements, times `factor`, as `width` floats; 0 behind them.
 template <class T>

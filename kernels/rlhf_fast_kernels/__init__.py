@@ -2,6 +2,7 @@
 
 from rlhf_fast_kernels.kl_from_logits import kl_from_logits
 from rlhf_fast_kernels.kv_pages import Extension, PageAllocator
+from rlhf_fast_kernels.layer_ops import rotary, swiglu, trained_rms_norm
 from rlhf_fast_kernels.linear_kl import linear_kl
 from rlhf_fast_kernels.linear_logprobs import linear_logprobs
 from rlhf_fast_kernels.linear_ppo_loss import LinearPPOLossOutput, linear_ppo_loss
@@ -44,7 +45,10 @@ __all__ = [
     "rewards_and_gae",
     "rms_norm",
     "rope_and_store",
+    "rotary",
     "sample",
     "silu_mul",
+    "swiglu",
+    "trained_rms_norm",
     "whiten",
 ]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from rlhf_fast.models.attention_mode import attention_configs, attention_mode
+from rlhf_fast.models.fused_layers import FusedLayers, fused_layers, replaced_forwards
 from rlhf_fast.transfer import sent
 from rlhf_fast.types import PackedSequences
 from rlhf_fast_kernels.packed_attention import packed_attention, unsupported
@@ -289,15 +290,24 @@ AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
 
 _Surroundings = tuple[Callable[[], AbstractContextManager[None]], ...]
 
-_active: ContextVar[tuple[Any, ...]] = ContextVar("rlhf_fast_packed_configs", default=())
+
+@dataclass(frozen=True)
+class _Mode:
+    """What is switched in a model: its configs, and layers with a forward of ours."""
+
+    configs: tuple[Any, ...] = ()
+    layers: FusedLayers = ()
+
+
+_active: ContextVar[_Mode] = ContextVar("rlhf_fast_packed_mode", default=_Mode())  # noqa: B039
 _surroundings: ContextVar[_Surroundings] = ContextVar("rlhf_fast_recomputed_in", default=())
 
 
 @contextmanager
-def _switched(configs: tuple[Any, ...]) -> Iterator[None]:
-    token = _active.set(configs)
+def _switched(mode: _Mode) -> Iterator[None]:
+    token = _active.set(mode)
     try:
-        with attention_mode(configs, PACKED_ATTENTION):
+        with attention_mode(mode.configs, PACKED_ATTENTION), replaced_forwards(mode.layers):
             yield
     finally:
         _active.reset(token)
@@ -307,9 +317,11 @@ def packed_attention_mode(module: nn.Module) -> AbstractContextManager[None]:
     """Make every attention layer of `module` packed until the block is left, however it is left.
 
     The implementation is switched in each config object that a submodule holds, sub-configs
-    included, and put back afterwards: generation over the same module keeps its own.
+    included, and put back afterwards: generation over the same module keeps its own. Layers of
+    which `fused_layers` has a faster form take it for as long.
     """
-    return _switched(attention_configs(module))
+    layers = fused_layers(module, packed_attention_forward)
+    return _switched(_Mode(attention_configs(module), layers))
 
 
 @contextmanager
@@ -333,10 +345,10 @@ def recompute_contexts() -> tuple[AbstractContextManager[None], AbstractContextM
 
 
 @contextmanager
-def _as_in_forward(configs: tuple[Any, ...], surroundings: _Surroundings) -> Iterator[None]:
+def _as_in_forward(mode: _Mode, surroundings: _Surroundings) -> Iterator[None]:
     with ExitStack() as stack:
         for enter in surroundings:
             stack.enter_context(enter())
-        if configs:
-            stack.enter_context(_switched(configs))
+        if mode.configs:
+            stack.enter_context(_switched(mode))
         yield

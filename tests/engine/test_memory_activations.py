@@ -4,7 +4,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf_fast.engine.memory_activations import DecoderShape, ForwardPlan, adapted_names
+from rlhf_fast.engine.memory_activations import (
+    DecoderShape,
+    ForwardPlan,
+    adapted_names,
+    runs_layer_ops,
+)
 from rlhf_fast.models.adapters import SharedTrunk
 from rlhf_fast.models.dropout import disable_dropout
 from rlhf_fast.models.forward import (
@@ -74,7 +79,8 @@ def slots(packed):
 def plan(module, packed, dtype, **more):
     compute = 2 if dtype == "bfloat16" else 4
     shape = DecoderShape.of(module.config)
-    return ForwardPlan(shape, int(packed.ids.numel()), compute, slots(packed), **more)
+    lean = runs_layer_ops(shape, compute, "cpu")
+    return ForwardPlan(shape, int(packed.ids.numel()), compute, slots(packed), lean=lean, **more)
 
 
 @pytest.mark.parametrize("lengths", [EQUAL, RAGGED], ids=["equal", "ragged"])
@@ -94,7 +100,7 @@ def test_full_fine_tuning(kind, dtype, lengths):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_segments_padded_into_groups(kind, dtype, monkeypatch):
-    monkeypatch.setenv("RLHF_FAST_OPS", "packed_attention=reference")
+    monkeypatch.setenv("RLHF_FAST_OPS", "reference")  # stock layers too
     assert slots(sequences(RAGGED)) == 112
     test_full_fine_tuning(kind, dtype, RAGGED)
 
