@@ -53,5 +53,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   rlhf_fast::bind_losses(m);
   rlhf_fast::bind_decoding(m);
   rlhf_fast::bind_attention(m);
+  rlhf_fast::bind_layers(m);
   rlhf_fast::bind_host(m);
 }

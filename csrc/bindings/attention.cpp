@@ -1,7 +1,8 @@
-// Attention over pages.
+// Attention over pages, and inside the segments of a packed batch.
 #include "bindings/families.h"
 
 #include "bindings/arguments.h"
+#include "cpu/packed_attention.h"
 #include "cpu/paged_attention.h"
 #include "cpu/rope_and_store.h"
 
@@ -105,9 +106,52 @@ void bind_rope_and_store(py::module_& m) {
       });
 }
 
+// (address, token stride, head stride)
+HeadsView to_heads(py::handle tensor) {
+  const auto fields = py::reinterpret_borrow<py::tuple>(tensor);
+  return {pointer<void>(fields[0]), fields[1].cast<int64_t>(), fields[2].cast<int64_t>()};
+}
+
+// shape: (segments, query heads, kv heads, head dim); heads: of q, k, v, out and, for the gradients,
+// grad_out, grad_q, grad_k, grad_v.
+PackedAttentionArgs packed_attention_args(int dtype, const py::tuple& shape, uintptr_t cu_seqlens,
+                                          float scale, int64_t window, const py::tuple& heads,
+                                          uintptr_t lse, int threads) {
+  PackedAttentionArgs args;
+  args.dtype = static_cast<DType>(dtype);
+  args.segments = shape[0].cast<int64_t>();
+  args.query_heads = shape[1].cast<int64_t>();
+  args.kv_heads = shape[2].cast<int64_t>();
+  args.head_dim = shape[3].cast<int64_t>();
+  args.cu_seqlens = reinterpret_cast<const int32_t*>(cu_seqlens);
+  args.scale = scale;
+  args.window = window;
+  HeadsView* const views[] = {&args.q,        &args.k,      &args.v,      &args.out,
+                              &args.grad_out, &args.grad_q, &args.grad_k, &args.grad_v};
+  for (size_t i = 0; i < heads.size(); ++i) *views[i] = to_heads(heads[i]);
+  args.lse = reinterpret_cast<float*>(lse);
+  args.threads = threads;
+  return args;
+}
+
+template <void (*run)(const PackedAttentionArgs&)>
+void run_packed(int dtype, const py::tuple& shape, uintptr_t cu_seqlens, float scale, int64_t window,
+                const py::tuple& heads, uintptr_t lse, int threads) {
+  const PackedAttentionArgs args =
+      packed_attention_args(dtype, shape, cu_seqlens, scale, window, heads, lse, threads);
+  const py::gil_scoped_release release;
+  run(args);
+}
+
+void bind_packed_attention(py::module_& m) {
+  m.def("packed_attention", &run_packed<packed_attention>);
+  m.def("packed_attention_backward", &run_packed<packed_attention_backward>);
+}
+
 }  // namespace
 
 void bind_attention(py::module_& m) {
+  bind_packed_attention(m);
   bind_paged_attention(m);
   bind_rope_and_store(m);
 }
