@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_fast_kernels import RopeAndStore, dispatch, rms_norm, silu_mul
+from rlhf_fast_kernels import PagedAttention, RopeAndStore, dispatch, rms_norm, silu_mul
 from rlhf_fast_kernels.attention_backends import Decode, Decoding
 from rlhf_fast_kernels.linear_head import Head
 from rlhf_fast_kernels.linear_small import prepare as prepare_linear
 from rlhf_fast_kernels.rms_norm import prepare as prepare_norm
+from rlhf_fast_kernels.row_ops import prepare_gather
 from rlhf_fast_kernels.silu_mul import prepare as prepare_silu_mul
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class DecodePlan:
     Args:
         model: the parameters.
         batch: its tensors are read at every step, so they have to stay where they are.
+
+    Attributes:
+        calls: the step, to be made in this order.
+        logits: [rows, V] fp32, which each step overwrites.
     """
 
     def __init__(self, model: FusedForward, batch: PagedBatch) -> None:
@@ -61,19 +66,15 @@ class DecodePlan:
         self._narrow: list[Tensor] = []
         self._attend: dict[tuple[float, int | None], Decode] = {}
         self._store = self._prepared_store(first)
-        self._calls = [self._norm(self._residual, first.input_norm, None)]
+        self.calls = [
+            prepare_gather(model.embedding, batch.ids, self._residual),
+            self._norm(self._residual, first.input_norm, None),
+        ]
         for index, (layer, low) in enumerate(zip(model.layers, model.adapters, strict=True)):
-            self._calls += self._layer(index, layer, low)
-        self._calls.append(
+            self.calls += self._layer(index, layer, low)
+        self.calls.append(
             vocabulary_product(self._hidden, model.head, model.head_bias, self.logits)
         )
-
-    def run(self) -> Tensor:
-        """[rows, V] logits, in a buffer that the next step overwrites."""
-        torch.index_select(self._model.embedding, 0, self.batch.ids, out=self._residual)
-        for call in self._calls:
-            call()
-        return self.logits
 
     def _layer(self, index: int, layer: Layer, low: LayerAdapters) -> list[Call]:
         model = self._model
@@ -85,8 +86,10 @@ class DecodePlan:
         attended = self._attended.flatten(1)
         return [
             *self._products(self._hidden, layer.qkv, layer.qkv_bias, low.qkv, self._qkv),
-            partial(self._store, self._q, self._k, self._v, keys, values, *norms),
-            partial(attend, self._q, keys, values, self._attended),
+            self._store.bind(self._q, self._k, self._v, keys, values, *norms),
+            attend.bind(self._q, keys, values, self._attended)
+            if isinstance(attend, PagedAttention)
+            else partial(attend, self._q, keys, values, self._attended),
             *self._products(attended, layer.out, layer.out_bias, low.out, self._update),
             self._norm(self._update, layer.post_norm, self._residual),
             *self._products(

@@ -9,14 +9,14 @@ and write to the last row of the completions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.engine.paged_batch import PagedBatch, PagedForward
+from rlhf_fast.engine.paged_batch import Call, PagedBatch, PagedForward
 from rlhf_fast.engine.paged_cache import PagedCache
 from rlhf_fast.engine.requests import Completions
 from rlhf_fast.types import SamplingParams
@@ -42,9 +42,8 @@ from rlhf_fast_kernels.decode_state import (
     prepare_record,
     record_tokens,
 )
+from rlhf_fast_kernels.row_ops import in_sequence
 from rlhf_fast_kernels.sample import prepare as prepare_sample
-
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,8 @@ class DecodeRows:
         self._record = Record(out.tokens, out.logprobs, out.raw_logprobs, out.lengths, out.ended)
         self._native = dispatch.choose("place_tokens", None, self._state).impl == "cpu"
         self._batch: PagedBatch | None = None
-        # Calls without arguments, made when the rows or their logits come to lie elsewhere.
-        self._place: Call | None = None
-        self._draws: dict[tuple[int, int], Call] = {}
+        # A call without arguments, made when the rows come to lie elsewhere.
+        self._step: Call | None = None
         # A dead row with one token, which it reads from page 0.
         padding = torch.zeros(FIELDS, 1, dtype=torch.int64)
         padding[[CONTEXT, STEP, LIMIT]] = 1
@@ -133,8 +131,7 @@ class DecodeRows:
 
     def forget(self) -> None:
         """Give the forward a new batch at the next step."""
-        self._batch = self._place = None
-        self._draws = {}
+        self._batch = self._step = None
 
     def add(self, rows: Sequence[NewRow], logits: Tensor) -> None:
         """Draw the first token of new rows from the logits [rows, V] after their last token."""
@@ -156,7 +153,8 @@ class DecodeRows:
         self._settings[:, part] = torch.tensor(settings).T.to(self._settings.device)
         self._stops[part] = torch.tensor(stops).to(self._stops.device)
         self.warps = self.warps or any(r.sampling.warps for r in rows)
-        self._drawing(part, logits)()
+        for call in self._drawing(part, logits):
+            call()
 
     def step(
         self,
@@ -175,16 +173,31 @@ class DecodeRows:
         """
         rows = slice(self.count if width is None else width)
         batch = self._batch_of(rows, cache, max_context)
-        if self._place is None:
-            places = Places(batch.ids, batch.positions, batch.slots, batch.context_lengths)
-            place = prepare_place if self._native else partial(partial, place_tokens)
-            self._place = place(self._state[:, rows], batch.page_table, cache.page_size, places)
-        self._place()
-        logits = forward.logits(batch)
-        address = logits.data_ptr(), logits.stride(0)
-        if address not in self._draws:
-            self._draws = {address: self._drawing(rows, logits)}
-        self._draws[address]()
+        if self._step is None:
+            self._step = self._prepared(forward, batch, rows)
+        self._step()
+
+    def _prepared(self, forward: PagedForward, batch: PagedBatch, rows: slice) -> Call:
+        """The step of these rows."""
+        places = Places(batch.ids, batch.positions, batch.slots, batch.context_lengths)
+        prepare = prepare_place if self._native else partial(partial, place_tokens)
+        place = prepare(self._state[:, rows], batch.page_table, batch.cache.page_size, places)
+        decoding = forward.decoding(batch)
+        if decoding is not None:
+            calls, logits = decoding
+            return in_sequence([place, *calls, *self._drawing(rows, logits)])
+        draws: dict[tuple[int, int], Call] = {}
+
+        def step() -> None:
+            place()
+            logits = forward.logits(batch)
+            address = logits.data_ptr(), logits.stride(0)
+            if address not in draws:
+                draws.clear()
+                draws[address] = in_sequence(self._drawing(rows, logits))
+            draws[address]()
+
+        return step
 
     def _batch_of(self, rows: slice, cache: PagedCache, max_context: int | None) -> PagedBatch:
         """The forward's view of the rows: the same object while their number stays."""
@@ -211,8 +224,8 @@ class DecodeRows:
             )
         return batch
 
-    def _drawing(self, rows: slice, logits: Tensor) -> Call:
-        """A call that samples the rows' next tokens and records those of live ones."""
+    def _drawing(self, rows: slice, logits: Tensor) -> list[Call]:
+        """Calls that sample the rows' next tokens and record those of live ones."""
         state, stops = self._state[:, rows], self._stops[rows]
         temperature, top_p, min_p = self._settings[:, rows]
         drawn = Drawn(*(buffer[rows] for buffer in self._drawn))
@@ -241,12 +254,7 @@ class DecodeRows:
                 out=out,
             )
             record = partial(record_tokens, state, stops, drawn, self._record)
-
-        def call() -> None:
-            draw()
-            record()
-
-        return call
+        return [draw, record]
 
     def observe(self) -> tuple[list[bool], list[int], list[bool]]:
         """(live, response tokens, broken) of every row: the one wait for the device of a burst."""
