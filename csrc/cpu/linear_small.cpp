@@ -393,7 +393,7 @@ void for_blocks(const LinearSmallArgs& args, int64_t width, const Whole& whole, 
 
 void linear_small(const LinearSmallArgs& args) {
   float* panels = nullptr;
-  if (args.rows >= kFewRows) {
+  if (larger(args.rows, args.of_rows) >= kFewRows) {
     static thread_local Scratch scratch;
     const int64_t count = (args.rows + kPairs - 1) / kPairs;
     panels = scratch.reserve(larger(1, count * panel_size(args)));

@@ -189,6 +189,7 @@ void run_task(const PagedAttentionArgs& args, int64_t s, int64_t head, int64_t f
 struct Block {
   int64_t s;
   int64_t first;
+  int64_t begin;  // the keys before it are not seen, and their pages not looked up
   int64_t count;
 };
 
@@ -197,20 +198,21 @@ Block first_block(const PagedAttentionArgs& args, int64_t s) {
   const int64_t high = larger(0, args.context_lengths[s]);
   const int64_t low = args.window > 0 ? larger(0, high - args.window) : 0;
   const int64_t first = low / kBlock * kBlock;
-  return {s, first, smaller(kBlock, high - first)};
+  return {s, first, low - first, smaller(kBlock, high - first)};
 }
 
 // Where the keys or values of the next block lie that are asked for while one is worked on: sequences lie
 // scattered, and the processor's own prefetching ends with each page.
 struct Ahead {
   const float* key[kBlock];
+  int64_t begin;
   int64_t count;
   int64_t stride;  // of heads
 
   // Of key j and head h, into the second-level cache: the first can wait for few lines at a time, with which
   // one core read memory at 10 GB/s instead of 21.
   void fetch(int64_t j, int64_t h, int64_t head_dim) const {
-    if (j >= count) return;
+    if (j < begin || j >= count) return;
     const char* row = reinterpret_cast<const char*>(key[j] + h * stride);
     for (int64_t byte = 0; byte < head_dim * 4; byte += 64) __builtin_prefetch(row + byte, 0, 2);
   }
@@ -219,10 +221,11 @@ struct Ahead {
 Ahead ahead_of(const PagedAttentionArgs& args, const void* data, const int64_t* strides, Block block,
                int64_t head) {
   Ahead ahead;
+  ahead.begin = block.begin;
   ahead.count = block.count;
   ahead.stride = strides[2];
   const int32_t* table = args.page_table + block.s * args.table_stride;
-  for (int64_t j = 0; j < block.count;) {
+  for (int64_t j = block.begin; j < block.count;) {
     const int64_t slot = (block.first + j) % args.page_size;
     const int64_t run = smaller(block.count - j, args.page_size - slot);
     int64_t at = table[(block.first + j) / args.page_size] * strides[0] + slot * strides[1] +
@@ -239,7 +242,7 @@ template <int kChunks, int kHeads>
 void attend_heads(const PagedAttentionArgs& args, Task& task, Block block, int64_t head, Block next,
                   int64_t next_head) {
   const int32_t* table = args.page_table + block.s * args.table_stride;
-  const KeyRange range = {larger(0, task.low[0] - block.first), block.count};
+  const KeyRange range = {block.begin, block.count};
   find_rows(args, task, args.keys, args.key_strides, table, head, block.first, block.count);
   const Ahead keys = ahead_of(args, args.keys, args.key_strides, next, next_head);
   for (int64_t j = range.begin / kLanes * kLanes; j < range.end; j += kLanes) {
@@ -278,7 +281,7 @@ void run_heads(const PagedAttentionArgs& args, int64_t s, int64_t head, int64_t 
     const int64_t first = block.first + kBlock;
     const bool last = first >= high;
     const Block next = last ? first_block(args, next_s)
-                            : Block{s, first, smaller(kBlock, high - first)};
+                            : Block{s, first, 0, smaller(kBlock, high - first)};
     attend_heads<kChunks, kHeads>(args, task, block, head, next, last ? next_head : head);
     if (last) break;
     block = next;

@@ -7,6 +7,13 @@
 namespace rlhf_fast {
 namespace {
 
+// A thread's rows come in whole panels of linear_small, and so many at a time that they stay in a core's cache.
+constexpr int64_t kPanel = 8;
+constexpr int64_t kRowsAtOnce = 64;
+// Every thread reads all weights: from a cache that pays from the first panel on, from memory only where each
+// weight meets many rows.
+constexpr int64_t kCachedWeights = int64_t{32} << 20;
+
 int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 template <class T>
@@ -22,7 +29,7 @@ void advance(void*& pointer, int64_t bytes) {
   if (pointer != nullptr) pointer = static_cast<char*>(pointer) + bytes;
 }
 
-// ---- rows [begin, begin + count) of each op, on one thread ----------------------------------------
+// ---- rows [begin, begin + count) of each op -------------------------------------------------------
 
 PlaceTokensArgs slice(PlaceTokensArgs args, int64_t begin, int64_t count) {
   args.rows = count;
@@ -48,7 +55,6 @@ RmsNormArgs slice(RmsNormArgs args, int64_t begin, int64_t count) {
   advance(args.x.data, begin * args.x.outer_stride * width);
   advance(args.residual.data, begin * args.residual.outer_stride * width);
   advance(args.out.data, begin * args.out.outer_stride * width);
-  args.threads = 1;
   return args;
 }
 
@@ -57,7 +63,6 @@ LinearSmallArgs slice(LinearSmallArgs args, int64_t begin, int64_t count) {
   advance(args.x, begin * args.x_stride);
   advance(args.residual, begin * args.residual_stride);
   advance(args.out, begin * args.out_stride);
-  args.threads = 1;
   return args;
 }
 
@@ -69,7 +74,6 @@ RopeAndStoreArgs slice(RopeAndStoreArgs args, int64_t begin, int64_t count) {
   advance(args.v, begin * args.v_strides[0] * width);
   advance(args.slots, begin);
   advance(args.positions, begin);
-  args.threads = 1;
   return args;
 }
 
@@ -80,7 +84,6 @@ PagedAttentionArgs slice(PagedAttentionArgs args, int64_t begin, int64_t count) 
   advance(args.out, begin * args.out_strides[0] * width);
   advance(args.page_table, begin * args.table_stride);
   advance(args.context_lengths, begin);
-  args.threads = 1;
   return args;
 }
 
@@ -89,7 +92,6 @@ SiluMulArgs slice(SiluMulArgs args, int64_t begin, int64_t count) {
   args.rows = count;
   advance(args.gate_up, begin * args.row_stride * width);
   advance(args.out, begin * args.out_row_stride * width);
-  args.threads = 1;
   return args;
 }
 
@@ -106,7 +108,6 @@ SampleArgs slice(SampleArgs args, int64_t begin, int64_t count) {
   advance(args.logprobs, begin);
   advance(args.raw_logprobs, begin);
   advance(args.entropy, begin);
-  args.threads = 1;
   return args;
 }
 
@@ -117,6 +118,23 @@ RecordTokensArgs slice(RecordTokensArgs args, int64_t begin, int64_t count) {
   advance(args.tokens, begin);
   advance(args.logprobs, begin);
   advance(args.raw_logprobs, begin);
+  return args;
+}
+
+// ---- the tokens of sequences [begin, end) ----------------------------------------------------------
+
+template <class Args>
+Args slice_sequences(const Args& args, const int32_t* bounds, int64_t begin, int64_t end) {
+  return slice(args, bounds[begin], bounds[end] - bounds[begin]);
+}
+
+// The rows of q and out are found through cu_queries.
+PagedAttentionArgs slice_sequences(PagedAttentionArgs args, const int32_t*, int64_t begin,
+                                   int64_t end) {
+  args.sequences = end - begin;
+  advance(args.page_table, begin * args.table_stride);
+  advance(args.context_lengths, begin);
+  advance(args.cu_queries, begin);
   return args;
 }
 
@@ -139,6 +157,55 @@ void run(const SiluMulArgs& args) { silu_mul(args); }
 void run(const SampleArgs& args) { sample(args); }
 void run(const RecordTokensArgs& args) { record_tokens(args); }
 
+// A part of a call on `of_rows` rows has its numbers, and `threads` threads.
+template <class Args>
+void make_part(Args& args, int64_t, int threads) {
+  args.threads = threads;
+}
+void make_part(LinearSmallArgs& args, int64_t of_rows, int threads) {
+  args.of_rows = of_rows;
+  args.threads = threads;
+}
+void make_part(PlaceTokensArgs&, int64_t, int) {}
+void make_part(GatherRowsArgs&, int64_t, int) {}
+void make_part(RecordTokensArgs&, int64_t, int) {}
+
+// Rows [begin, end) of `of_rows`, of all ops.
+void run_slices(const std::vector<RowOp>& ops, int64_t begin, int64_t end, int64_t of_rows,
+                int threads) {
+  for (const RowOp& op : ops) {
+    std::visit(
+        [&](const auto& args) {
+          auto part = slice(args, begin, end - begin);
+          make_part(part, of_rows, threads);
+          run(part);
+        },
+        op);
+  }
+}
+
+// 0 where no op records tokens.
+int64_t live_rows(const std::vector<RowOp>& ops, int64_t rows) {
+  int64_t live = 0;
+  for (const RowOp& op : ops) {
+    const auto* record = std::get_if<RecordTokensArgs>(&op);
+    for (int64_t r = 0; record != nullptr && r < rows; ++r) {
+      live += record->state[kLive * record->field_stride + r] > 0;
+    }
+  }
+  return live;
+}
+
+int64_t weight_bytes(const std::vector<RowOp>& ops) {
+  int64_t bytes = 0;
+  for (const RowOp& op : ops) {
+    if (const auto* product = std::get_if<LinearSmallArgs>(&op)) {
+      bytes += product->columns * product->inner * static_cast<int64_t>(sizeof(float));
+    }
+  }
+  return bytes;
+}
+
 }  // namespace
 
 int64_t rows_of(const RowOp& op) {
@@ -149,18 +216,45 @@ void run_op(const RowOp& op) {
   std::visit([](const auto& args) { run(args); }, op);
 }
 
-void run_ops(const std::vector<RowOp>& ops, int threads) {
-  const int64_t count = ops.empty() ? 0 : rows_of(ops.front());
-  if (threads > 1 && count < kRowsOfThread * threads) {
-    for (const RowOp& op : ops) run_op(op);
-    return;
+int64_t run_ops(const std::vector<RowOp>& ops, int64_t rows, int64_t times, int threads) {
+  const int64_t least = weight_bytes(ops) <= kCachedWeights ? kPanel : kRowsAtOnce / 2;
+  const bool shared = threads > 1 && rows < least * threads;
+  const int64_t share = (rows + threads - 1) / std::max(threads, 1);
+  const int64_t grain = std::min(kRowsAtOnce, (share + kPanel - 1) / kPanel * kPanel);
+  const int64_t before = live_rows(ops, rows);
+  for (int64_t done = 1; done <= times; ++done) {
+    if (shared) {
+      run_slices(ops, 0, rows, rows, threads);
+    } else {
+      parallel_for(rows, grain, threads,
+                   [&](int64_t begin, int64_t end) { run_slices(ops, begin, end, rows, 1); });
+    }
+    if (live_rows(ops, rows) < before) return done;
   }
-  // Whole vectors of rows, where products turn rows into lanes.
-  const int64_t share = (count + threads - 1) / std::max(threads, 1);
-  const int64_t grain = (share + kRowsOfThread - 1) / kRowsOfThread * kRowsOfThread;
-  parallel_for(count, grain, threads, [&ops](int64_t begin, int64_t end) {
-    for (const RowOp& op : ops) {
-      std::visit([&](const auto& args) { run(slice(args, begin, end - begin)); }, op);
+  return times;
+}
+
+void run_ops_on_sequences(const std::vector<RowOp>& ops, const std::vector<RowOp>& last,
+                          const int32_t* bounds, int64_t sequences, int threads) {
+  std::vector<int64_t> starts;  // of groups of sequences
+  for (int64_t s = 0; s < sequences; ++s) {
+    if (starts.empty() || bounds[s] - bounds[starts.back()] >= kRowsAtOnce) starts.push_back(s);
+  }
+  const auto groups = static_cast<int64_t>(starts.size());
+  starts.push_back(sequences);
+  parallel_for(groups, 1, threads, [&](int64_t first, int64_t stop) {
+    for (int64_t g = first; g < stop; ++g) {
+      const int64_t begin = starts[g], end = starts[g + 1];
+      for (const RowOp& op : ops) {
+        std::visit(
+            [&](const auto& args) {
+              auto part = slice_sequences(args, bounds, begin, end);
+              make_part(part, bounds[sequences], 1);
+              run(part);
+            },
+            op);
+      }
+      run_slices(last, begin, end, sequences, 1);
     }
   });
 }

@@ -30,10 +30,15 @@ int64_t rows_of(const RowOp& op);
 // All rows, on the threads that the op was given.
 void run_op(const RowOp& op);
 
-// The ops one after the other. With kRowsOfThread or more rows for each of `threads`, a thread takes a slice of
-// the rows through all of them; with fewer an op's work is shared by the threads, as `run_op` does. All ops
-// have as many rows.
-constexpr int64_t kRowsOfThread = 8;
-void run_ops(const std::vector<RowOp>& ops, int threads);
+// The ops one after the other, `times` times, on the first `rows` of their rows, of which all have as many. If
+// there are enough for each of `threads`, a thread takes a slice of them through all ops; else the threads share the
+// work of each op, as in `run_op`. Returns how often it was: a time in which record_tokens ended a row is the last.
+int64_t run_ops(const std::vector<RowOp>& ops, int64_t rows, int64_t times, int threads);
+
+// The same where a row is a token and attention reads the tokens before it (cu_queries is given): a thread takes
+// a few whole sequences at a time through all ops, then through `last`, which have a row a sequence. Sequence s
+// has the tokens bounds[s] .. bounds[s + 1] - 1.
+void run_ops_on_sequences(const std::vector<RowOp>& ops, const std::vector<RowOp>& last,
+                          const int32_t* bounds, int64_t sequences, int threads);
 
 }  // namespace rlhf_fast

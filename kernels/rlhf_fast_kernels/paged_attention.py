@@ -267,7 +267,7 @@ class PagedAttention:
         self, q: Tensor, key_pages: Tensor, value_pages: Tensor, out: Tensor
     ) -> Callable[[], object]:
         """The call without arguments, for tensors that stay where they are and are kept alive."""
-        if isinstance(self._run, _OnCpu) and self._call.cu_queries is None:
+        if isinstance(self._run, _OnCpu):
             return self._run.bind(q, key_pages, value_pages, out)
         return partial(self, q, key_pages, value_pages, out)
 

@@ -1,4 +1,4 @@
-"""C++ ops bound to their arguments, one after the other in one call.
+"""C++ ops bound to their arguments, one after the other.
 
 `prepare` of an op and `bind` of `PagedAttention` and `RopeAndStore` return calls without arguments.
 Those of C++ are `_core.BoundOp`s, and their rows do not read each other: row n of what an op writes
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,25 +40,71 @@ def prepare_gather(table: Tensor, ids: Tensor, out: Tensor) -> Call:
     return partial(torch.index_select, table, 0, ids, out=out)
 
 
-def in_sequence(calls: Sequence[Call]) -> Call:
-    """One call for all of them, in this order.
+def are_bound(calls: Sequence[Call]) -> bool:
+    """Whether all of them are C++ ops."""
+    if native.missing("BoundOp") is not None:
+        return False
+    bound = native.core().BoundOp
+    return all(isinstance(call, bound) for call in calls)
+
+
+def on_sequences(calls: Sequence[Call], last: Sequence[Call], bounds: Tensor, tokens: int) -> Call:
+    """One call for ops on the tokens of packed sequences, then on one row of each sequence.
+
+    A thread takes whole sequences through all of them, some 64 tokens at a time.
+
+    Args:
+        calls: `are_bound`, over `tokens` rows; attention with `cu_queries`. Each may read what
+            those before it wrote for the same sequence.
+        last: likewise, over one row a sequence.
+        bounds: `[S + 1]` int32 on the CPU, sequence s has the rows bounds[s] to bounds[s + 1] - 1;
+            the caller keeps it alive.
+        tokens: rows of `calls`.
+
+    Raises:
+        ValueError: ops of other numbers of rows.
+    """
+    call: Call = native.core().SequenceOps(
+        *(list(calls), list(last), bounds.data_ptr(), tokens, len(bounds) - 1),
+        native.thread_count(),
+    )
+    return call
+
+
+class Steps:
+    """Calls to be made one after the other, again and again.
 
     Args:
         calls: without arguments. If all are C++ ops, they must have the same number of rows, each
             may read what those before it wrote for the same row, and none what they wrote for
-            another (page tables and pages aside: rows write pages that no other row reads).
+            another (pages aside: rows write pages that no other row reads).
+
+    Attributes:
+        rows: that `run` can do fewer of; None: the calls do what they do.
 
     Raises:
         ValueError: C++ ops of different numbers of rows.
     """
-    if calls and native.missing("BoundOp") is None:
-        core = native.core()
-        if all(isinstance(call, core.BoundOp) for call in calls):
-            bound: Call = core.BoundOps(list(calls), native.thread_count())
-            return bound
 
-    def run() -> None:
-        for call in calls:
-            call()
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._calls = list(calls)
+        self._bound: Any = None
+        self.rows: int | None = None
+        if are_bound(calls):
+            self._bound = native.core().BoundOps(self._calls, native.thread_count())
+            self.rows = self._bound.rows
 
-    return run
+    def run(self, rows: int, times: int = 1) -> int:
+        """The first `rows` rows through all calls, `times` times.
+
+        Returns:
+            How often it was. In C++ a time in which `record_tokens` ended a row is the last, so
+            that its place can be given to another.
+        """
+        if self._bound is not None:
+            done: int = self._bound(rows, times)
+            return done
+        for _ in range(times):
+            for call in self._calls:
+                call()
+        return times

@@ -42,7 +42,7 @@ from rlhf_fast_kernels.decode_state import (
     prepare_record,
     record_tokens,
 )
-from rlhf_fast_kernels.row_ops import in_sequence
+from rlhf_fast_kernels.row_ops import Steps
 from rlhf_fast_kernels.sample import prepare as prepare_sample
 
 
@@ -103,8 +103,8 @@ class DecodeRows:
         self._record = Record(out.tokens, out.logprobs, out.raw_logprobs, out.lengths, out.ended)
         self._native = dispatch.choose("place_tokens", None, self._state).impl == "cpu"
         self._batch: PagedBatch | None = None
-        # A call without arguments, made when the rows come to lie elsewhere.
-        self._step: Call | None = None
+        # Laid out when the rows come to lie elsewhere.
+        self._steps: Steps | None = None
         # A dead row with one token, which it reads from page 0.
         padding = torch.zeros(FIELDS, 1, dtype=torch.int64)
         padding[[CONTEXT, STEP, LIMIT]] = 1
@@ -117,6 +117,11 @@ class DecodeRows:
         """All that a step reads and writes beside the model and its pages."""
         settings = (self.page_table, self._state, self._settings, self._stops)
         return [*settings, *self._places, *self._drawn, *self._record]
+
+    @property
+    def stop_early(self) -> bool:
+        """Whether several steps end with the one in which a row does."""
+        return self._steps is not None and self._steps.rows is not None
 
     def pad(self, width: int) -> None:
         """Make rows `count` to `width` padding."""
@@ -131,7 +136,7 @@ class DecodeRows:
 
     def forget(self) -> None:
         """Give the forward a new batch at the next step."""
-        self._batch = self._step = None
+        self._batch = self._steps = None
 
     def add(self, rows: Sequence[NewRow], logits: Tensor) -> None:
         """Draw the first token of new rows from the logits [rows, V] after their last token."""
@@ -162,22 +167,28 @@ class DecodeRows:
         cache: PagedCache,
         width: int | None = None,
         max_context: int | None = None,
-    ) -> None:
-        """One token more for every row.
+        *,
+        times: int = 1,
+    ) -> int:
+        """One token more for every row, `times` times.
 
         Args:
             forward: the model.
-            cache: holds room for the token of every live row.
+            cache: holds room for the tokens of every live row.
             width: rows that take part, padding included; None: those in use.
             max_context: tokens that no row goes beyond; None: those of all pages of the table.
+            times: at most so often.
+
+        Returns:
+            How often it was: in C++ a step in which a row ended is the last.
         """
         rows = slice(self.count if width is None else width)
         batch = self._batch_of(rows, cache, max_context)
-        if self._step is None:
-            self._step = self._prepared(forward, batch, rows)
-        self._step()
+        if self._steps is None:
+            self._steps = self._laid_out(forward, batch, slice(batch.ids.numel()))
+        return self._steps.run(rows.stop, times)
 
-    def _prepared(self, forward: PagedForward, batch: PagedBatch, rows: slice) -> Call:
+    def _laid_out(self, forward: PagedForward, batch: PagedBatch, rows: slice) -> Steps:
         """The step of these rows."""
         places = Places(batch.ids, batch.positions, batch.slots, batch.context_lengths)
         prepare = prepare_place if self._native else partial(partial, place_tokens)
@@ -185,28 +196,33 @@ class DecodeRows:
         decoding = forward.decoding(batch)
         if decoding is not None:
             calls, logits = decoding
-            return in_sequence([place, *calls, *self._drawing(rows, logits)])
-        draws: dict[tuple[int, int], Call] = {}
+            return Steps([place, *calls, *self._drawing(rows, logits)])
+        draws: dict[tuple[int, int], list[Call]] = {}
 
-        def step() -> None:
-            place()
+        def forward_and_draw() -> None:
             logits = forward.logits(batch)
             address = logits.data_ptr(), logits.stride(0)
             if address not in draws:
                 draws.clear()
-                draws[address] = in_sequence(self._drawing(rows, logits))
-            draws[address]()
+                draws[address] = self._drawing(rows, logits)
+            for call in draws[address]:
+                call()
 
-        return step
+        return Steps([place, forward_and_draw])
 
     def _batch_of(self, rows: slice, cache: PagedCache, max_context: int | None) -> PagedBatch:
-        """The forward's view of the rows: the same object while their number stays."""
+        """The forward's view of the rows: the same object while their number stays.
+
+        Where steps can do fewer rows than they are laid out for, also if it falls.
+        """
         context = max_context or self.page_table.shape[1] * cache.page_size
         batch = self._batch
+        laid_out = None if self._steps is None else self._steps.rows
         if (
             batch is None
             or batch.cache is not cache
-            or (batch.ids.numel(), batch.max_context) != (rows.stop, context)
+            or batch.max_context != context
+            or (batch.ids.numel() != rows.stop and (laid_out or 0) < rows.stop)
         ):
             self.forget()
             places = Places(*(buffer[rows] for buffer in self._places))
@@ -273,7 +289,8 @@ class DecodeRows:
         """Continue with rows `index` only, in that order."""
         chosen = torch.tensor(list(index), dtype=torch.int64, device=self._state.device)
         self.count = len(index)
-        self.forget()
+        if not self.stop_early:
+            self.forget()
         self._padded = 0
         for buffer in (self._state, self._settings):
             buffer[:, : self.count] = buffer[:, chosen]

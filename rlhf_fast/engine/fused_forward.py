@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_fast.engine.compute_weights import ComputeWeights
-from rlhf_fast.engine.decode_plan import Call, DecodePlan, vocabulary_product
+from rlhf_fast.engine.decode_plan import Call, DecodePlan, PrefillPlan, vocabulary_product
 from rlhf_fast.engine.fused_adapters import LayerAdapters, LowRank, layer_adapters
 from rlhf_fast.engine.fused_support import COMPUTE
 from rlhf_fast.engine.module_forward import cache_shape_of, require_same_type, unwrapped
@@ -193,6 +193,10 @@ class FusedForward:
             for call in calls:
                 call()
             return logits
+        if self.attention.prefill is None and PrefillPlan.pays(batch):
+            filled = PrefillPlan(self, batch).run()
+            if filled is not None:
+                return filled
         residual = F.embedding(batch.ids, self.embedding)
         hidden = self._norm(residual, self.layers[0].input_norm, None)
         last = len(self.layers) - 1
