@@ -217,12 +217,14 @@ class DecodeRows:
         """
         context = max_context or self.page_table.shape[1] * cache.page_size
         batch = self._batch
-        laid_out = None if self._steps is None else self._steps.rows
+        # A graph has its own width, which comes with its own bound of contexts.
+        most = None if self._steps is None or max_context is not None else self._steps.rows
+        serves_fewer = most is not None and rows.stop <= most
         if (
             batch is None
             or batch.cache is not cache
             or batch.max_context != context
-            or (batch.ids.numel() != rows.stop and (laid_out or 0) < rows.stop)
+            or (batch.ids.numel() != rows.stop and not serves_fewer)
         ):
             self.forget()
             places = Places(*(buffer[rows] for buffer in self._places))

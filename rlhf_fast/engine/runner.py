@@ -333,7 +333,8 @@ class _Run:
             for _ in range(reservation.steps):
                 self.graphs.step()
         else:
-            self.rows.step(self.runner.forward, self.cache, times=reservation.steps)
+            done = self.rows.step(self.runner.forward, self.cache, times=reservation.steps)
+            scheduler.give_back(reservation, done)
         self._end_by_strings(range(self.rows.count))  # then it was one step
 
     @property
@@ -344,7 +345,7 @@ class _Run:
         # A look costs a GPU its queue of launches. A CPU has none, and an ended row costs it work,
         # unless the burst ends with the step in which the row did.
         on_cpu = self.runner.device.type == "cpu"
-        return 1 if on_cpu and not self.rows.stop_early else 8
+        return 1 if on_cpu and (self.graphs is not None or not self.rows.stop_early) else 8
 
     def _copy_tables(self) -> None:
         """Write the pages of all rows to the device."""
