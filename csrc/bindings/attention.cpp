@@ -2,9 +2,8 @@
 #include "bindings/families.h"
 
 #include "bindings/arguments.h"
+#include "bindings/row_ops.h"
 #include "cpu/packed_attention.h"
-#include "cpu/paged_attention.h"
-#include "cpu/rope_and_store.h"
 
 namespace rlhf_fast {
 namespace {
@@ -45,18 +44,28 @@ PagedAttentionArgs make_paged_attention(int dtype, const py::tuple& shape, const
   return args;
 }
 
+PagedAttentionArgs of_layer(PagedAttentionArgs args, uintptr_t q, uintptr_t keys, uintptr_t values,
+                            uintptr_t out, int threads) {
+  args.q = reinterpret_cast<const void*>(q);
+  args.keys = reinterpret_cast<const void*>(keys);
+  args.values = reinterpret_cast<const void*>(values);
+  args.out = reinterpret_cast<void*>(out);
+  args.threads = threads;
+  return args;
+}
+
 void bind_paged_attention(py::module_& m) {
   py::class_<PagedAttentionArgs>(m, "PagedAttention")
       .def(py::init(&make_paged_attention))
-      .def("__call__", [](PagedAttentionArgs args, uintptr_t q, uintptr_t keys, uintptr_t values,
-                          uintptr_t out, int threads) {
-        args.q = reinterpret_cast<const void*>(q);
-        args.keys = reinterpret_cast<const void*>(keys);
-        args.values = reinterpret_cast<const void*>(values);
-        args.out = reinterpret_cast<void*>(out);
-        args.threads = threads;
+      .def("__call__", [](const PagedAttentionArgs& self, uintptr_t q, uintptr_t keys,
+                          uintptr_t values, uintptr_t out, int threads) {
+        const PagedAttentionArgs args = of_layer(self, q, keys, values, out, threads);
         const py::gil_scoped_release release;
         paged_attention(args);
+      })
+      .def("bind", [](const PagedAttentionArgs& self, uintptr_t q, uintptr_t keys,
+                      uintptr_t values, uintptr_t out, int threads) -> BoundOp {
+        return {of_layer(self, q, keys, values, out, threads)};
       });
 }
 
@@ -87,22 +96,34 @@ RopeAndStoreArgs make_rope_and_store(int dtype, const py::tuple& shape, const py
   return args;
 }
 
+RopeAndStoreArgs of_layer(RopeAndStoreArgs args, uintptr_t q, uintptr_t k, uintptr_t v,
+                          uintptr_t keys, uintptr_t values, uintptr_t q_norm, uintptr_t k_norm,
+                          int threads) {
+  args.q = reinterpret_cast<void*>(q);
+  args.k = reinterpret_cast<const void*>(k);
+  args.v = reinterpret_cast<const void*>(v);
+  args.keys = reinterpret_cast<void*>(keys);
+  args.values = reinterpret_cast<void*>(values);
+  args.q_norm = reinterpret_cast<const void*>(q_norm);
+  args.k_norm = reinterpret_cast<const void*>(k_norm);
+  args.threads = threads;
+  return args;
+}
+
 void bind_rope_and_store(py::module_& m) {
   py::class_<RopeAndStoreArgs>(m, "RopeAndStore")
       .def(py::init(&make_rope_and_store))
-      .def("__call__", [](RopeAndStoreArgs args, uintptr_t q, uintptr_t k, uintptr_t v,
+      .def("__call__", [](const RopeAndStoreArgs& self, uintptr_t q, uintptr_t k, uintptr_t v,
                           uintptr_t keys, uintptr_t values, uintptr_t q_norm, uintptr_t k_norm,
                           int threads) {
-        args.q = reinterpret_cast<void*>(q);
-        args.k = reinterpret_cast<const void*>(k);
-        args.v = reinterpret_cast<const void*>(v);
-        args.keys = reinterpret_cast<void*>(keys);
-        args.values = reinterpret_cast<void*>(values);
-        args.q_norm = reinterpret_cast<const void*>(q_norm);
-        args.k_norm = reinterpret_cast<const void*>(k_norm);
-        args.threads = threads;
+        const RopeAndStoreArgs args = of_layer(self, q, k, v, keys, values, q_norm, k_norm, threads);
         const py::gil_scoped_release release;
         rope_and_store(args);
+      })
+      .def("bind", [](const RopeAndStoreArgs& self, uintptr_t q, uintptr_t k, uintptr_t v,
+                      uintptr_t keys, uintptr_t values, uintptr_t q_norm, uintptr_t k_norm,
+                      int threads) -> BoundOp {
+        return {of_layer(self, q, k, v, keys, values, q_norm, k_norm, threads)};
       });
 }
 

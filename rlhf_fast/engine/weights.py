@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.errors import GenerationError
+from rlhf_fast_kernels import native
 
 # Projections of one input, in the order in which a fused product returns them.
 ADJACENT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -145,7 +146,9 @@ class AliasedWeights:
         # A storage of its own, to the byte: what lies between groups is never read.
         # A caller's inference mode would leave parameters that can never be trained.
         with torch.inference_mode(False), torch.no_grad():
-            buffer = torch.zeros(total, dtype=dtype, device=device)
+            buffer = torch.empty(total, dtype=dtype, device=device)
+            native.advise_huge_pages(buffer)
+            buffer.zero_()
             for group, start in zip(groups, starts, strict=True):
                 for parameter in group:
                     view = buffer[start : start + parameter.numel()].view(parameter.shape)
