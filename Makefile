@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # A CPU build where the index has one; name another build to train on a GPU.
 TORCH ?= torch==2.13.0
+# Test processes. Each keeps to one thread and takes up to 2 GB.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -28,7 +30,7 @@ demo: $(READY)
 	$(BIN)/rlhf-fast demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff check .

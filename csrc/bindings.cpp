@@ -51,7 +51,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   rlhf_fast::bind_rewards(m);
   rlhf_fast::bind_logprobs(m);
   rlhf_fast::bind_losses(m);
+  rlhf_fast::bind_row_ops(m);
   rlhf_fast::bind_decoding(m);
   rlhf_fast::bind_attention(m);
+  rlhf_fast::bind_layers(m);
   rlhf_fast::bind_host(m);
 }

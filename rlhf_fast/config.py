@@ -183,7 +183,9 @@ class EngineConfig:
     page_size: int = setting(0, "tokens of a page; 0: 64 on a CPU, 256 on a GPU", low=0)
     prefill_tokens: int = setting(8192, "prompt tokens of one forward", low=1)
     burst: int = setting(
-        0, "decoding steps between two looks of the host; 0: 1 on a CPU, 8 on a GPU", low=0
+        0,
+        "decoding steps between two looks of the host; 0: 8, or 1 where an ended row would go on",
+        low=0,
     )
     overlap_scoring: str = setting(
         "auto",

@@ -14,6 +14,11 @@ slows down slows all of them.
 The roofline of a step is the larger of its arithmetic at the rate of a large product and its memory
 traffic (weights once, keys and values of all contexts once) at the bandwidth of a large read, both
 measured in the same process.
+
+In fp32 on a CPU each row also shows the floor (`bench/engine/floor.py`): its products at the best
+rate measured for their shapes, and its keys and values read once a step at the rate of a plain read
+of as many bytes, with nothing else. "at most" beside a ratio is what an engine that runs at the
+floor would reach: a target above it is out of reach of this arithmetic on this machine.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.engine import peers
+from bench.engine.floor import Floor
 from bench.kernels.environment import environment
 from bench.kernels.probes import bandwidth_probe, calibrate
 from rlhf_fast.engine.hybrid import HybridEngine
@@ -84,7 +90,11 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Row:
-    """Medians of one workload: tokens per second by side, ratios and part of the roofline."""
+    """Medians of one workload: tokens per second by side, ratios, part of the roofline, the floor.
+
+    `floor` holds ms a step in parts and the rates they were put at, `most` the ratios of an engine
+    that takes no longer than the floor; both only in fp32 on a CPU.
+    """
 
     shape: str
     batch: int
@@ -94,6 +104,8 @@ class Row:
     ms_per_step: float
     times_faster: dict[str, float]
     roofline: float
+    floor: dict[str, float] | None
+    most: dict[str, float]
 
 
 def lengths_for(kind: str, batch: int, maximum: int) -> list[int]:
@@ -143,6 +155,19 @@ def roofline_seconds(
     return total
 
 
+def floor_of(floor: Floor, steps: int) -> dict[str, float]:
+    """What `Row.floor` holds."""
+    each = 1e3 / steps
+    return {
+        "ms_per_step": floor.seconds * each,
+        "products_ms": floor.products * each,
+        "reads_ms": floor.reads * each,
+        "prefill_ms": floor.prefill * each,
+        "products_gflop_per_s": floor.products_gflop_per_s,
+        "read_gb_per_s": floor.read_gb_per_s,
+    }
+
+
 def medians_of(
     sides: dict[str, Callable[[], None]], rounds: int, device: torch.device
 ) -> dict[str, float]:
@@ -181,6 +206,8 @@ def measure(
         peers.close(sides)
     tokens = sum(lengths)
     ours = medians["engine"]
+    in_fp32 = device.type == "cpu" and options.dtype == "fp32"
+    floor = Floor(shape, options.prompt, lengths) if in_fp32 else None
     return Row(
         shape=name,
         batch=batch,
@@ -190,7 +217,24 @@ def measure(
         ms_per_step=ours / maximum * 1e3,
         times_faster={side: t / ours for side, t in medians.items() if side != "engine"},
         roofline=roofline_seconds(shape, options.prompt, lengths, dtype.itemsize, found) / ours,
+        floor=None if floor is None else floor_of(floor, maximum),
+        most={
+            side: t / floor.seconds
+            for side, t in medians.items()
+            if floor is not None and side != "engine"
+        },
     )
+
+
+def ms_of_floor(row: Row) -> str:
+    """A cell."""
+    return "" if row.floor is None else f"{row.floor['ms_per_step']:.2f}"
+
+
+def ratios(row: Row) -> list[str]:
+    """Cells of each peer."""
+    most = {side: f"{x:.2f}" for side, x in row.most.items()}
+    return [f"{x:22.2f}{most.get(side, ''):>9}" for side, x in row.times_faster.items()]
 
 
 def parse() -> argparse.Namespace:
@@ -227,10 +271,11 @@ def main() -> None:
     if absent:
         print(f"not installed: {', '.join(absent)}")
     print(
-        f"{'shape':8}{'batch':>6} {'lengths':12}{'tokens/s':>11}{'ms/step':>9}{'roofline':>10}",
+        f"{'shape':8}{'batch':>6} {'lengths':12}{'tokens/s':>11}{'ms/step':>9}"
+        f"{'roofline':>10}{'floor':>8}",
         end="",
     )
-    print("".join(f"{'x ' + peer:>22}" for peer in options.peers), flush=True)
+    print("".join(f"{'x ' + peer:>22}{'at most':>9}" for peer in options.peers), flush=True)
     rows = []
     for name in options.shapes:
         for batch in map(int, options.batches):
@@ -242,8 +287,8 @@ def main() -> None:
                 rate = row.tokens_per_second["engine"]
                 print(
                     f"{name:8}{batch:6} {kind:12}{rate:11.0f}{row.ms_per_step:9.2f}"
-                    f"{row.roofline:10.0%}",
-                    "".join(f"{x:22.2f}" for x in row.times_faster.values()),
+                    f"{row.roofline:10.0%}{ms_of_floor(row):>8}",
+                    "".join(ratios(row)),
                     flush=True,
                 )
     if options.json is not None:

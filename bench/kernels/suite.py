@@ -26,7 +26,8 @@ from bench.kernels import limited
 HERE = Path(__file__).parent
 IMPORTANCE = (
     *("logprobs", "linear_logprobs", "linear_ppo_loss", "gae", "rewards_and_gae", "ppo_loss"),
-    *("sample", "paged_attention", "rope_and_store", "kl", "linear_kl", "whiten"),
+    *("sample", "packed_attention", "paged_attention", "rope_and_store", "kl", "linear_kl"),
+    "whiten",
 )
 COLUMNS = (
     ("ms", "median_ms", ".4g"),

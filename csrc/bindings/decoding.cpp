@@ -1,12 +1,9 @@
-// The small ops of a decoding step.
+// The small ops of a decoding step. Each function here binds an op to its arguments: a BoundOp, which a
+// call without arguments runs.
 #include "bindings/families.h"
 
 #include "bindings/arguments.h"
-#include "cpu/decode_state.h"
-#include "cpu/linear_small.h"
-#include "cpu/rms_norm.h"
-#include "cpu/sample.h"
-#include "cpu/silu_mul.h"
+#include "bindings/row_ops.h"
 
 namespace rlhf_fast {
 namespace {
@@ -17,7 +14,7 @@ namespace {
 // top_p, min_p; outputs: of tokens, logprobs, raw_logprobs and entropy or 0.
 void bind_sample(py::module_& m) {
   m.def("sample", [](uintptr_t logits, int dtype, const py::tuple& shape,
-                     const py::tuple& settings, const py::tuple& outputs, int threads) {
+                     const py::tuple& settings, const py::tuple& outputs, int threads) -> BoundOp {
     SampleArgs args;
     args.logits = reinterpret_cast<const void*>(logits);
     args.dtype = static_cast<DType>(dtype);
@@ -35,31 +32,20 @@ void bind_sample(py::module_& m) {
     args.raw_logprobs = pointer<float>(outputs[2]);
     args.entropy = pointer<float>(outputs[3]);
     args.threads = threads;
-    const py::gil_scoped_release release;
-    sample(args);
+    return {args};
   });
 }
 
-// ---- rms_norm, silu_mul, linear_small ----------------------------------------------------------
+// ---- rms_norm, silu_mul, linear_small, gather_rows ----------------------------------------------
 
-// Below this many elements the call is over before another thread would have got the GIL.
-constexpr int64_t kElementsWithGil = 16384;
-
-template <class Args>
-void run_short(void (*op)(const Args&), const Args& args) {
-  if (args.rows * args.columns <= kElementsWithGil) return op(args);
-  const py::gil_scoped_release release;
-  op(args);
-}
-
-// Called several times a layer and token: plain integers, which cost least to hand over. A RowsView is
-// an address (0: absent) and the strides of [outer, inner].
+// Plain integers, which cost least to hand over. A RowsView is an address (0: absent) and the strides of
+// [outer, inner].
 void bind_decoder_ops(py::module_& m) {
   m.def("rms_norm", [](int dtype, int64_t rows, int64_t inner, int64_t columns, uintptr_t x,
                        int64_t x_outer, int64_t x_inner, uintptr_t weight, uintptr_t residual,
                        int64_t residual_outer, int64_t residual_inner, uintptr_t out,
                        int64_t out_outer, int64_t out_inner, float eps, float offset,
-                       int threads) {
+                       int threads) -> BoundOp {
     RmsNormArgs args;
     args.dtype = static_cast<DType>(dtype);
     args.rows = rows;
@@ -72,10 +58,11 @@ void bind_decoder_ops(py::module_& m) {
     args.eps = eps;
     args.offset = offset;
     args.threads = threads;
-    run_short(&rms_norm, args);
+    return {args};
   });
   m.def("silu_mul", [](int dtype, int64_t rows, int64_t columns, uintptr_t gate_up,
-                       int64_t row_stride, uintptr_t out, int64_t out_row_stride, int threads) {
+                       int64_t row_stride, uintptr_t out, int64_t out_row_stride,
+                       int threads) -> BoundOp {
     SiluMulArgs args;
     args.dtype = static_cast<DType>(dtype);
     args.rows = rows;
@@ -85,12 +72,12 @@ void bind_decoder_ops(py::module_& m) {
     args.out = reinterpret_cast<void*>(out);
     args.out_row_stride = out_row_stride;
     args.threads = threads;
-    run_short(&silu_mul, args);
+    return {args};
   });
   m.def("linear_small", [](int64_t rows, int64_t inner, int64_t columns, uintptr_t x,
                            int64_t x_stride, uintptr_t weight, int64_t weight_stride,
                            uintptr_t bias, uintptr_t residual, int64_t residual_stride,
-                           uintptr_t out, int64_t out_stride, int threads) {
+                           uintptr_t out, int64_t out_stride, int threads) -> BoundOp {
     LinearSmallArgs args;
     args.rows = rows;
     args.inner = inner;
@@ -105,8 +92,19 @@ void bind_decoder_ops(py::module_& m) {
     args.out = reinterpret_cast<float*>(out);
     args.out_stride = out_stride;
     args.threads = threads;
-    const py::gil_scoped_release release;
-    linear_small(args);
+    return {args};
+  });
+  m.def("gather_rows", [](int64_t rows, int64_t row_bytes, uintptr_t table, int64_t table_stride,
+                          uintptr_t ids, uintptr_t out, int64_t out_stride) -> BoundOp {
+    GatherRowsArgs args;
+    args.rows = rows;
+    args.row_bytes = row_bytes;
+    args.table = reinterpret_cast<const void*>(table);
+    args.table_stride = table_stride;
+    args.ids = reinterpret_cast<const int64_t*>(ids);
+    args.out = reinterpret_cast<void*>(out);
+    args.out_stride = out_stride;
+    return {args};
   });
 }
 
@@ -116,7 +114,7 @@ void bind_decode_state(py::module_& m) {
   m.def("place_tokens", [](int64_t rows, uintptr_t state, int64_t field_stride,
                            uintptr_t page_table, int64_t table_stride, int64_t page_size,
                            uintptr_t ids, uintptr_t positions, uintptr_t slots,
-                           uintptr_t contexts) {
+                           uintptr_t contexts) -> BoundOp {
     PlaceTokensArgs args;
     args.rows = rows;
     args.state = reinterpret_cast<int64_t*>(state);
@@ -128,13 +126,13 @@ void bind_decode_state(py::module_& m) {
     args.positions = reinterpret_cast<int64_t*>(positions);
     args.slots = reinterpret_cast<int64_t*>(slots);
     args.contexts = reinterpret_cast<int32_t*>(contexts);
-    place_tokens(args);
+    return {args};
   });
   m.def("record_tokens", [](int64_t rows, uintptr_t state, int64_t field_stride, uintptr_t stops,
                             int64_t stop_width, uintptr_t tokens, uintptr_t logprobs,
                             uintptr_t raw_logprobs, int64_t columns, uintptr_t out_tokens,
                             uintptr_t out_logprobs, uintptr_t out_raw_logprobs,
-                            uintptr_t out_lengths, uintptr_t out_ended) {
+                            uintptr_t out_lengths, uintptr_t out_ended) -> BoundOp {
     RecordTokensArgs args;
     args.rows = rows;
     args.state = reinterpret_cast<int64_t*>(state);
@@ -150,7 +148,7 @@ void bind_decode_state(py::module_& m) {
     args.out_raw_logprobs = reinterpret_cast<float*>(out_raw_logprobs);
     args.out_lengths = reinterpret_cast<int64_t*>(out_lengths);
     args.out_ended = reinterpret_cast<bool*>(out_ended);
-    record_tokens(args);
+    return {args};
   });
 }
 

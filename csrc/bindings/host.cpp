@@ -5,6 +5,7 @@
 
 #include "bindings/arguments.h"
 #include "host/kv_pages.h"
+#include "host/memory.h"
 
 namespace rlhf_fast {
 namespace {
@@ -16,6 +17,9 @@ const int64_t* integers(uintptr_t address) { return reinterpret_cast<const int64
 // Batches are addresses of contiguous int64 arrays and their number of elements. The GIL is kept: it
 // is what makes a call of several threads one after the other, and a call takes microseconds.
 void bind_host(py::module_& m) {
+  m.def("advise_huge_pages", [](uintptr_t address, int64_t bytes) {
+    advise_huge_pages(reinterpret_cast<void*>(address), bytes);
+  });
   py::class_<PageAllocator>(m, "PageAllocator")
       .def(py::init<int64_t, int64_t>())
       .def("create", &PageAllocator::create)

@@ -102,22 +102,29 @@ inline vfloat sums_of_vectors(const vfloat* x) {
 
 // ---- scores ----------------------------------------------------------------------------------------
 
+// score[l] = q . key[l] for kLanes keys, which lie `offset` elements after where `key` points.
+template <int kChunks>
+inline void scores_of_vector(const float* q, const float* const* key, int64_t offset, int64_t width,
+                             float* score) {
+  const int64_t chunks = kChunks > 0 ? kChunks : width / kLanes;
+  vfloat sum[kLanes];
+#pragma GCC unroll 16
+  for (int l = 0; l < kLanes; ++l) {
+    const float* k = key[l] + offset;
+    sum[l] = load(q) * load(k);
+    for (int64_t c = 1; c < chunks; ++c) {
+      sum[l] = fma(load(q + c * kLanes), load(k + c * kLanes), sum[l]);
+    }
+  }
+  store(score, sums_of_vectors(sum));
+}
+
 // score[j] = q . key[j] for the vectors of keys that meet the range.
 template <int kChunks>
 inline void scores_of(const float* q, const float* const* key, int64_t width, KeyRange range,
                       float* score) {
-  const int64_t chunks = kChunks > 0 ? kChunks : width / kLanes;
   for (int64_t j = range.begin / kLanes * kLanes; j < range.end; j += kLanes) {
-    vfloat sum[kLanes];
-#pragma GCC unroll 16
-    for (int l = 0; l < kLanes; ++l) {
-      const float* k = key[j + l];
-      sum[l] = load(q) * load(k);
-      for (int64_t c = 1; c < chunks; ++c) {
-        sum[l] = fma(load(q + c * kLanes), load(k + c * kLanes), sum[l]);
-      }
-    }
-    store(score + j, sums_of_vectors(sum));
+    scores_of_vector<kChunks>(q, key + j, 0, width, score + j);
   }
 }
 
@@ -131,37 +138,44 @@ inline vint lane_numbers() {
 
 inline float exp2_of(float x) { return exp2_normal(vmax(splat(kLowestExponent), splat(x)))[0]; }
 
-// Turns scores (in units of log2) into weights relative to the new maximum, adds them to the row's mass
-// and returns what earlier sums must be multiplied by (1 if there are none).
-inline float soften(float* score, KeyRange range, float& best, float& mass) {
+// Turns scores (in units of log2) of R rows into weights relative to the rows' new maxima, adds them to the
+// rows' masses, and says what earlier sums must be multiplied by (1 if there are none). The rows go side by
+// side: one alone would wait for each of its results.
+template <int R>
+inline void soften(float* score, KeyRange range, float* best, float* mass, float* factor) {
   const vint lanes = lane_numbers();
   const vfloat lowest = splat(-__builtin_inff());
   const int32_t begin = static_cast<int32_t>(range.begin), end = static_cast<int32_t>(range.end);
   const int64_t start = begin / kLanes * kLanes;
-  vfloat top = splat(best);
+  vfloat top[R], sum[R];
+  float now[R];
+  for (int r = 0; r < R; ++r) top[r] = splat(best[r]), sum[r] = splat(0.0f);
   for (int64_t j = start; j < range.end; j += kLanes) {
     const vint at = lanes + static_cast<int32_t>(j);
     const vint seen = (at >= begin) & (at < end);
-    const vfloat x = select(seen, load(score + j), lowest);
-    store(score + j, x);
-    top = vmax(x, top);
+    for (int r = 0; r < R; ++r) {
+      const vfloat x = select(seen, load(score + r * kBlock + j), lowest);
+      store(score + r * kBlock + j, x);
+      top[r] = vmax(x, top[r]);
+    }
   }
-  const float now = max_of_lanes(top);
-  const float factor = now == best || best == -__builtin_inff() ? 1.0f : exp2_of(best - now);
-  vfloat sum = splat(0.0f);
+  for (int r = 0; r < R; ++r) now[r] = max_of_lanes(top[r]);
   for (int64_t j = start; j < range.end; j += kLanes) {
-    const vfloat x = load(score + j);
-    const vfloat weight = exp2_normal(vmax(splat(kLowestExponent), x - splat(now)));
-    const vfloat kept = select(x == lowest, splat(0.0f), weight);
-    store(score + j, kept);
-    sum += kept;
+    for (int r = 0; r < R; ++r) {
+      const vfloat x = load(score + r * kBlock + j);
+      const vfloat weight = exp2_normal(vmax(splat(kLowestExponent), x - splat(now[r])));
+      const vfloat kept = select(x == lowest, splat(0.0f), weight);
+      store(score + r * kBlock + j, kept);
+      sum[r] += kept;
+    }
   }
-  best = now;
-  mass = mass * factor + sum_of_lanes(sum);
-  return factor;
+  for (int r = 0; r < R; ++r) {
+    const bool same = now[r] == best[r] || best[r] == -__builtin_inff();
+    factor[r] = same ? 1.0f : exp2_of(best[r] - now[r]);
+    best[r] = now[r];
+    mass[r] = mass[r] * factor[r] + sum_of_lanes(sum[r]);
+  }
 }
-
-// ---- weighted values -------------------------------------------------------------------------------
 
 // acc += weight[j] * value[j] for R rows and V vectors, j ascending.
 template <int R, int V>
@@ -176,7 +190,7 @@ inline void add_tile(const float* weight, const float* const* value, KeyRange ra
     vfloat part[V];
     for (int v = 0; v < V; ++v) part[v] = load(x + v * kLanes);
     for (int r = 0; r < R; ++r) {
-      const vfloat w = splat(weight[r * kBlock + j]);
+      const vfloat w = broadcast(weight + r * kBlock + j);
       for (int v = 0; v < V; ++v) sum[r][v] = fma(w, part[v], sum[r][v]);
     }
   }
@@ -224,6 +238,48 @@ inline void add_shared(const float* weight, const float* const* value, const Key
   for (int r = 0; r < R; ++r) {
     const KeyRange after = {shared.end, range[r].end};
     add_rows<1, kChunks>(weight + r * kBlock, value, after, width, acc + r * width);
+  }
+}
+
+// The same of R rows with values of their own: those of row r lie `stride` elements after those of the row
+// before it. `ahead(j)` is called at key j.
+template <int R, int V, class Ahead>
+inline void add_own_tile(const float* weight, const float* const* value, int64_t stride,
+                         KeyRange range, int64_t width, int64_t column, float* acc,
+                         const Ahead& ahead) {
+  vfloat sum[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) sum[r][v] = load(acc + r * width + column + v * kLanes);
+  }
+  for (int64_t j = range.begin; j < range.end; ++j) {
+    const float* x = value[j] + column;
+    ahead(j);
+    for (int r = 0; r < R; ++r) {
+      const vfloat w = broadcast(weight + r * kBlock + j);
+      for (int v = 0; v < V; ++v) sum[r][v] = fma(w, load(x + r * stride + v * kLanes), sum[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) store(acc + r * width + column + v * kLanes, sum[r][v]);
+  }
+}
+
+template <int R, int kChunks, class Ahead>
+inline void add_own(const float* weight, const float* const* value, int64_t stride, KeyRange range,
+                    int64_t width, float* acc, const Ahead& ahead) {
+  constexpr int kMost = kLanes == 16 ? 16 / R : 8 / R;
+  constexpr int kVectors = kChunks > 0 && kChunks < kMost ? kChunks : kMost;
+  const auto nothing = [](int64_t) {};
+  int64_t column = 0;
+  if (kVectors * kLanes <= width) {
+    add_own_tile<R, kVectors>(weight, value, stride, range, width, 0, acc, ahead);
+    column = kVectors * kLanes;
+  }
+  for (; column + kVectors * kLanes <= width; column += kVectors * kLanes) {
+    add_own_tile<R, kVectors>(weight, value, stride, range, width, column, acc, nothing);
+  }
+  for (; column < width; column += kLanes) {
+    add_own_tile<R, 1>(weight, value, stride, range, width, column, acc, nothing);
   }
 }
 

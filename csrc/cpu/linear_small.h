@@ -9,6 +9,7 @@ namespace rlhf_fast {
 // adjacent in all four. out may be residual, not x.
 struct LinearSmallArgs {
   int64_t rows = 0;     // N
+  int64_t of_rows = 0;  // rows of the call that this one is a part of: they say how sums are ordered
   int64_t inner = 0;    // K
   int64_t columns = 0;  // M
   const float* x = nullptr;

@@ -2,6 +2,7 @@
 #include "cpu/rope_and_store.h"
 
 #include <cmath>
+#include <type_traits>
 
 #include "cpu/vec_math.h"
 #include "host/parallel.h"
@@ -59,10 +60,27 @@ void rotate(float* x, const float* cos, const float* sin, int64_t count) {
   }
 }
 
+// The same from one head into another, which may be itself, where halves are whole vectors.
+void rotate_vectors(const float* from, const float* cos, const float* sin, int64_t count, float* to) {
+  const int64_t half = count / 2;
+  for (int64_t i = 0; i < half; i += kLanes) {
+    const vfloat low = load(from + i), high = load(from + i + half);
+    store(to + i, low * load(cos + i) - high * load(sin + i));
+    store(to + i + half, high * load(cos + i + half) + low * load(sin + i + half));
+  }
+}
+
 // Head `from` into `to`, by way of norm and rotation.
 template <class Type>
 void move_head(const RopeAndStoreArgs& args, const typename Type::Element* from, const void* norm,
                int64_t token, typename Type::Element* to) {
+  if constexpr (std::is_same_v<Type, Float32>) {
+    if (norm == nullptr && args.rotary_dim == args.head_dim && args.rotary_dim % (2 * kLanes) == 0) {
+      const int64_t position = args.positions[token];
+      return rotate_vectors(from, args.cos + position * args.cos_stride,
+                            args.sin + position * args.sin_stride, args.rotary_dim, to);
+    }
+  }
   float x[kWidth];
   for (int64_t i = 0; i < args.head_dim; ++i) x[i] = Type::get(from[i]);
   if (norm != nullptr) {

@@ -58,6 +58,17 @@ inline vfloat vmin(vfloat a, vfloat b) { return select(a < b, a, b); }
 inline vfloat fma(vfloat a, vfloat b, vfloat c) { return a * b + c; }
 #endif
 
+// splat() adds to zero: an addition where the value is not a constant.
+inline vfloat broadcast(const float* address) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_set1_ps(*address);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_set1_ps(*address);
+#else
+  return splat(*address);
+#endif
+}
+
 // x = 2^n * (1 + something): n = round(x) as float, and 2^n applied to p in [0.7, 1.42].
 struct Rounded {
   vfloat n;

@@ -29,21 +29,49 @@ inline void pause_cpu() {
 #endif
 }
 
-struct Job {
-  int64_t items;
-  int64_t grain;
-  RangeFunction function;
-  const void* context;
-  std::atomic<int64_t> next_chunk{0};
-
-  void work() {
+// Chunks in as many shares as there are threads. A thread begins with its own share, the same one in every
+// call of the same size, and then helps with the others: what it wrote or read the last time lies in its
+// caches. On two cores that share no cache, attention over keys and values that the other core had
+// written took as long as on one.
+class Job {
+ public:
+  Job(int64_t items, int64_t grain, int threads, RangeFunction function, const void* context)
+      : items_(items), grain_(grain), function_(function), context_(context) {
     const int64_t chunks = (items + grain - 1) / grain;
-    for (;;) {
-      const int64_t chunk = next_chunk.fetch_add(1, std::memory_order_relaxed);
-      if (chunk >= chunks) return;
-      function(context, chunk * grain, std::min(items, (chunk + 1) * grain));
+    shares_ = static_cast<int>(std::min<int64_t>({threads, chunks, kMostShares}));
+    for (int s = 0; s < shares_; ++s) {
+      share_[s].next.store(chunks * s / shares_, std::memory_order_relaxed);
+      share_[s].end = chunks * (s + 1) / shares_;
     }
   }
+
+  int shares() const { return shares_; }
+
+  void work(int thread) {
+    for (int i = 0; i < shares_; ++i) work_on(share_[(thread + i) % shares_]);
+  }
+
+ private:
+  static constexpr int64_t kMostShares = 64;
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
+  void work_on(Share& share) {
+    while (share.next.load(std::memory_order_relaxed) < share.end) {
+      const int64_t chunk = share.next.fetch_add(1, std::memory_order_relaxed);
+      if (chunk >= share.end) return;
+      function_(context_, chunk * grain_, std::min(items_, (chunk + 1) * grain_));
+    }
+  }
+
+  int64_t items_;
+  int64_t grain_;
+  RangeFunction function_;
+  const void* context_;
+  int shares_;
+  Share share_[kMostShares];
 };
 
 class Pool {
@@ -63,7 +91,7 @@ class Pool {
     } else {
       wake_.notify_all();
     }
-    job.work();
+    job.work(0);
     finish();
     return true;
   }
@@ -72,13 +100,15 @@ class Pool {
   void start_helpers(int wanted) {
     wanted = std::min(wanted, kMaxHelpers);
     try {
-      for (; helpers_ < wanted; ++helpers_) std::thread([this] { help(); }).detach();
+      for (; helpers_ < wanted; ++helpers_) {
+        std::thread([this, number = helpers_ + 1] { help(number); }).detach();
+      }
     } catch (const std::system_error&) {
       // The process may not start more threads: those that exist (perhaps none) do the work.
     }
   }
 
-  void help() {
+  void help(int number) {
     inside_parallel_region = true;
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
@@ -87,7 +117,7 @@ class Pool {
       Job* job = job_;
       active_.fetch_add(1, std::memory_order_relaxed);
       lock.unlock();
-      job->work();
+      job->work(number);
       lock.lock();
       if (active_.fetch_sub(1, std::memory_order_release) == 1) done_.notify_one();
     }
@@ -151,21 +181,28 @@ Pool& pool() {
 // PyTorch's products run on the threads of libgomp, which go on looking for work for a while when they
 // have none. Helpers of our own would have to share the cores with them: between two products an op ran
 // up to five times slower on two cores. So the op joins that team, if this process has it.
-using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+struct Team {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*thread_number)() = nullptr;
+};
 
-GompParallel openmp_team() {
-#ifdef _WIN32
-  return nullptr;
-#else
-  static const auto found =
-      reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return forked.load(std::memory_order_relaxed) ? nullptr : found;
+const Team& openmp_team() {
+  static const Team found = [] {
+    Team team;
+#ifndef _WIN32
+    team.parallel =
+        reinterpret_cast<decltype(team.parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    team.thread_number =
+        reinterpret_cast<decltype(team.thread_number)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
 #endif
+    return team;
+  }();
+  return found;
 }
 
 void work_in_team(void* job) {
   inside_parallel_region = true;
-  static_cast<Job*>(job)->work();
+  static_cast<Job*>(job)->work(openmp_team().thread_number());
   inside_parallel_region = false;
 }
 
@@ -174,19 +211,20 @@ void work_in_team(void* job) {
 void parallel_for_raw(int64_t items, int64_t grain, int threads, RangeFunction function,
                       const void* context) {
   if (items <= 0) return;
-  Job job{items, std::max<int64_t>(grain, 1), function, context};
-  const int64_t chunks = (items + job.grain - 1) / job.grain;
-  const int helpers = static_cast<int>(std::min<int64_t>(threads, chunks)) - 1;
+  Job job(items, std::max<int64_t>(grain, 1), std::max(threads, 1), function, context);
+  const int helpers = job.shares() - 1;
   if (helpers <= 0 || inside_parallel_region) {
-    job.work();
+    job.work(0);
     return;
   }
-  if (const GompParallel team = openmp_team(); team != nullptr) {
-    team(work_in_team, &job, static_cast<unsigned>(helpers + 1), 0);
+  const Team& team = openmp_team();
+  if (team.parallel != nullptr && team.thread_number != nullptr &&
+      !forked.load(std::memory_order_relaxed)) {
+    team.parallel(work_in_team, &job, static_cast<unsigned>(helpers + 1), 0);
     return;
   }
   inside_parallel_region = true;
-  if (!pool().try_run(job, helpers)) job.work();
+  if (!pool().try_run(job, helpers)) job.work(0);
   inside_parallel_region = false;
 }
 

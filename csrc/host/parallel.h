@@ -8,6 +8,7 @@
 //
 // Work is cut into chunks of exactly `grain` items whatever the number of threads: a reduction that
 // keeps one partial result per chunk and combines them in chunk order is the same on 1 and 64 threads.
+// A thread begins with the chunks that it had in the last call of the same size, whose memory it may hold.
 // Nested calls, and concurrent ones of the pool, run on the calling thread alone. A forked child gets a
 // fresh pool: OpenMP's threads do not survive a fork.
 #pragma once

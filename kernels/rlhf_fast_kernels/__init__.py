@@ -2,11 +2,13 @@
 
 from rlhf_fast_kernels.kl_from_logits import kl_from_logits
 from rlhf_fast_kernels.kv_pages import Extension, PageAllocator
+from rlhf_fast_kernels.layer_ops import rotary, swiglu, trained_rms_norm
 from rlhf_fast_kernels.linear_kl import linear_kl
 from rlhf_fast_kernels.linear_logprobs import linear_logprobs
 from rlhf_fast_kernels.linear_ppo_loss import LinearPPOLossOutput, linear_ppo_loss
 from rlhf_fast_kernels.linear_small import linear_small
 from rlhf_fast_kernels.logprobs_from_logits import logprobs_from_logits
+from rlhf_fast_kernels.packed_attention import packed_attention
 from rlhf_fast_kernels.paged_attention import PagedAttention, paged_attention
 from rlhf_fast_kernels.ppo_loss import ppo_loss
 from rlhf_fast_kernels.ppo_metrics import PPOLossOutput, finalize_metrics
@@ -37,12 +39,16 @@ __all__ = [
     "logprobs_from_logits",
     "masked_moments",
     "merge_moments",
+    "packed_attention",
     "paged_attention",
     "ppo_loss",
     "rewards_and_gae",
     "rms_norm",
     "rope_and_store",
+    "rotary",
     "sample",
     "silu_mul",
+    "swiglu",
+    "trained_rms_norm",
     "whiten",
 ]

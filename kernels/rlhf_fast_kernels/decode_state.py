@@ -92,26 +92,26 @@ def prepare_place(
 
     Addresses and shapes are read now; the caller made sure that they fit, and keeps them alive.
     """
-    return partial(
-        native.core().place_tokens,
+    bound: Callable[[], None] = native.core().place_tokens(
         *(state.shape[1], state.data_ptr(), state.stride(0)),
         *(page_table.data_ptr(), page_table.stride(0), page_size),
         *(tensor.data_ptr() for tensor in places),
     )
+    return bound
 
 
 def prepare_record(
     state: Tensor, stops: Tensor, drawn: Drawn, record: Record
 ) -> Callable[[], None]:
     """`record_tokens`, see `prepare_place`."""
-    return partial(
-        native.core().record_tokens,
+    bound: Callable[[], None] = native.core().record_tokens(
         *(state.shape[1], state.data_ptr(), state.stride(0)),
         *(stops.data_ptr(), stops.shape[1]),
         *(tensor.data_ptr() for tensor in drawn),
         record.tokens.shape[1],
         *(tensor.data_ptr() for tensor in record),
     )
+    return bound
 
 
 def _place_native(state: Tensor, page_table: Tensor, page_size: int, places: Places) -> None:
@@ -260,10 +260,10 @@ def _selftest_of(op: str) -> dispatch.SelftestCase:
 
 
 dispatch.register(PLACE, "reference", reference.place_tokens)
-dispatch.register(PLACE, "cpu", _place_native, native.on_cpu(PLACE))
+dispatch.register(PLACE, "cpu", _place_native, native.on_cpu(PLACE, "BoundOp"))
 triton_support.register(PLACE, _place_triton)
 dispatch.register_selftest(PLACE, _selftest_of(PLACE))
 dispatch.register(RECORD, "reference", reference.record_tokens)
-dispatch.register(RECORD, "cpu", _record_native, native.on_cpu(RECORD))
+dispatch.register(RECORD, "cpu", _record_native, native.on_cpu(RECORD, "BoundOp"))
 triton_support.register(RECORD, _record_triton)
 dispatch.register_selftest(RECORD, _selftest_of(RECORD))

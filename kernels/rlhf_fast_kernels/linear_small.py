@@ -12,7 +12,6 @@ inference: no gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NoReturn
 
 import torch
@@ -98,7 +97,7 @@ def unchecked(
     fp32, rows with adjacent elements, out apart from x. Needs
     `native.missing("linear_small") is None`. Anything else reads or writes foreign memory.
     """
-    native.core().linear_small(*_arguments(x, weight, bias, residual, out))
+    native.core().linear_small(*_arguments(x, weight, bias, residual, out))()
 
 
 def prepare(
@@ -108,7 +107,10 @@ def prepare(
 
     Addresses, shapes and the number of threads are read now; the caller keeps the tensors alive.
     """
-    return partial(native.core().linear_small, *_arguments(x, weight, bias, residual, out))
+    bound: Callable[[], None] = native.core().linear_small(
+        *_arguments(x, weight, bias, residual, out)
+    )
+    return bound
 
 
 def _native(
@@ -116,7 +118,7 @@ def _native(
 ) -> None:
     if x.stride(1) != 1:
         x = x.contiguous()
-    native.core().linear_small(*_arguments(x, weight, bias, residual, out))
+    native.core().linear_small(*_arguments(x, weight, bias, residual, out))()
 
 
 def linear_small(
@@ -163,6 +165,10 @@ def _selftest(
 
 dispatch.register("linear_small", "reference", torch.no_grad()(reference_linear_small))
 dispatch.register(
-    "linear_small", "cpu", _native, native.on_cpu("linear_small"), dtypes=(torch.float32,)
+    "linear_small",
+    "cpu",
+    _native,
+    native.on_cpu("linear_small", "BoundOp"),
+    dtypes=(torch.float32,),
 )
 dispatch.register_selftest("linear_small", _selftest)

@@ -122,6 +122,16 @@ def thread_count() -> int:
     return torch.get_num_threads()
 
 
+def advise_huge_pages(tensor: torch.Tensor) -> None:
+    """Ask for large pages under memory of the host that was just allocated; a hint.
+
+    Where rows lie scattered, as keys and values do, small pages cost more than the reading: 60 MB
+    of them were read at 18 GB/s instead of 40.
+    """
+    if tensor.device.type == "cpu" and missing("advise_huge_pages") is None:
+        core().advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+
+
 def placement(device: torch.device) -> int | tuple[int, int]:
     """Where a C++ op runs: the number of CPU threads, or CUDA device and current stream."""
     if device.type == "cpu":

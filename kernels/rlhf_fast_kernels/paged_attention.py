@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,12 +97,26 @@ def _prepare_cpu(call: Call) -> Run:
         call.softcap or 0.0,
         call.window or 0,
     )
-    threads = native.thread_count()
+    return _OnCpu(attend, native.thread_count())
 
-    def run(q: Tensor, key_pages: Tensor, value_pages: Tensor, out: Tensor) -> None:
-        attend(q.data_ptr(), key_pages.data_ptr(), value_pages.data_ptr(), out.data_ptr(), threads)
 
-    return run
+class _OnCpu:
+    """`_core.PagedAttention` for tensors."""
+
+    __slots__ = ("_attend", "_threads")
+
+    def __init__(self, attend: Any, threads: int) -> None:
+        self._attend, self._threads = attend, threads
+
+    def __call__(self, *tensors: Tensor) -> None:
+        self._attend(*(x.data_ptr() for x in tensors), self._threads)
+
+    def bind(self, *tensors: Tensor) -> Callable[[], None]:
+        """The call without arguments."""
+        bound: Callable[[], None] = self._attend.bind(
+            *(x.data_ptr() for x in tensors), self._threads
+        )
+        return bound
 
 
 def _prepare_triton(call: Call) -> Run:
@@ -248,6 +263,14 @@ class PagedAttention:
             self._run(q, key_pages, value_pages, out)
         return out
 
+    def bind(
+        self, q: Tensor, key_pages: Tensor, value_pages: Tensor, out: Tensor
+    ) -> Callable[[], object]:
+        """The call without arguments, for tensors that stay where they are and are kept alive."""
+        if isinstance(self._run, _OnCpu):
+            return self._run.bind(q, key_pages, value_pages, out)
+        return partial(self, q, key_pages, value_pages, out)
+
     @property
     def out(self) -> Tensor:
         """The `out` that was given, or a new tensor like it."""
@@ -340,7 +363,11 @@ def _selftest(
 
 dispatch.register(OP, "reference", _prepare_reference)
 dispatch.register(
-    OP, "cpu", _prepare_cpu, native.on_cpu("PagedAttention"), dtypes=tuple(native.DTYPE_CODES)
+    OP,
+    "cpu",
+    _prepare_cpu,
+    native.on_cpu("PagedAttention", "BoundOp"),
+    dtypes=tuple(native.DTYPE_CODES),
 )
 triton_support.register(OP, _prepare_triton, preference=4)
 dispatch.register_selftest(OP, _selftest)

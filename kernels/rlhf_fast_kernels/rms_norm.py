@@ -21,7 +21,6 @@ shapes once and returns the bare call, for buffers that stay where they are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NoReturn
 
 import torch
@@ -127,7 +126,7 @@ def unchecked(
     fp32 or bf16, all of one dtype; rows of x, residual and out with adjacent elements. Needs
     `native.missing("rms_norm") is None`. Anything else reads or writes foreign memory.
     """
-    native.core().rms_norm(*_arguments(x, weight, eps, residual, offset, out))
+    native.core().rms_norm(*_arguments(x, weight, eps, residual, offset, out))()
 
 
 def prepare(
@@ -137,7 +136,10 @@ def prepare(
 
     Addresses, shapes and the number of threads are read now; the caller keeps the tensors alive.
     """
-    return partial(native.core().rms_norm, *_arguments(x, weight, eps, residual, offset, out))
+    bound: Callable[[], None] = native.core().rms_norm(
+        *_arguments(x, weight, eps, residual, offset, out)
+    )
+    return bound
 
 
 def _native(
@@ -146,11 +148,11 @@ def _native(
     if x.stride(-1) != 1:
         x = x.contiguous()
     if x.dtype is weight.dtype is out.dtype:
-        native.core().rms_norm(*_arguments(x, weight, eps, residual, offset, out))
+        native.core().rms_norm(*_arguments(x, weight, eps, residual, offset, out))()
         return
     stream = x if residual is None else residual.add_(x)
     wide = stream.new_empty(stream.shape)
-    native.core().rms_norm(*_arguments(stream, weight, eps, None, offset, wide))
+    native.core().rms_norm(*_arguments(stream, weight, eps, None, offset, wide))()
     out.copy_(wide)
 
 
@@ -249,7 +251,11 @@ def _selftest(
 
 dispatch.register("rms_norm", "reference", torch.no_grad()(reference_rms_norm))
 dispatch.register(
-    "rms_norm", "cpu", _native, native.on_cpu("rms_norm"), dtypes=tuple(native.DTYPE_CODES)
+    "rms_norm",
+    "cpu",
+    _native,
+    native.on_cpu("rms_norm", "BoundOp"),
+    dtypes=tuple(native.DTYPE_CODES),
 )
 triton_support.register("rms_norm", _triton)
 dispatch.register_selftest("rms_norm", _selftest)

@@ -14,7 +14,8 @@ with v as it is, to page `slots[n] // page_size`, slot `slots[n] % page_size`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,29 +94,24 @@ def _prepare_cpu(call: Call) -> Run:
         (call.slots.data_ptr(), *map(_address, (call.positions, *tables))),
         call.norm_eps,
     )
-    threads = native.thread_count()
+    return _OnCpu(store, native.thread_count())
 
-    def run(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_pages: Tensor,
-        value_pages: Tensor,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-    ) -> None:
-        store(
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            key_pages.data_ptr(),
-            value_pages.data_ptr(),
-            0 if q_norm is None else q_norm.data_ptr(),
-            0 if k_norm is None else k_norm.data_ptr(),
-            threads,
-        )
 
-    return run
+class _OnCpu:
+    """`_core.RopeAndStore` for tensors."""
+
+    __slots__ = ("_store", "_threads")
+
+    def __init__(self, store: Any, threads: int) -> None:
+        self._store, self._threads = store, threads
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        self._store(*map(_address, tensors), self._threads)
+
+    def bind(self, *tensors: Tensor | None) -> Callable[[], None]:
+        """The call without arguments."""
+        bound: Callable[[], None] = self._store.bind(*map(_address, tensors), self._threads)
+        return bound
 
 
 def _prepare_triton(call: Call) -> Run:
@@ -228,6 +224,20 @@ class RopeAndStore:
         if q.shape[0] > 0:
             self._run(q, k, v, key_pages, value_pages, q_norm, k_norm)
 
+    def bind(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_pages: Tensor,
+        value_pages: Tensor,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+    ) -> Callable[[], object]:
+        """The call without arguments, for tensors that stay where they are and are kept alive."""
+        bind = self._run.bind if isinstance(self._run, _OnCpu) else partial(partial, self)
+        return bind(q, k, v, key_pages, value_pages, q_norm, k_norm)
+
 
 def rope_and_store(
     q: Tensor,
@@ -308,7 +318,11 @@ def _selftest(
 
 dispatch.register(OP, "reference", _prepare_reference)
 dispatch.register(
-    OP, "cpu", _prepare_cpu, native.on_cpu("RopeAndStore"), dtypes=tuple(native.DTYPE_CODES)
+    OP,
+    "cpu",
+    _prepare_cpu,
+    native.on_cpu("RopeAndStore", "BoundOp"),
+    dtypes=tuple(native.DTYPE_CODES),
 )
 triton_support.register(OP, _prepare_triton, preference=4)
 dispatch.register_selftest(OP, _selftest)

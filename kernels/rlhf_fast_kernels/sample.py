@@ -50,7 +50,6 @@ above trial values add up.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -129,8 +128,7 @@ def prepare(
     caller keeps the tensors alive. Needs `native.missing("sample") is None`.
     """
     settings = (seeds, step, temperature, top_k, top_p, min_p)
-    return partial(
-        native.core().sample,
+    bound: Callable[[], None] = native.core().sample(
         logits.data_ptr(),
         native.DTYPE_CODES[logits.dtype],
         (logits.shape[0], logits.stride(0), logits.shape[1]),
@@ -138,6 +136,7 @@ def prepare(
         tuple(0 if buffer is None else buffer.data_ptr() for buffer in out),
         native.thread_count(),
     )
+    return bound
 
 
 def _run_triton(call: Draw, out: SampleOutput) -> None:

@@ -11,7 +11,6 @@ product. -inf gives NaN, as PyTorch's silu does. For inference: no gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NoReturn
 
 import torch
@@ -68,7 +67,7 @@ def unchecked(gate_up: Tensor, out: Tensor) -> None:
     fp32 or bf16, both of one dtype, rows with adjacent elements. Needs
     `native.missing("silu_mul") is None`. Anything else reads or writes foreign memory.
     """
-    native.core().silu_mul(*_arguments(gate_up, out))
+    native.core().silu_mul(*_arguments(gate_up, out))()
 
 
 def prepare(gate_up: Tensor, out: Tensor) -> Callable[[], None]:
@@ -76,13 +75,14 @@ def prepare(gate_up: Tensor, out: Tensor) -> Callable[[], None]:
 
     Addresses, shapes and the number of threads are read now; the caller keeps the tensors alive.
     """
-    return partial(native.core().silu_mul, *_arguments(gate_up, out))
+    bound: Callable[[], None] = native.core().silu_mul(*_arguments(gate_up, out))
+    return bound
 
 
 def _native(gate_up: Tensor, out: Tensor) -> None:
     if gate_up.stride(1) != 1:
         gate_up = gate_up.contiguous()
-    native.core().silu_mul(*_arguments(gate_up, out))
+    native.core().silu_mul(*_arguments(gate_up, out))()
 
 
 # ---- Triton -------------------------------------------------------------------------------------
@@ -145,7 +145,11 @@ def _selftest(
 
 dispatch.register("silu_mul", "reference", torch.no_grad()(reference_silu_mul))
 dispatch.register(
-    "silu_mul", "cpu", _native, native.on_cpu("silu_mul"), dtypes=tuple(native.DTYPE_CODES)
+    "silu_mul",
+    "cpu",
+    _native,
+    native.on_cpu("silu_mul", "BoundOp"),
+    dtypes=tuple(native.DTYPE_CODES),
 )
 triton_support.register("silu_mul", _triton)
 dispatch.register_selftest("silu_mul", _selftest)

@@ -9,7 +9,7 @@ and write to the last row of the completions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.engine.paged_batch import PagedBatch, PagedForward
+from rlhf_fast.engine.paged_batch import Call, PagedBatch, PagedForward
 from rlhf_fast.engine.paged_cache import PagedCache
 from rlhf_fast.engine.requests import Completions
 from rlhf_fast.engine.tensor_parallel import TensorParallel
@@ -44,9 +44,8 @@ from rlhf_fast_kernels.decode_state import (
     prepare_record,
     record_tokens,
 )
+from rlhf_fast_kernels.row_ops import Steps
 from rlhf_fast_kernels.sample import prepare as prepare_sample
-
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,8 @@ class DecodeRows:
         self._record = Record(out.tokens, out.logprobs, out.raw_logprobs, out.lengths, out.ended)
         self._native = dispatch.choose("place_tokens", None, self._state).impl == "cpu"
         self._batch: PagedBatch | None = None
-        # Calls without arguments, made when the rows or their logits come to lie elsewhere.
-        self._place: Call | None = None
-        self._draws: dict[tuple[int, int], Call] = {}
+        # Laid out when the rows come to lie elsewhere.
+        self._steps: Steps | None = None
         # A dead row with one token, which it reads from page 0.
         padding = torch.zeros(FIELDS, 1, dtype=torch.int64)
         padding[[CONTEXT, STEP, LIMIT]] = 1
@@ -124,6 +122,11 @@ class DecodeRows:
         """All that a step reads and writes beside the model and its pages."""
         settings = (self.page_table, self._state, self._settings, self._stops)
         return [*settings, *self._places, *self._drawn, *self._record]
+
+    @property
+    def stop_early(self) -> bool:
+        """Whether several steps end with the one in which a row does."""
+        return self._steps is not None and self._steps.rows is not None
 
     def pad(self, width: int) -> None:
         """Make rows `count` to `width` padding."""
@@ -138,8 +141,7 @@ class DecodeRows:
 
     def forget(self) -> None:
         """Give the forward a new batch at the next step."""
-        self._batch = self._place = None
-        self._draws = {}
+        self._batch = self._steps = None
 
     def add(self, rows: Sequence[NewRow], logits: Tensor) -> None:
         """Draw the first token of new rows from the logits [rows, V] after their last token."""
@@ -161,7 +163,8 @@ class DecodeRows:
         self._settings[:, part] = torch.tensor(settings).T.to(self._settings.device)
         self._stops[part] = torch.tensor(stops).to(self._stops.device)
         self.warps = self.warps or any(r.sampling.warps for r in rows)
-        self._drawing(part, logits)()
+        for call in self._drawing(part, logits):
+            call()
 
     def step(
         self,
@@ -169,36 +172,64 @@ class DecodeRows:
         cache: PagedCache,
         width: int | None = None,
         max_context: int | None = None,
-    ) -> None:
-        """One token more for every row.
+        *,
+        times: int = 1,
+    ) -> int:
+        """One token more for every row, `times` times.
 
         Args:
             forward: the model.
-            cache: holds room for the token of every live row.
+            cache: holds room for the tokens of every live row.
             width: rows that take part, padding included; None: those in use.
             max_context: tokens that no row goes beyond; None: those of all pages of the table.
+            times: at most so often.
+
+        Returns:
+            How often it was: in C++ a step in which a row ended is the last.
         """
         rows = slice(self.count if width is None else width)
         batch = self._batch_of(rows, cache, max_context)
-        if self._place is None:
-            places = Places(batch.ids, batch.positions, batch.slots, batch.context_lengths)
-            place = prepare_place if self._native else partial(partial, place_tokens)
-            self._place = place(self._state[:, rows], batch.page_table, cache.page_size, places)
-        self._place()
-        logits = forward.logits(batch)
-        address = logits.data_ptr(), logits.stride(0)
-        if address not in self._draws:
-            self._draws = {address: self._drawing(rows, logits)}
-        self._draws[address]()
+        if self._steps is None:
+            self._steps = self._laid_out(forward, batch, slice(batch.ids.numel()))
+        return self._steps.run(rows.stop, times)
+
+    def _laid_out(self, forward: PagedForward, batch: PagedBatch, rows: slice) -> Steps:
+        """The step of these rows."""
+        places = Places(batch.ids, batch.positions, batch.slots, batch.context_lengths)
+        prepare = prepare_place if self._native else partial(partial, place_tokens)
+        place = prepare(self._state[:, rows], batch.page_table, batch.cache.page_size, places)
+        decoding = forward.decoding(batch)
+        if decoding is not None:
+            calls, logits = decoding
+            return Steps([place, *calls, *self._drawing(rows, logits)])
+        draws: dict[tuple[int, int], list[Call]] = {}
+
+        def forward_and_draw() -> None:
+            logits = forward.logits(batch)
+            address = logits.data_ptr(), logits.stride(0)
+            if address not in draws:
+                draws.clear()
+                draws[address] = self._drawing(rows, logits)
+            for call in draws[address]:
+                call()
+
+        return Steps([place, forward_and_draw])
 
     def _batch_of(self, rows: slice, cache: PagedCache, max_context: int | None) -> PagedBatch:
-        """The forward's view of the rows: the same object while their number stays."""
+        """The forward's view of the rows: the same object while their number stays.
+
+        Where steps can do fewer rows than they are laid out for, also if it falls.
+        """
         context = max_context or self.page_table.shape[1] * cache.page_size
         batch = self._batch
+        # A graph has its own width, which comes with its own bound of contexts.
+        most = None if self._steps is None or max_context is not None else self._steps.rows
+        serves_fewer = most is not None and rows.stop <= most
         if (
             batch is None
             or batch.cache is not cache
-            or (batch.ids.numel(), batch.max_context) != (rows.stop, context)
+            or batch.max_context != context
+            or (batch.ids.numel() != rows.stop and not serves_fewer)
         ):
             self.forget()
             places = Places(*(buffer[rows] for buffer in self._places))
@@ -216,8 +247,8 @@ class DecodeRows:
             )
         return batch
 
-    def _drawing(self, rows: slice, logits: Tensor) -> Call:
-        """A call that samples the rows' next tokens and records those of live ones."""
+    def _drawing(self, rows: slice, logits: Tensor) -> list[Call]:
+        """Calls that sample the rows' next tokens and record those of live ones."""
         state, stops = self._state[:, rows], self._stops[rows]
         temperature, top_p, min_p = self._settings[:, rows]
         drawn = Drawn(*(buffer[rows] for buffer in self._drawn))
@@ -247,12 +278,7 @@ class DecodeRows:
         else:
             draw = partial(sample, logits, with_entropy=False, **settings)
             record = partial(record_tokens, state, stops, drawn, self._record)
-
-        def call() -> None:
-            draw()
-            record()
-
-        return call
+        return [draw, record]
 
     def observe(self) -> tuple[list[bool], list[int], list[bool]]:
         """(live, response tokens, broken) of every row: the one wait for the device of a burst."""
@@ -271,7 +297,8 @@ class DecodeRows:
         """Continue with rows `index` only, in that order."""
         chosen = torch.tensor(list(index), dtype=torch.int64, device=self._state.device)
         self.count = len(index)
-        self.forget()
+        if not self.stop_early:
+            self.forget()
         self._padded = 0
         for buffer in (self._state, self._settings):
             buffer[:, : self.count] = buffer[:, chosen]

@@ -13,7 +13,7 @@ operands, as the trainer's do (`linear_logprobs`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_fast.engine.compute_weights import ComputeWeights
-from rlhf_fast.engine.decode_plan import DecodePlan, vocabulary_product
+from rlhf_fast.engine.decode_plan import Call, DecodePlan, PrefillPlan, vocabulary_product
 from rlhf_fast.engine.fused_adapters import LayerAdapters, LowRank, layer_adapters
 from rlhf_fast.engine.fused_support import COMPUTE
 from rlhf_fast.engine.module_forward import cache_shape_of, require_same_type, unwrapped
@@ -185,12 +185,24 @@ class FusedForward:
         """See `PagedForward`; nothing of the module is changed while this runs."""
         return nullcontext()
 
+    def decoding(self, batch: PagedBatch) -> tuple[Sequence[Call], Tensor]:
+        """See `PagedForward`."""
+        if self._plan is None or self._plan.batch is not batch:
+            self._plan = DecodePlan(self, batch)
+        return self._plan.calls, self._plan.logits
+
     def logits(self, batch: PagedBatch) -> Tensor:
         """See `PagedForward`; those of a decoding step are overwritten by the next."""
         if batch.cu_queries is None:
-            if self._plan is None or self._plan.batch is not batch:
-                self._plan = DecodePlan(self, batch)
-            return self._plan.run()
+            calls, logits = self.decoding(batch)
+            for call in calls:
+                call()
+            return logits
+        whole = self.parallel is None and self.attention.prefill is None
+        if whole and PrefillPlan.pays(batch):
+            filled = PrefillPlan(self, batch).run()
+            if filled is not None:
+                return filled
         residual = self.embedding.new_empty(len(batch.ids), self.embedding.shape[1])
         self.embed(batch.ids, residual)
         hidden = self._norm(residual, self.layers[0].input_norm, None)

@@ -12,6 +12,9 @@ adapter. Residual stream and norms are fp32 under autocast over fp32 weights.
     gpt2 (LayerNorm, one q|k|v product, gelu_new)
         norms 2 * 4H;  inputs 2 * c H;  attention (2q + 2k) c + 4 heads;  inner 5 * c I
 
+On a CPU in fp32 the gated families run our layer ops (`rlhf_fast.models.fused_layers`), which save
+their inputs alone: norms 2 * 4H, inner 3 * c I.
+
 Norms of q and k (Qwen3) add their inputs and normalised inputs. With an adapter the base weights
 are frozen: normalised inputs are not saved, inputs are saved by the adapted layers alone, and each
 of those saves its r inner values. Segments that are padded into groups (see
@@ -31,6 +34,7 @@ from typing import Any
 import torch
 
 from rlhf_fast.errors import ModelError
+from rlhf_fast_kernels import dispatch
 from rlhf_fast_kernels.linear_head import chunk_bounds
 
 _GATED = ("llama", "mistral", "qwen2", "qwen3")
@@ -108,6 +112,7 @@ class ForwardPlan:
         rank: of the adapter that is trained; 0: every weight is.
         adapted: ends of the names of a block's layers that have an adapter, repeats included.
         checkpointing: layers are recomputed in backward.
+        lean: norms and SwiGLU are our layer ops, see `runs_layer_ops`.
     """
 
     shape: DecoderShape
@@ -117,6 +122,7 @@ class ForwardPlan:
     rank: int = 0
     adapted: tuple[str, ...] = ()
     checkpointing: bool = False
+    lean: bool = False
 
     def saved(self) -> int:
         """Bytes saved for backward when the forward has ended, weights and casts of them aside."""
@@ -167,9 +173,12 @@ class ForwardPlan:
         s, c = self.shape, self.compute
         q, k = s.heads * s.head_dim, s.kv_heads * s.head_dim
         full = self.rank == 0
-        norms = (4 if full else 2) * 4 * s.width + 8
-        if s.qk_norm:
-            norms += (q + k) * (4 + (c if full else 0)) + 4 * (s.heads + s.kv_heads)
+        if self.lean:
+            norms = 2 * 4 * s.width + (4 * (q + k) if s.qk_norm else 0)
+        else:
+            norms = (4 if full else 2) * 4 * s.width + 8
+            if s.qk_norm:
+                norms += (q + k) * (4 + (c if full else 0)) + 4 * (s.heads + s.kv_heads)
         read = set(_READ_ONE_INPUT) if full else set(self.adapted)
         of_attention = len(read & {"q_proj", "k_proj", "v_proj"})
         of_mlp = len(read & {"gate_proj", "up_proj"})
@@ -179,7 +188,7 @@ class ForwardPlan:
             inputs = 2 * s.width * (of_attention + of_mlp)
             inputs += 2 * q if "o_proj" in self.adapted else 0  # cast to fp32 and back
         inner = s.inner * c * (4 if full or "down_proj" in self.adapted else 3)
-        return norms, inputs, inner
+        return norms, inputs, inner - (s.inner * c if self.lean else 0)
 
     def _plain_parts(self) -> tuple[int, int, int]:
         s, c = self.shape, self.compute
@@ -209,11 +218,24 @@ class ForwardPlan:
         if not s.gated:
             last = self._stream * (s.width + 2) + (16 if full else 0)
             return self.tokens * last if full or self.checkpointing else 0
-        norm = (8 if full else 4) * s.width + 4
+        norm = 4 * s.width if self.lean else (8 if full else 4) * s.width + 4
         # A frozen embedding needs no gradient, so the first layer's norm saves as much less.
         last = norm + (8 if full else 0) if full or self.checkpointing else 0
         tables = 0 if self.checkpointing else 2 * s.head_dim * (4 if full else self.compute)
         return self.tokens * (last + tables)
+
+
+def runs_layer_ops(shape: DecoderShape, compute: int, device: str) -> bool:
+    """Whether a packed forward runs `rlhf_fast.models.fused_layers` there.
+
+    Args:
+        shape: of the decoder.
+        compute: bytes of the compute type.
+        device: type of the device.
+    """
+    if device != "cpu" or compute != 4 or not (shape.gated and shape.known):
+        return False
+    return dispatch.choose("swiglu", None, torch.empty(0)).impl != "reference"
 
 
 def adapted_names(layers: Iterable[str], blocks: int) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rlhf_fast.adamw8bit import fresh_state
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.engine.memory_activations import ForwardPlan
+from rlhf_fast.engine.memory_activations import ForwardPlan, runs_layer_ops
 from rlhf_fast.engine.memory_copies import adapter_copies, weight_copies
 from rlhf_fast.engine.memory_ledger import (
     COPIES,
@@ -173,6 +173,7 @@ def _passes(
             rank=role.rank,
             adapted=role.adapted,
             checkpointing=config.gradient_checkpointing,
+            lean=runs_layer_ops(role.shape, compute, device),
         )
         passes["score"][name] = _scoring(name, role, plan, device)
         if role.trained:

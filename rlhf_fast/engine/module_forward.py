@@ -179,6 +179,10 @@ class ModuleForward:
         """See `PagedForward`: attention layers call what they call outside of generation."""
         return attention_mode(attention_configs(self.module), *self._outside)
 
+    def decoding(self, batch: PagedBatch) -> None:
+        """See `PagedForward`: modules are called, not laid out."""
+        return
+
     def logits(self, batch: PagedBatch) -> Tensor:
         """See `PagedForward`."""
         arguments: dict[str, Any] = {"paged_batch": batch}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from rlhf_fast.engine.paged_cache import CacheShape, PagedCache
 from rlhf_fast.engine.tensor_parallel import TensorParallel
+
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,13 @@ class PagedForward(Protocol):
 
     def paused(self) -> AbstractContextManager[None]:
         """Inside `running`, between two forwards: the module is for others what it was outside."""
+        ...
+
+    def decoding(self, batch: PagedBatch) -> tuple[Sequence[Call], Tensor] | None:
+        """A decoding step as calls to be made in order, and the logits that they overwrite.
+
+        They serve every step of this batch. None: only `logits` can tell.
+        """
         ...
 
     def logits(self, batch: PagedBatch) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlhf_fast_kernels import native
 from rlhf_fast_kernels.kv_pages import PageAllocator
 
 
@@ -82,6 +83,7 @@ class PagedCache:
         # Head-major within a page: a head's keys of a page lie in one piece.
         size = (shape.layers, 2, pages + 1, shape.heads, page_size, shape.head_dim)
         self._storage = torch.empty(size, dtype=shape.dtype, device=device)
+        native.advise_huge_pages(self._storage)
         if poison:
             self._storage.fill_(math.nan)
         # Rows that pad a batch read page 0 only through a context of 0 tokens, but what is written

@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -80,10 +79,8 @@ class Runner:
         self.decode = decode
         self.settings = settings
         self._cache_bytes = cache_bytes
-        on_cpu = device.type == "cpu"
         self.page_size = settings.page_size or default_page_size(device.type)
-        # A look costs a GPU its queue of launches; a CPU has none, and an ended row costs it work.
-        self.burst = settings.burst or (1 if on_cpu else 8)
+        self.burst = settings.burst
         self.cache: PagedCache | None = None
         self.last: GenerationSummary | None = None
         self.recorder = recorder
@@ -320,7 +317,7 @@ class _Run:
         if not scheduler.rows:
             return
         longest = max(row.limit - row.context for row in scheduler.rows)
-        steps = min(1 if self._strings else self.runner.burst, longest)
+        steps = min(1 if self._strings else self.burst, longest)
         if steps == 0:
             return  # every row has drawn all it may
         reservation = scheduler.reserve(steps)
@@ -334,12 +331,22 @@ class _Run:
             self._copy_tables()
         if self.graphs is not None:
             self.graphs.prepare(max(row.context for row in scheduler.rows) + reservation.steps)
-            step = self.graphs.step
+            for _ in range(reservation.steps):
+                self.graphs.step()
         else:
-            step = partial(self.rows.step, self.runner.forward, self.cache)
-        for _ in range(reservation.steps):
-            step()
-            self._end_by_strings(range(self.rows.count))
+            done = self.rows.step(self.runner.forward, self.cache, times=reservation.steps)
+            scheduler.give_back(reservation, done)
+        self._end_by_strings(range(self.rows.count))  # then it was one step
+
+    @property
+    def burst(self) -> int:
+        """Steps until the next look."""
+        if self.runner.burst > 0:
+            return self.runner.burst
+        # A look costs a GPU its queue of launches. A CPU has none, and an ended row costs it work,
+        # unless the burst ends with the step in which the row did.
+        on_cpu = self.runner.device.type == "cpu"
+        return 1 if on_cpu and (self.graphs is not None or not self.rows.stop_early) else 8
 
     def _copy_tables(self) -> None:
         """Write the pages of all rows to the device."""

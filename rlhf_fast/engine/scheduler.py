@@ -301,6 +301,12 @@ class Scheduler:
             result.preempted += [before[i] for i in self._give_way()]
             result.moved = True
 
+    def give_back(self, reservation: Reservation, done: int) -> None:
+        """A burst ended after `done` steps: pages for the others are free again."""
+        if done < reservation.steps:
+            used = [min(row.context + done, row.limit) for row in self.rows]
+            self.allocator.truncate([row.handle for row in self.rows], used)
+
     def _give_way(self) -> list[int]:
         """Free the pages of a half-started job, or of the row admitted last; ids of rows."""
         self.preemptions += 1

@@ -29,7 +29,8 @@ class EngineSettings:
             that of the host.
         page_size: tokens of a page; 0: 64 on a CPU, 256 on a GPU.
         prefill_tokens: tokens of one prefill forward.
-        burst: decoding steps between two looks of the host; 0: 1 on a CPU, 8 on a GPU.
+        burst: decoding steps between two looks of the host; 0: 8, or 1 where an ended row would go
+            on until then.
         poison: debug mode: freed pages become NaN.
         keep_memory: hold a GPU's key-value memory, and a bf16 copy of fp32 weights, between
             rollouts.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rlhf_fast.distributed.flat_shards import adjacent, padded_numel
 from rlhf_fast.distributed.placement import ADJACENT
 from rlhf_fast.errors import GenerationError
+from rlhf_fast_kernels import native
 
 
 def base_linear(module: Any) -> Any:
@@ -141,7 +142,9 @@ class AliasedWeights:
         # A storage of its own, to the byte: what lies between groups is never read.
         # A caller's inference mode would leave parameters that can never be trained.
         with torch.inference_mode(False), torch.no_grad():
-            buffer = torch.zeros(total, dtype=dtype, device=device)
+            buffer = torch.empty(total, dtype=dtype, device=device)
+            native.advise_huge_pages(buffer)
+            buffer.zero_()
             for group, start in zip(groups, starts, strict=True):
                 for parameter in group:
                     view = buffer[start : start + parameter.numel()].view(parameter.shape)

@@ -4,10 +4,11 @@ Inside `packed_attention_mode(module)` every attention layer of a Hugging Face m
 `packed_attention_forward`; outside it the model is stock. Linear layers then run on exactly the N
 packed tokens, and attention costs the sum of squared segment lengths instead of N squared.
 
-On CUDA in half precision a variable-length flash kernel reads the packed tensors as they lie. In
-every other case segments are gathered into right-padded groups for
-`scaled_dot_product_attention(is_causal=True)`: with padding on the right a causal query never sees
-a padded key, so no mask has to exist.
+On CUDA in half precision a variable-length flash kernel reads the packed tensors as they lie;
+elsewhere, and where no such library is installed, our op `packed_attention` does. What it does not
+take (fp64, heads wider than 256, a processor without the compiled module) is gathered into
+right-padded groups for `scaled_dot_product_attention(is_causal=True)`: with padding on the right a
+causal query never sees a padded key, so no mask has to exist.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from rlhf_fast.models.attention_mode import attention_configs, attention_mode
+from rlhf_fast.models.fused_layers import FusedLayers, fused_layers, replaced_forwards
 from rlhf_fast.transfer import sent
 from rlhf_fast.types import PackedSequences
+from rlhf_fast_kernels.packed_attention import packed_attention, unsupported
 
 PACKED_ATTENTION = "rlhf_fast_packed"
 
@@ -159,6 +162,8 @@ def packed_attention_forward(
     query, key, value = (_autocast(t) for t in (query, key, value))
     window = sliding_window if (sliding_window or 0) < packed_layout.max_length else None
     kernel = _varlen_kernel(query.device.type, query.dtype, query.shape[-1])
+    if kernel is None and unsupported(query) is None:
+        kernel = _our_kernel
     if kernel is not None:
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
         return kernel(q, k, v, packed_layout, scaling, window)[None], None
@@ -224,6 +229,16 @@ def _varlen_kernel(device: str, dtype: torch.dtype, head_dim: int) -> VarlenKern
     return _flash_attn_kernel() or _torch_varlen_kernel()
 
 
+def _our_kernel(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float | None, win: int | None
+) -> Tensor:
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    out, _ = packed_attention(
+        q, k, v, layout.cu_seqlens, scale=scale, window=win, max_length=layout.max_length
+    )
+    return out
+
+
 @functools.cache
 def _flash_attn_kernel() -> VarlenKernel | None:
     if importlib.util.find_spec("flash_attn") is None:
@@ -275,15 +290,24 @@ AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
 
 _Surroundings = tuple[Callable[[], AbstractContextManager[None]], ...]
 
-_active: ContextVar[tuple[Any, ...]] = ContextVar("rlhf_fast_packed_configs", default=())
+
+@dataclass(frozen=True)
+class _Mode:
+    """What is switched in a model: its configs, and layers with a forward of ours."""
+
+    configs: tuple[Any, ...] = ()
+    layers: FusedLayers = ()
+
+
+_active: ContextVar[_Mode] = ContextVar("rlhf_fast_packed_mode", default=_Mode())  # noqa: B039
 _surroundings: ContextVar[_Surroundings] = ContextVar("rlhf_fast_recomputed_in", default=())
 
 
 @contextmanager
-def _switched(configs: tuple[Any, ...]) -> Iterator[None]:
-    token = _active.set(configs)
+def _switched(mode: _Mode) -> Iterator[None]:
+    token = _active.set(mode)
     try:
-        with attention_mode(configs, PACKED_ATTENTION):
+        with attention_mode(mode.configs, PACKED_ATTENTION), replaced_forwards(mode.layers):
             yield
     finally:
         _active.reset(token)
@@ -293,9 +317,11 @@ def packed_attention_mode(module: nn.Module) -> AbstractContextManager[None]:
     """Make every attention layer of `module` packed until the block is left, however it is left.
 
     The implementation is switched in each config object that a submodule holds, sub-configs
-    included, and put back afterwards: generation over the same module keeps its own.
+    included, and put back afterwards: generation over the same module keeps its own. Layers of
+    which `fused_layers` has a faster form take it for as long.
     """
-    return _switched(attention_configs(module))
+    layers = fused_layers(module, packed_attention_forward)
+    return _switched(_Mode(attention_configs(module), layers))
 
 
 @contextmanager
@@ -319,10 +345,10 @@ def recompute_contexts() -> tuple[AbstractContextManager[None], AbstractContextM
 
 
 @contextmanager
-def _as_in_forward(configs: tuple[Any, ...], surroundings: _Surroundings) -> Iterator[None]:
+def _as_in_forward(mode: _Mode, surroundings: _Surroundings) -> Iterator[None]:
     with ExitStack() as stack:
         for enter in surroundings:
             stack.enter_context(enter())
-        if configs:
-            stack.enter_context(_switched(configs))
+        if mode.configs:
+            stack.enter_context(_switched(mode))
         yield

@@ -38,7 +38,7 @@ from rlhf_fast.tasks.exact import (
 )
 from rlhf_fast.types import Experience, PackedSequences, PromptBatch, Rollout, ScoredRollout
 
-PROMPTS = 1024
+PROMPTS = 640
 STEPS = 60
 MUTANT_STEPS = 20
 # Mode collapse before the last token's policy is any good is a matter of optimisation, not of
@@ -67,7 +67,7 @@ def config_for(beta: float, seed: int) -> PPOConfig:
         reward=RewardConfig(normalize=False, clip=0.0, missing_eos="none", function="-"),
         kl=KLConfig(coef=beta),
         algorithm=AlgorithmConfig(ppo_epochs=4, value_clip_eps=0.0),
-        actor_optim=OptimConfig(lr=3e-3),
+        actor_optim=OptimConfig(lr=2e-3),
         critic_optim=OptimConfig(lr=5e-3),
         microbatch_tokens=1 << 20,
         total_steps=STEPS,
@@ -157,12 +157,12 @@ class LastTokenMasked(PPOLearner):
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", [AdvantagesLate, KLOfWrongSign, LastTokenMasked])
 def test_a_mutated_learner_falls_far_behind_in_a_third_of_the_steps(mutant: type[PPOLearner]):
-    assert train(1.0, 1, MUTANT_STEPS, mutant).gain < 0.3
+    assert train(1.0, 1, MUTANT_STEPS, mutant).gain < 0.45
 
 
 @pytest.mark.slow
 def test_the_true_learner_is_on_its_way_in_a_third_of_the_steps():
-    assert train(1.0, 1, MUTANT_STEPS).gain > 0.65
+    assert train(1.0, 1, MUTANT_STEPS).gain > 0.75
 
 
 @pytest.mark.slow

@@ -7,6 +7,10 @@ from rlhf_fast_kernels.reference.common import KL_ESTIMATORS, kl_estimate, outpu
 from rlhf_fast_kernels.reference.kl_from_logits import kl_from_logits
 from rlhf_fast_kernels.reference.linear import linear_kl, linear_logprobs, linear_ppo_loss
 from rlhf_fast_kernels.reference.logprobs_from_logits import logprobs_from_logits
+from rlhf_fast_kernels.reference.packed_attention import (
+    packed_attention,
+    packed_attention_backward,
+)
 from rlhf_fast_kernels.reference.paged_attention import paged_attention
 from rlhf_fast_kernels.reference.ppo_loss import PPO_SUM_NAMES, ppo_loss
 from rlhf_fast_kernels.reference.rewards_and_gae import gae, last_true, rewards_and_gae
@@ -37,6 +41,8 @@ __all__ = [
     "merge_moments",
     "moments_dtype",
     "output_dtype",
+    "packed_attention",
+    "packed_attention_backward",
     "paged_attention",
     "ppo_loss",
     "rewards_and_gae",

@@ -1,0 +1,97 @@
+"""Packed training with our layer ops: the loss and gradients of transformers' modules, scoped."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast.models.dropout import disable_dropout
+from rlhf_fast.models.forward import enable_gradient_checkpointing, packed_hidden
+from rlhf_fast.models.fused_layers import FUSED_FAMILIES, fused_layers
+from rlhf_fast.models.packed_attention import packed_attention_forward, packed_attention_mode
+from rlhf_fast.types import PackedSequences
+from rlhf_fast_kernels import native
+from tests.models.tiny import build, random_sequences
+
+pytestmark = pytest.mark.skipif(
+    native.missing("swiglu", "rotary", "rms_norm_backward") is not None, reason="no compiled module"
+)
+STOCK = "swiglu=reference,rotary=reference,trained_rms_norm=reference"
+LENGTHS = [9, 1, 30, 4]
+
+
+def replaced(model: nn.Module) -> list[str]:
+    return sorted(name for name, child in model.named_modules() if "forward" in vars(child))
+
+
+def gradients(model: nn.Module, sequences: PackedSequences) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    hidden = packed_hidden(model, sequences)
+    loss = (hidden * torch.linspace(-1, 1, hidden.shape[1], dtype=hidden.dtype)).square().sum()
+    loss.backward()
+    named = model.named_parameters()
+    return loss.detach(), {name: p.grad for name, p in named if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", sorted(FUSED_FAMILIES))
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_no_further_from_fp64_than_stock(
+    family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sequences = build(family).train(), random_sequences(LENGTHS)
+    disable_dropout(model)
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+    assert len(fused_layers(model, packed_attention_forward)) >= 9
+    loss, ours = gradients(model, sequences)
+    exact_loss, exact = gradients(copy.deepcopy(model).double(), sequences)
+    monkeypatch.setenv("RLHF_FAST_OPS", STOCK)
+    assert fused_layers(model, packed_attention_forward) == ()
+    stock_loss, stock = gradients(model, sequences)
+    unit = torch.finfo(torch.float32).eps
+    assert abs(loss - exact_loss) <= abs(stock_loss - exact_loss) + 8 * unit * abs(exact_loss)
+    assert ours.keys() == stock.keys() == exact.keys()
+    for name, want in exact.items():
+        error, allowed = (float((x[name] - want).abs().max()) for x in (ours, stock))
+        assert error <= 2 * allowed + 16 * unit * float(want.abs().max()), name
+
+
+def test_forwards_are_put_back() -> None:
+    model = build("llama")
+
+    def fail_inside() -> None:
+        with packed_attention_mode(model):
+            assert "model.norm" in replaced(model)
+            with packed_attention_mode(model):  # blocks nest
+                pass
+            assert "model.norm" in replaced(model)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert replaced(model) == []
+
+
+def test_what_is_not_transformers_own_is_left_alone() -> None:
+    model = build("llama")
+
+    class Other(type(model.model.norm)):  # type: ignore[misc]
+        pass
+
+    model.model.norm.__class__ = Other
+    theirs = model.model.layers[0].mlp
+    theirs.forward = theirs.forward  # as hooks of other libraries do
+    with packed_attention_mode(model):
+        assert "model.norm" not in replaced(model)
+        assert theirs.forward.__func__ is type(theirs).forward
+    assert replaced(model) == ["model.layers.0.mlp"]
+
+
+def test_bf16_autocast_and_other_families_stay_stock() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fused_layers(build("llama"), packed_attention_forward) == ()
+    assert fused_layers(build("gpt2"), packed_attention_forward) == ()
+    assert fused_layers(build("llama").bfloat16(), packed_attention_forward) == ()
