@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.packing import pack_by_tokens
+from rlhf_fast.data.packing import deal, pack_by_tokens
+from rlhf_fast.protocols import Alone, WorkSplit
 from rlhf_fast.types import IGNORE_INDEX, Experience, Microbatch, PackedSequences, Rollout
 
 
@@ -46,16 +48,45 @@ class ResponseSlots:
         out[self.rows, self.cols] = packed.to(out.device)[self.positions].to(out.dtype)
 
 
-def token_packs(rollout: Rollout, samples: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Split samples of a rollout into forwards of at most `budget` tokens, evened out."""
+class TokenPack(NamedTuple):
+    """Samples of one forward.
+
+    `idle`: they are read because the other ranks read something; nothing of it counts.
+    """
+
+    samples: list[int]
+    idle: bool = False
+
+
+_ALONE = Alone()
+
+
+def token_packs(
+    rollout: Rollout, samples: Sequence[int], budget: int, split: WorkSplit = _ALONE
+) -> Iterator[TokenPack]:
+    """This rank's forwards over samples of a rollout, of at most `budget` tokens, evened out.
+
+    All ranks get equally many, and what they get at a time is about equally long. One for whom
+    nothing is left reads the shortest sample of all.
+    """
     lengths = (rollout.prompt_lengths.cpu() + rollout.lengths.cpu()).tolist()
     chosen = list(samples)
-    for pack in pack_by_tokens([lengths[s] for s in chosen], budget, balanced=True):
-        yield [chosen[i] for i in pack]
+    if not chosen:
+        return
+    tokens = [lengths[s] for s in chosen]
+    packs = pack_by_tokens(tokens, budget, balanced=True)
+    if len(packs) % split.ranks:
+        wanted = -(-len(packs) // split.ranks) * split.ranks
+        packs = pack_by_tokens(tokens, budget, balanced=True, min_bins=wanted)
+    for dealt in deal(packs, tokens, split.ranks):
+        mine = [chosen[i] for i in dealt[split.rank]]
+        yield TokenPack(mine) if mine else TokenPack([min(chosen, key=lengths.__getitem__)], True)
 
 
-def response_slots(rollout: Rollout, indices: Sequence[int]) -> ResponseSlots:
-    """Pack samples `indices` of a rollout and locate their response tokens."""
+def response_slots(
+    rollout: Rollout, indices: Sequence[int], *, idle: bool = False
+) -> ResponseSlots:
+    """Pack samples `indices` of a rollout and locate their response tokens; of idle ones, none."""
     device = rollout.responses.device
     chosen = torch.as_tensor(indices, dtype=torch.int64, device=device)
     lengths = rollout.lengths.to(device)[chosen]
@@ -74,6 +105,8 @@ def response_slots(rollout: Rollout, indices: Sequence[int]) -> ResponseSlots:
     _copy_prompts(rollout, chosen, starts, prompt_lengths, ids)
     ids[positions + 1] = rollout.responses[rows, cols]
     sequences = PackedSequences.from_flat(ids, totals)
+    if idle:
+        rows, cols, positions = rows[:0], cols[:0], positions[:0]
     return ResponseSlots(sequences, rows, cols, positions, starts + totals - 1)
 
 
@@ -101,6 +134,7 @@ def build_microbatch(
     weights: Tensor,
     num_loss_tokens: int,
     ratio_cap: float = 0.0,
+    idle: bool = False,
 ) -> Microbatch:
     """Pack samples `indices` with everything their update reads.
 
@@ -111,9 +145,10 @@ def build_microbatch(
         weights: [S, R] float32 detached importance weights.
         num_loss_tokens: loss tokens of the whole optimizer step.
         ratio_cap: see `Microbatch`.
+        idle: no token of them takes part in the losses.
     """
     scored = experience.scored
-    slots = response_slots(scored.rollout, indices)
+    slots = response_slots(scored.rollout, indices, idle=idle)
     targets = slots.targets(scored.loss_mask)
     return Microbatch(
         sequences=slots.sequences,
