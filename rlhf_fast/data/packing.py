@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from rlhf_fast.errors import DataError
 
@@ -188,3 +189,22 @@ def deal(
             total[rank] += tokens[b]
         rounds.append(dealt)
     return rounds
+
+
+class Share(NamedTuple):
+    """Sequences of one forward of a rank.
+
+    `idle`: they are read because the other ranks read something; nothing of it counts.
+    """
+
+    rows: list[int]
+    idle: bool = False
+
+
+def share_of(
+    bins: Sequence[Sequence[int]], lengths: Sequence[int], rank: int, ranks: int
+) -> list[Share]:
+    """The forwards of one rank, as `deal` deals them; in place of an empty one the shortest row."""
+    mine = [dealt[rank] for dealt in deal(bins, lengths, ranks)]
+    shortest = min(range(len(lengths)), key=lengths.__getitem__, default=0)
+    return [Share(rows) if rows or ranks == 1 else Share([shortest], True) for rows in mine]

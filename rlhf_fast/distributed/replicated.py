@@ -42,6 +42,18 @@ def sum_gradients(world: World, parameters: Iterable[nn.Parameter]) -> None:
             grad.copy_(part.view_as(grad))
 
 
+def same_weights(world: World, module: nn.Module) -> None:
+    """Overwrite parameters and buffers with those of rank 0; what is in host memory is left."""
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.device != world.device:
+                continue
+            sent = tensor.detach().contiguous()
+            world.broadcast([sent])
+            if sent.data_ptr() != tensor.data_ptr():
+                tensor.copy_(sent)
+
+
 def _buckets(grads: Sequence[Tensor]) -> list[list[Tensor]]:
     """Neighbours of one dtype, up to `BUCKET_BYTES` together or one alone."""
     buckets: list[list[Tensor]] = []

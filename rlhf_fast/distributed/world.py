@@ -12,17 +12,20 @@ ranks, bit for bit, so that decisions taken from it agree.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import Store, _get_default_store
 
+from rlhf_fast.distributed.fault_board import FaultBoard
 from rlhf_fast.errors import EnvironmentFault
 
 REPLICATE, SHARD = "replicate", "shard"
@@ -38,6 +41,7 @@ class World:
         size: number of ranks.
         local_rank: of this process on its machine.
         mesh: [replicas, shards] with the axes `replicate` and `shard`; None for one rank.
+        board: notes of what ranks do, and of who failed first.
     """
 
     device: torch.device
@@ -45,6 +49,7 @@ class World:
     size: int = 1
     local_rank: int = 0
     mesh: DeviceMesh | None = None
+    board: FaultBoard = field(default_factory=lambda: FaultBoard(None, 0, 1))
 
     @classmethod
     def join(
@@ -92,7 +97,8 @@ class World:
         )
         ranks = torch.arange(size).view(replicas, size // replicas)
         mesh = DeviceMesh(device.type, ranks, mesh_dim_names=(REPLICATE, SHARD))
-        return cls(device, rank, size, local_rank, mesh)
+        board = FaultBoard(_get_default_store(), rank, size)
+        return cls(device, rank, size, local_rank, mesh, board)
 
     def leave(self) -> None:
         """Destroy the process groups; does nothing in a world of one."""
@@ -176,6 +182,23 @@ class World:
         if self.mesh is not None:
             for tensor in tensors:
                 dist.broadcast(tensor, source)
+
+    def share(self, value: Any) -> Any:
+        """What rank 0 has, on every rank; the others' argument is not looked at.
+
+        Args:
+            value: of None, bool, int, float, str, list and dict with text keys.
+        """
+        if self.mesh is None:
+            return value
+        data = json.dumps(value).encode("utf-8") if self.is_main else b""
+        size = torch.tensor([len(data)], device=self.device)
+        dist.broadcast(size, 0)
+        text = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        if self.is_main:
+            text.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(text, 0)
+        return json.loads(bytes(text.tolist()))
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

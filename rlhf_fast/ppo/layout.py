@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.packing import deal, pack_by_tokens
+from rlhf_fast.data.packing import Share, pack_by_tokens, share_of
 from rlhf_fast.protocols import Alone, WorkSplit
 from rlhf_fast.types import IGNORE_INDEX, Experience, Microbatch, PackedSequences, Rollout
 
@@ -48,22 +47,12 @@ class ResponseSlots:
         out[self.rows, self.cols] = packed.to(out.device)[self.positions].to(out.dtype)
 
 
-class TokenPack(NamedTuple):
-    """Samples of one forward.
-
-    `idle`: they are read because the other ranks read something; nothing of it counts.
-    """
-
-    samples: list[int]
-    idle: bool = False
-
-
 _ALONE = Alone()
 
 
 def token_packs(
     rollout: Rollout, samples: Sequence[int], budget: int, split: WorkSplit = _ALONE
-) -> Iterator[TokenPack]:
+) -> Iterator[Share]:
     """This rank's forwards over samples of a rollout, of at most `budget` tokens, evened out.
 
     All ranks get equally many, and what they get at a time is about equally long. One for whom
@@ -78,9 +67,8 @@ def token_packs(
     if len(packs) % split.ranks:
         wanted = -(-len(packs) // split.ranks) * split.ranks
         packs = pack_by_tokens(tokens, budget, balanced=True, min_bins=wanted)
-    for dealt in deal(packs, tokens, split.ranks):
-        mine = [chosen[i] for i in dealt[split.rank]]
-        yield TokenPack(mine) if mine else TokenPack([min(chosen, key=lengths.__getitem__)], True)
+    for share in share_of(packs, tokens, split.rank, split.ranks):
+        yield Share([chosen[i] for i in share.rows], share.idle)
 
 
 def response_slots(

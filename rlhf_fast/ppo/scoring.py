@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config import PPOConfig
+from rlhf_fast.data.packing import Share
 from rlhf_fast.ppo.anchors import checked_samples, logprob_gap
 from rlhf_fast.ppo.exact_kl import read_both
-from rlhf_fast.ppo.layout import ResponseSlots, TokenPack, response_slots, token_packs
+from rlhf_fast.ppo.layout import ResponseSlots, response_slots, token_packs
 from rlhf_fast.ppo.roles import Roles
 from rlhf_fast.ppo.side_by_side import SideBySide
 from rlhf_fast.ppo.trunk import row_logprobs
@@ -116,16 +117,16 @@ class Scoring:
 
     def read(self, rollout: Rollout, samples: Sequence[int]) -> _Pack:
         """One forward of each model over some samples."""
-        pack = self._pack(rollout, TokenPack(list(samples)))
+        pack = self._pack(rollout, Share(list(samples)))
         for read in self._reads():
             _read_all(read, [pack])
         return pack
 
-    def _packs(self, rollout: Rollout, samples: Sequence[int]) -> Iterator[TokenPack]:
+    def _packs(self, rollout: Rollout, samples: Sequence[int]) -> Iterator[Share]:
         return token_packs(rollout, samples, self.config.microbatch_tokens, self.roles.split)
 
-    def _pack(self, rollout: Rollout, pack: TokenPack) -> _Pack:
-        slots = response_slots(rollout, pack.samples, idle=pack.idle)
+    def _pack(self, rollout: Rollout, pack: Share) -> _Pack:
+        slots = response_slots(rollout, pack.rows, idle=pack.idle)
         return _Pack(slots, slots.targets(rollout.response_mask), {})
 
     def _reads(self) -> list[Read]:
@@ -210,7 +211,7 @@ class Scoring:
         """[S, R] log-probs by the actor of some samples, 0 elsewhere."""
         out = torch.zeros(rollout.responses.shape, device=rollout.responses.device)
         for pack in self._packs(rollout, samples):
-            slots = response_slots(rollout, pack.samples, idle=pack.idle)
+            slots = response_slots(rollout, pack.rows, idle=pack.idle)
             targets = slots.targets(rollout.response_mask)
             slots.to_padded(self._actor_logprobs(slots.sequences, targets), out)
         return self.roles.split.sum(out)

@@ -36,13 +36,13 @@ class DealtReward:
         fault: RLHFError | None = None
         for pack in token_packs(rollout, range(len(rollout)), self.token_budget, self.split):
             try:
-                output = self.reward.start(rollout.select(pack.samples), pack.samples)()
+                output = self.reward.start(rollout.select(pack.rows), pack.rows)()
             except RLHFError as error:  # the other ranks go on, and wait for this one
                 fault = fault or error
                 continue
             if not pack.idle:
-                scores[pack.samples] = output.scores.to(scores.device)
-                scored[pack.samples] = output.scored.to(scores.device, torch.int64)
+                scores[pack.rows] = output.scores.to(scores.device)
+                scored[pack.rows] = output.scored.to(scores.device, torch.int64)
         _raise_together(self.split, fault)
         return RewardOutput(self.split.sum(scores), self.split.sum(scored) > 0)
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config import PPOConfig, SamplingConfig
+from rlhf_fast.data.packing import Share
 from rlhf_fast.errors import NumericalError
 from rlhf_fast.ppo.advantages import estimate, importance_weights, whitened
 from rlhf_fast.ppo.anchors import ratio_cap
 from rlhf_fast.ppo.exact_kl import require_exact_kl
 from rlhf_fast.ppo.kl_control import KLController
-from rlhf_fast.ppo.layout import TokenPack, build_microbatch, response_slots, token_packs
+from rlhf_fast.ppo.layout import build_microbatch, response_slots, token_packs
 from rlhf_fast.ppo.losses import linear_policy_loss, policy_loss, value_loss
 from rlhf_fast.ppo.rewards import RunningMoments, shape_scores
 from rlhf_fast.ppo.roles import PretrainingSource, Roles
@@ -216,7 +217,7 @@ class PPOLearner:
         for pack in self._packs(experience.scored.rollout, minibatch):
             microbatch = build_microbatch(
                 experience,
-                pack.samples,
+                pack.rows,
                 advantages=advantages,
                 weights=weights,
                 num_loss_tokens=max(tokens, 1),
@@ -335,13 +336,13 @@ class PPOLearner:
         out = torch.zeros(len(rollout), device=rollout.responses.device)
         truncated = torch.nonzero(~rollout.ended).flatten().tolist()
         for pack in self._packs(rollout, truncated):
-            slots = response_slots(rollout, pack.samples)
+            slots = response_slots(rollout, pack.rows)
             values = critic.values(slots.sequences)[slots.last]
             if not pack.idle:
-                out[torch.as_tensor(pack.samples, device=out.device)] = values
+                out[torch.as_tensor(pack.rows, device=out.device)] = values
         return self.roles.split.sum(out)
 
-    def _packs(self, rollout: Rollout, samples: Sequence[int]) -> Iterator[TokenPack]:
+    def _packs(self, rollout: Rollout, samples: Sequence[int]) -> Iterator[Share]:
         """This rank's forwards over samples of a rollout."""
         return token_packs(rollout, samples, self.config.microbatch_tokens, self.roles.split)
 

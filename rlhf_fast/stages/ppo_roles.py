@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.data import EpochSampler, pack_sft
+from rlhf_fast.data import EpochSampler, collate_sft, pack_best_fit
 from rlhf_fast.data.examples import SFTExample
+from rlhf_fast.data.packing import share_of
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.settings import engine_settings
 from rlhf_fast.errors import ConfigError
@@ -27,7 +28,7 @@ from rlhf_fast.models.offload import round_layer_weights
 from rlhf_fast.models.reward_function import RewardFunction
 from rlhf_fast.models.roles import Actor, Critic, Reference, TrunkCritic
 from rlhf_fast.ppo.roles import Roles
-from rlhf_fast.protocols import Reward
+from rlhf_fast.protocols import Alone, Reward, WorkSplit
 from rlhf_fast.stages.ppo_checks import (
     adopt_modules,
     check_tokenizers,
@@ -54,17 +55,24 @@ class PretrainingBatches:
         sampler: EpochSampler,
         token_budget: int,
         device: torch.device,
+        split: WorkSplit | None = None,
     ) -> None:
         self.examples = examples
         self.sampler = sampler
         self.token_budget = token_budget
         self.device = device
+        self.split = Alone() if split is None else split
 
     def next_batch(self) -> list[tuple[PackedSequences, Tensor]]:
-        """One optimizer step's microbatches: (sequences, targets [N])."""
+        """One optimizer step's microbatches, of all those this rank's: (sequences, targets [N])."""
         chosen = [self.examples[i] for i in self.sampler.next_batch()]
-        packs = [pack.to(self.device) for pack in pack_sft(chosen, self.token_budget)]
-        return [(pack.sequences, pack.targets) for pack in packs]
+        lengths = [len(example) for example in chosen]
+        bins = pack_best_fit(lengths, self.token_budget)
+        batch = []
+        for share in share_of(bins, lengths, self.split.rank, self.split.ranks):
+            pack = collate_sft([chosen[i] for i in share.rows]).to(self.device)
+            batch.append((pack.sequences, (pack.idle() if share.idle else pack).targets))
+        return batch
 
 
 def build_critic(

@@ -28,11 +28,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from rlhf_fast.distributed import checkpoint as checkpoints
@@ -42,6 +43,7 @@ from rlhf_fast.distributed.durable import (
     unique_suffix,
     write_atomically,
 )
+from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import CheckpointError, EnvironmentFault, RLHFError
 from rlhf_fast.metrics import METRICS_NAME
 from rlhf_fast.stages.progress import PhaseTimer, ProgressBar, ProgressDisplay
@@ -93,6 +95,7 @@ class Run:
         checkpoint: the verified checkpoint to continue from, or None.
         already_complete: the run finished earlier with this configuration; there is nothing to do.
         notices: what the user should know about the start (also logged as warnings).
+        world: the ranks of the run; one here, more in `RunOnRanks`.
 
     Raises (from `__enter__`):
         CheckpointError: directory in use (RF8201), other configuration (RF8202), a run where none
@@ -123,6 +126,7 @@ class Run:
         self.checkpoint: checkpoints.Checkpoint | None = None
         self.already_complete = False
         self.notices: tuple[str, ...] = ()
+        self.world = World(torch.device("cpu"))
         self._config = plain_config(config)
         self._hard_keys = tuple(hard_keys)
         self._resume: Resume = resume
@@ -203,6 +207,10 @@ class Run:
                 self.checkpoint_root, step, tensors=tensors, state=state, keep_last=self._keep_last
             )
         return self._last_saved
+
+    def on_main(self, call: Callable[[], T]) -> T:
+        """What `call` returns: made once a run, by the rank that owns the directory."""
+        return call()
 
     def mark_complete(self, step: int, summary: Mapping[str, Any] | None = None) -> None:
         """Record that the stage has finished; the same command then says so instead of training.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -11,9 +11,13 @@ from torch import nn
 
 from rlhf_fast.config import RewardModelConfig, SFTConfig
 from rlhf_fast.data import EpochSampler
+from rlhf_fast.data.packing import Share, share_of
+from rlhf_fast.distributed.replicated import same_weights, sum_gradients
+from rlhf_fast.distributed.work import WorldSplit
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.stages.adapted import trunk_digest
+from rlhf_fast.stages.ranks import require_same_data
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.training import (
     TrainingState,
@@ -29,6 +33,8 @@ Config = TypeVar("Config", bound=SFTConfig | RewardModelConfig)
 class SupervisedStage(ABC, Generic[Config]):
     """A subclass loads rows and module, calls `begin`, and says what a step is.
 
+    On several ranks all of them hold all rows; forwards are dealt, sums and gradients added up.
+
     Attributes:
         role: name of the module in checkpoints and messages.
         description: of the progress bar.
@@ -41,6 +47,7 @@ class SupervisedStage(ABC, Generic[Config]):
 
     def __init__(self, config: Config, run: Run, device: torch.device) -> None:
         self.config, self.run, self.device = config, run, device
+        self.work = WorldSplit(run.world)
         self.tokenizer = load_stage_tokenizer(config.model, config.data)
 
     def begin(
@@ -54,7 +61,10 @@ class SupervisedStage(ABC, Generic[Config]):
             rows: training rows.
             fingerprint: of the training data.
         """
-        config = self.config
+        config, world = self.config, self.run.world
+        require_same_data(world, training=fingerprint)
+        if world.size > 1:
+            same_weights(world, module)
         self.sampler = EpochSampler(
             rows, config.batch_size, config.run.seed, drop_last=False, fingerprint=fingerprint
         )
@@ -77,6 +87,10 @@ class SupervisedStage(ABC, Generic[Config]):
             self.run.checkpoint, self.state, allow_data_change=config.run.allow_data_change
         )
 
+    def dealt(self, bins: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[Share]:
+        """This rank's forwards of all `bins`."""
+        return share_of(bins, lengths, self.work.rank, self.work.ranks)
+
     @abstractmethod
     def step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics."""
@@ -96,6 +110,7 @@ class SupervisedStage(ABC, Generic[Config]):
     def update(self) -> dict[str, float]:
         """Apply the accumulated gradients; returns the metrics of that."""
         with self.run.phase("optimizer"):
+            sum_gradients(self.run.world, self.optimizer.parameters)
             lr = self.optimizer.lr
             result = self.optimizer.step()
         return {

@@ -13,6 +13,7 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,16 @@ from rlhf_fast.distributed import (
     rng_state,
     scheduler_state,
 )
-from rlhf_fast.errors import ConfigError, EnvironmentFault
+from rlhf_fast.distributed.world import World
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.models.checks import check_positions, check_vocabulary
 from rlhf_fast.models.forward import ComputeDtype, enable_gradient_checkpointing
 from rlhf_fast.models.loading import load_tokenizer
 from rlhf_fast.optim import GuardedOptimizer
+from rlhf_fast.stages.device_choice import choose_device
 from rlhf_fast.stages.run import COMPLETE_NAME, RUN_NAME, Resume, Run
+from rlhf_fast.stages.run_on_ranks import NoMetrics, RunOnRanks
 
 MODEL_NAME = "model"
 
@@ -60,6 +64,7 @@ _SOFT_STAGE_KEYS = frozenset(
         "side_by_side",
         "max_batch",
         "engine",
+        "distributed",
     }
 )
 # Where things lie, and when they are read or stepped: the numbers stay the same.
@@ -84,41 +89,6 @@ def setup_run(config: RunConfig) -> torch.device:
     np.random.seed(config.seed % 2**32)  # noqa: NPY002 - user code may draw from the global one
     torch.manual_seed(config.seed)
     return choose_device(config)
-
-
-def choose_device(config: RunConfig) -> torch.device:
-    """The device a config asks for; errors as in `setup_run`."""
-    wanted = config.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    name, _, index = wanted.partition(":")
-    if name not in ("cpu", "cuda") or (index and not index.isdecimal()):
-        raise ConfigError(
-            "RF1030",
-            f"unknown device {config.device!r}",
-            where="run.device",
-            expected="auto, cpu, cuda or cuda:N",
-            remedy="set it to one of these",
-        )
-    if name == "cuda":
-        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if int(index or 0) >= devices:
-            raise EnvironmentFault(
-                "RF7030",
-                f"device {config.device} was asked for, {devices} CUDA devices are usable",
-                where="run.device",
-                expected="a GPU, its driver, and a torch built for it "
-                f"(this torch: {torch.__version__}, CUDA {torch.version.cuda or 'none'})",
-                remedy="run `rlhf-fast env`, or set run.device=cpu",
-            )
-        if config.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
-            raise EnvironmentFault(
-                "RF7031",
-                "this GPU does not compute in bfloat16",
-                where="run.dtype",
-                remedy="set run.dtype=float32",
-            )
-    return torch.device(wanted)
 
 
 def require_settings(config: StageConfig, *keys: str) -> None:
@@ -151,6 +121,7 @@ def open_run(
     resumable: bool = True,
     bytes_needed: int = 0,
     quiet: bool = False,
+    world: World | None = None,
 ) -> Run:
     """The run directory of a stage, to be entered with `with`.
 
@@ -164,6 +135,7 @@ def open_run(
         resumable: false for a stage that starts from the beginning each time.
         bytes_needed: estimate of what the run will write.
         quiet: rare plain lines instead of progress bars.
+        world: the ranks of the run, of which the first owns the directory; None: one.
     """
     require_settings(config, "run.output_dir")
     run, tree = config.run, to_dict(config)
@@ -173,7 +145,9 @@ def open_run(
     resume: Resume = run.resume != "never"
     if run.overwrite or (run.resume == "auto" and not present):
         resume = "auto"
-    return Run(
+    several = world is not None and world.size > 1
+    kind = partial(RunOnRanks, world) if world is not None and several else Run
+    return kind(
         run.output_dir,
         stage=stage,
         config=tree,
@@ -307,7 +281,9 @@ class TrainingState:
 
 
 def open_metrics(run: Run, config: StageConfig) -> MetricLogger:
-    """The metric log of a run, with the sinks its config names."""
+    """The metric log of a run, with the sinks its config names; ranks but the first have none."""
+    if not run.world.is_main:
+        return NoMetrics()
     step = run.checkpoint.step if run.checkpoint is not None else None
     return MetricLogger(run.path, config.run.sinks, config=to_dict(config), resume_step=step)
 
@@ -427,6 +403,10 @@ def steps_of(epochs: int, max_steps: int, sampler: EpochSampler) -> int:
 
 def finished_summary(run: Run) -> dict[str, Any]:
     """What `mark_complete` stored when the run finished."""
-    record: dict[str, Any] = json.loads((run.path / COMPLETE_NAME).read_text(encoding="utf-8"))
-    summary: dict[str, Any] = record["summary"]
-    return summary
+
+    def read() -> dict[str, Any]:
+        record: dict[str, Any] = json.loads((run.path / COMPLETE_NAME).read_text(encoding="utf-8"))
+        summary: dict[str, Any] = record["summary"]
+        return summary
+
+    return run.on_main(read)

@@ -162,7 +162,7 @@ def test_packs_are_dealt_evenly_and_every_sample_once():
     rollout = random_rollout(9, 3, seed=4)
     lengths = (rollout.prompt_lengths + rollout.lengths).tolist()
     packs = pack_by_tokens(lengths, BUDGET, balanced=True)
-    assert [p.samples for p in token_packs(rollout, range(27), BUDGET)] == packs
+    assert [p.rows for p in token_packs(rollout, range(27), BUDGET)] == packs
     for ranks in (2, 3, 4, 8):
         shares = []
         for rank in range(ranks):
@@ -171,11 +171,9 @@ def test_packs_are_dealt_evenly_and_every_sample_once():
             shares.append(list(token_packs(rollout, range(27), BUDGET, split)))
         assert len({len(share) for share in shares}) == 1
         busy = [pack for share in shares for pack in share if not pack.idle]
-        assert sorted(s for pack in busy for s in pack.samples) == list(range(27))
-        assert max(sum(lengths[s] for s in pack.samples) for pack in busy) <= BUDGET
-        totals = [
-            sum(lengths[s] for p in share if not p.idle for s in p.samples) for share in shares
-        ]
+        assert sorted(s for pack in busy for s in pack.rows) == list(range(27))
+        assert max(sum(lengths[s] for s in pack.rows) for pack in busy) <= BUDGET
+        totals = [sum(lengths[s] for p in share if not p.idle for s in p.rows) for share in shares]
         assert max(totals) - min(totals) <= BUDGET / 2
     assert deal([[0, 1]], [3, 4], 3) == [[[1], [0], []]]
     assert list(token_packs(rollout, [], BUDGET)) == []
