@@ -57,6 +57,14 @@ class FaultBoard:
             found.append(text)
         return found
 
+    def failures(self) -> int:
+        """How many ranks have reported that they failed."""
+        count = 0
+        if self._store is not None:
+            with _unless_gone():
+                count = self._store.add(f"{_PREFIX}/failed", 0)
+        return count
+
     def report_failure(self) -> bool:
         """Whether this rank is the first of all to have failed, and so the one to say why."""
         first = True

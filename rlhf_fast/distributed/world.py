@@ -101,8 +101,8 @@ class World:
         return cls(device, rank, size, local_rank, mesh, board)
 
     def leave(self) -> None:
-        """Destroy the process groups; does nothing in a world of one."""
-        if self.mesh is not None:
+        """Destroy the process groups; does nothing in a world of one, or a second time."""
+        if self.mesh is not None and dist.is_initialized():
             dist.destroy_process_group()
 
     @property

@@ -71,6 +71,11 @@ def token_packs(
         yield Share([chosen[i] for i in share.rows], share.idle)
 
 
+def longest_sample(rollout: Rollout) -> int:
+    """Tokens of the longest sample, prompt and response."""
+    return int((rollout.prompt_lengths.cpu() + rollout.lengths.cpu()).max())
+
+
 def response_slots(
     rollout: Rollout, indices: Sequence[int], *, idle: bool = False
 ) -> ResponseSlots:

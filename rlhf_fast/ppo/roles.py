@@ -48,6 +48,8 @@ class Roles:
 
     `split`: the ranks that share forwards; `reward` and `generator` then give all of them the same.
     `sum_gradients` is called before the optimizers step, for gradients that are of this rank alone.
+    `halve_rollout`: after the generator ran out of memory, it shall hold half as many samples at a
+    time; false if it cannot.
     """
 
     actor: PolicyModel
@@ -65,6 +67,7 @@ class Roles:
     independent: bool = False
     split: WorkSplit = field(default_factory=Alone)
     sum_gradients: Callable[[], object] = field(default=lambda: None)
+    halve_rollout: Callable[[], bool] = field(default=lambda: False)
 
     @property
     def rates(self) -> dict[str, float]:

@@ -14,6 +14,7 @@ from rlhf_fast.data.packing import Share
 from rlhf_fast.ppo.anchors import checked_samples, logprob_gap
 from rlhf_fast.ppo.exact_kl import read_both
 from rlhf_fast.ppo.layout import ResponseSlots, response_slots, token_packs
+from rlhf_fast.ppo.out_of_memory import TokenBudget
 from rlhf_fast.ppo.roles import Roles
 from rlhf_fast.ppo.side_by_side import SideBySide
 from rlhf_fast.ppo.trunk import row_logprobs
@@ -45,6 +46,7 @@ class Scoring:
         config: the PPO stage's config.
         roles: the four models.
         side_by_side: runs the roles' forwards.
+        budget: tokens of one forward; None: as configured.
 
     On several ranks the forwards are dealt, what they found is summed, and every rank returns all
     of it. Nothing is then scored early: which samples are finished is a matter of a rank's own.
@@ -53,9 +55,16 @@ class Scoring:
         early_fraction: part of the samples of the last rollout that was read during generation.
     """
 
-    def __init__(self, config: PPOConfig, roles: Roles, side_by_side: SideBySide) -> None:
+    def __init__(
+        self,
+        config: PPOConfig,
+        roles: Roles,
+        side_by_side: SideBySide,
+        budget: TokenBudget | None = None,
+    ) -> None:
         self.config = config
         self.roles = roles
+        self.budget = TokenBudget(config.microbatch_tokens) if budget is None else budget
         self._side_by_side = side_by_side
         self.early_fraction = 0.0
         self._early: EarlyScores | None = None
@@ -123,7 +132,7 @@ class Scoring:
         return pack
 
     def _packs(self, rollout: Rollout, samples: Sequence[int]) -> Iterator[Share]:
-        return token_packs(rollout, samples, self.config.microbatch_tokens, self.roles.split)
+        return token_packs(rollout, samples, self.budget.tokens, self.roles.split)
 
     def _pack(self, rollout: Rollout, pack: Share) -> _Pack:
         slots = response_slots(rollout, pack.rows, idle=pack.idle)
@@ -232,7 +241,7 @@ class EarlyScores:
     @property
     def pack_tokens(self) -> int:
         """Tokens of one forward."""
-        return self._scoring.config.microbatch_tokens
+        return self._scoring.budget.tokens
 
     @torch.no_grad()
     def score(self, samples: Sequence[int], rollout: Rollout) -> None:

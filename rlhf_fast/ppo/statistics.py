@@ -98,6 +98,7 @@ class UpdateStatistics:
         self._steps: dict[str, list[StepResult]] = defaultdict(list)
         self._lr: dict[str, float] = {}
         self._minibatches = 0
+        self._redone = 0
         self._first_ratio_gap = 0.0
 
     def begin_minibatch(self) -> None:
@@ -105,6 +106,15 @@ class UpdateStatistics:
         self._minibatches += 1
         self._minibatch.clear()
         self._before = dict(self._sums)
+
+    def redo_minibatch(self) -> None:
+        """Forget the sums of the present minibatch: it is done again."""
+        self._redone += 1
+        self._minibatches -= 1
+        if self._minibatches == 0:
+            self._first_ratio_gap = 0.0
+        self._sums = defaultdict(float, self._before)
+        self.begin_minibatch()
 
     def add(self, output: LossOutput) -> None:
         """Add one microbatch's metric sums."""
@@ -160,6 +170,7 @@ class UpdateStatistics:
             out["loss/ptx_avg"] = sum(self._pretraining) / len(self._pretraining)
         out["val/first_ratio_gap"] = self._first_ratio_gap
         out["policy/optimizer_steps"] = float(len(self._steps["policy"]))
+        out["policy/redone_minibatches"] = float(self._redone)
         out["policy/early_stop"] = float(early_stop)
         return out
 

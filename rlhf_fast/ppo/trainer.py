@@ -17,8 +17,9 @@ from rlhf_fast.ppo.advantages import estimate, importance_weights, whitened
 from rlhf_fast.ppo.anchors import ratio_cap
 from rlhf_fast.ppo.exact_kl import require_exact_kl
 from rlhf_fast.ppo.kl_control import KLController
-from rlhf_fast.ppo.layout import build_microbatch, response_slots, token_packs
+from rlhf_fast.ppo.layout import build_microbatch, longest_sample, response_slots, token_packs
 from rlhf_fast.ppo.losses import linear_policy_loss, policy_loss, value_loss
+from rlhf_fast.ppo.out_of_memory import TokenBudget, fits, require_smaller_rollout
 from rlhf_fast.ppo.rewards import RunningMoments, shape_scores
 from rlhf_fast.ppo.roles import PretrainingSource, Roles
 from rlhf_fast.ppo.scoring import Scoring
@@ -101,12 +102,14 @@ class PPOLearner:
         # Ranks run the same forwards in the same order; two at a time would have none.
         together = roles.independent and roles.split.ranks == 1
         self.side_by_side = SideBySide(together, config.side_by_side)
-        self.scoring = Scoring(config, roles, self.side_by_side)
+        self.budget = TokenBudget(config.microbatch_tokens)
+        self.scoring = Scoring(config, roles, self.side_by_side, self.budget)
         self.kl_controller = KLController(config.kl)
         self.score_moments = RunningMoments()
         self.steps = 0
         self.episodes = 0
         self.sampling = sampling_params(config.sampling)
+        self._rollouts_redone = 0
 
     def step(self, prompts: PromptBatch) -> StepOutput:
         """One rollout batch: sample, score, estimate advantages, update both models."""
@@ -133,11 +136,23 @@ class PPOLearner:
             "episode": float(self.episodes),
             "kl_coef": self.kl_controller.coef,
             "rollout/early_scored_fraction": self.scoring.early_fraction,
+            "rollout/redone": float(self._rollouts_redone),
         }
         return StepOutput(metrics, experience, warnings)
 
     def generate(self, prompts: PromptBatch) -> Rollout:
-        """Sample G responses per prompt, each keyed by (seed, step, prompt, sample)."""
+        """Sample G responses per prompt, each keyed by (seed, step, prompt, sample).
+
+        What runs out of memory is drawn again, half as many samples at a time: the same samples.
+        """
+        self._rollouts_redone = 0
+        drawn: list[Rollout] = []
+        while not fits(lambda: drawn.append(self._drawn(prompts)), self.roles.split):
+            require_smaller_rollout(self.roles.halve_rollout)
+            self._rollouts_redone += 1
+        return drawn[-1]
+
+    def _drawn(self, prompts: PromptBatch) -> Rollout:
         group = self.config.rollout.samples_per_prompt
         seeds = [
             derive_seed(self.config.run.seed, self.steps, uid, g)
@@ -213,23 +228,31 @@ class PPOLearner:
             advantages = advantages.clone()
             advantages[rows] = whitened(advantages[rows], mask, unbiased=algorithm.whiten_unbiased)
         tokens = int(mask.sum())
+
+        def accumulate() -> None:
+            for pack in self._packs(experience.scored.rollout, minibatch):
+                microbatch = build_microbatch(
+                    experience,
+                    pack.rows,
+                    advantages=advantages,
+                    weights=weights,
+                    num_loss_tokens=max(tokens, 1),
+                    ratio_cap=ratio_cap(experience.scored, algorithm),
+                    idle=pack.idle,
+                )
+                self._backward(microbatch, statistics)
+
         statistics.begin_minibatch()
-        for pack in self._packs(experience.scored.rollout, minibatch):
-            microbatch = build_microbatch(
-                experience,
-                pack.rows,
-                advantages=advantages,
-                weights=weights,
-                num_loss_tokens=max(tokens, 1),
-                ratio_cap=ratio_cap(experience.scored, algorithm),
-                idle=pack.idle,
-            )
-            self._backward(microbatch, statistics)
+        if self.config.memory.step_in_backward:  # has stepped by the time memory runs out
+            accumulate()
+        else:
+            while not fits(accumulate, roles.split):
+                self._drop_gradients()
+                self.budget.halve(longest_sample(experience.scored.rollout))
+                statistics.redo_minibatch()
         statistics.agree(roles.split)
         if algorithm.target_kl > 0 and statistics.minibatch_kl() > algorithm.target_kl:
-            roles.actor_optimizer.zero_grad()
-            if roles.critic_optimizer is not None:
-                roles.critic_optimizer.zero_grad()
+            self._drop_gradients()
             return False
         if self.roles.pretraining is not None:
             statistics.add_pretraining(self._pretraining_backward(self.roles.pretraining))
@@ -242,6 +265,11 @@ class PPOLearner:
         if roles.critic is not None:
             statistics.add_step("value", rates["lr_value"], stepped)
         return True
+
+    def _drop_gradients(self) -> None:
+        self.roles.actor_optimizer.zero_grad()
+        if self.roles.critic_optimizer is not None:
+            self.roles.critic_optimizer.zero_grad()
 
     def _backward(self, microbatch: Microbatch, statistics: UpdateStatistics) -> None:
         """Forward and backward of both models over one microbatch; gradients accumulate."""
@@ -344,7 +372,7 @@ class PPOLearner:
 
     def _packs(self, rollout: Rollout, samples: Sequence[int]) -> Iterator[Share]:
         """This rank's forwards over samples of a rollout."""
-        return token_packs(rollout, samples, self.config.microbatch_tokens, self.roles.split)
+        return token_packs(rollout, samples, self.budget.tokens, self.roles.split)
 
     def _whitens(self, scope: str) -> bool:
         """Whether GAE's advantages are whitened over this scope; the others have baselines."""
@@ -385,6 +413,7 @@ class PPOLearner:
             "episodes": self.episodes,
             "kl_controller": self.kl_controller.state_dict(),
             "score_moments": self.score_moments.state_dict(),
+            "token_budget": self.budget.state_dict(),
             **{name: part.state_dict() for name, part in self.roles.checkpointed.items()},
         }
 
@@ -394,5 +423,7 @@ class PPOLearner:
         self.episodes = int(state["episodes"])
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.score_moments.load_state_dict(state["score_moments"])
+        if "token_budget" in state:  # not in checkpoints of before there was one
+            self.budget.load_state_dict(state["token_budget"])
         for name, part in self.roles.checkpointed.items():
             part.load_state_dict(state[name])

@@ -182,6 +182,7 @@ def build_roles(
         pretraining=pretraining,
         on_update=lambda: policy.bump_version(),
         scoring=engine.scoring,
+        halve_rollout=engine.halve_batch,
         checkpointed={"expected_lengths": engine.expected},
         between_updates=between_updates(config, optimizers),
     )
@@ -222,6 +223,7 @@ def _shared_roles(
         pretraining=pretraining,
         on_update=lambda: policy.bump_version(),
         scoring=engine.scoring,
+        halve_rollout=engine.halve_batch,
         checkpointed={"expected_lengths": engine.expected},
         between_updates=between_updates(config, optimizers),
     )

@@ -242,3 +242,35 @@ def test_rewards_are_the_same_everywhere_and_so_are_their_failures():
     kinds = [kinds for *_, kinds in found]
     assert sorted([str(kinds[0][0]), str(kinds[1][0])]) == ["2", "RF5011"]
     assert [kinds[0][1], kinds[1][1]] == ["RF5004", 2]
+
+
+def _exhausted(world: World):
+    """The last rank runs out of memory once, in the second forward of its second minibatch."""
+    config = small_config(ppo_epochs=2, minibatches=2)
+    ppo = learner(dataclasses.replace(config, microbatch_tokens=BUDGET))
+    ppo.roles.split = Alone() if world.size == 1 else WorldSplit(world)
+    optimizers = [ppo.roles.actor_optimizer, ppo.roles.critic_optimizer]
+    parameters = [p for optimizer in optimizers for p in optimizer.parameters]
+    ppo.roles.sum_gradients = lambda: sum_gradients(world, parameters)
+    backward, calls = ppo._backward, Counter()
+
+    def fails_once(*arguments):
+        calls["backward"] += 1
+        if world.size > 1 and world.rank == world.size - 1 and calls["backward"] == 3:
+            raise torch.OutOfMemoryError("on this rank alone")
+        backward(*arguments)
+
+    ppo._backward = fails_once
+    experience, _ = ppo.prepare(ppo.score(random_rollout(6)))
+    return ppo.update(experience), _sent(parameters), ppo.budget.tokens
+
+
+def test_memory_that_runs_out_on_one_rank_redoes_the_minibatch_on_all():
+    metrics, weights, _ = _exhausted(World(torch.device("cpu")))
+    metrics.pop("policy/redone_minibatches")
+    for found, parameters, budget in on_ranks(2, _exhausted):
+        assert found.pop("policy/redone_minibatches") == 1.0
+        assert budget == BUDGET // 2
+        assert found == pytest.approx(metrics, abs=1e-5, rel=1e-5)
+        for a, b in zip(parameters, weights, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
