@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_fast.adamw8bit import AdamW8bit
 from rlhf_fast.config import OptimConfig
-from rlhf_fast.errors import NumericalError
+from rlhf_fast.errors import ConfigError, NumericalError
 from rlhf_fast.optimizer_host import HostState
 
 
@@ -21,6 +21,28 @@ class StepResult(NamedTuple):
 
     grad_norm: float
     applied: bool
+
+
+class GradientExchange(Protocol):
+    """What an optimizer asks of the ranks it steps together with.
+
+    `rlhf_fast.distributed.gradients.RankGradients` is the one there is. All ranks call the same
+    methods in the same order.
+    """
+
+    def shard(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The part that this rank steps: the parameter, or a leaf over the memory of its shard."""
+        ...
+
+    def gather(self, parameters: Sequence[nn.Parameter], shards: Sequence[nn.Parameter]) -> None:
+        """Complete the gradients over the ranks and put them on the shards, None where none is."""
+        ...
+
+    def total_norm(
+        self, parameters: Sequence[nn.Parameter], shards: Sequence[nn.Parameter]
+    ) -> Tensor:
+        """[] float32 norm of all gradients, the same on all ranks, NaN and Inf included."""
+        ...
 
 
 def schedule(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
@@ -131,6 +153,13 @@ class GuardedOptimizer:
             loss is met before any step.
         heads: further modules by name, stepped in the same step with learning rate and weight decay
             of their own config; all else is as in `config`.
+        ranks: for parameters that are sharded or trained by several ranks. Each rank then steps its
+            shards, ordinary tensors over the memory of the sharded parameters, and every rank skips
+            a step that one would skip. The 8-bit moments of a shard are blocks of that shard.
+            Excludes `in_backward`.
+
+    Attributes:
+        named_parameters: (name, what `optimizer` steps: the parameter, or this rank's shard of it).
     """
 
     def __init__(
@@ -144,13 +173,22 @@ class GuardedOptimizer:
         bits: int = 32,
         in_backward: bool = False,
         heads: Mapping[str, tuple[nn.Module, OptimConfig]] | None = None,
+        ranks: GradientExchange | None = None,
     ) -> None:
-        self.named_parameters = _trained(module)
-        groups = _groups(self.named_parameters, config)
+        if in_backward and ranks is not None:
+            raise ConfigError(
+                "RF1060",
+                "a step in backward with several ranks",
+                where=f"optimizer of the {name}",
+                expected="one rank: gradients are summed over the ranks before any is applied",
+                remedy="switch step_in_backward off; shards take the memory of gradients already",
+            )
+        self.named_parameters: list[tuple[str, nn.Parameter]] = []
+        self._whole: list[nn.Parameter] = []
+        groups = self._add("", module, config, ranks)
         for head_name, (head, head_config) in (heads or {}).items():
-            named = [(f"{head_name}.{n}", p) for n, p in _trained(head)]
-            self.named_parameters += named
-            groups += _groups(named, head_config)
+            groups += self._add(f"{head_name}.", head, head_config, ranks)
+        self._ranks = ranks
         if in_backward and config.max_grad_norm > 0:
             raise ValueError(f"in_backward needs max_grad_norm=0, got {config.max_grad_norm}")
         betas = (config.beta1, config.beta2)
@@ -170,6 +208,15 @@ class GuardedOptimizer:
         self.bad_steps = 0
         self._host = HostState(self.optimizer)
         self._in_backward = InBackward(self.optimizer, self._require_state) if in_backward else None
+
+    def _add(
+        self, prefix: str, module: nn.Module, config: OptimConfig, ranks: GradientExchange | None
+    ) -> list[dict[str, object]]:
+        trained = _trained(module)
+        self._whole += [p for _, p in trained]
+        named = [(prefix + n, p if ranks is None else ranks.shard(p)) for n, p in trained]
+        self.named_parameters += named
+        return _groups(named, config)
 
     @property
     def parameters(self) -> Iterable[nn.Parameter]:
@@ -204,6 +251,8 @@ class GuardedOptimizer:
         if self._in_backward is not None:
             self._in_backward.finish()
         self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._whole:
+            parameter.grad = None
 
     def offload_state(self) -> None:
         """Move the moments to host memory, where a checkpoint may read them; free on return."""
@@ -247,8 +296,14 @@ class GuardedOptimizer:
 
     def _apply(self) -> float:
         """Step with the accumulated gradients if their norm is finite; returns it."""
-        grads: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
-        total = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        stepped = [p for _, p in self.named_parameters]
+        if self._ranks is not None:
+            self._ranks.gather(self._whole, stepped)
+        grads: list[Tensor] = [p.grad for p in stepped if p.grad is not None]
+        if self._ranks is not None:
+            total = self._ranks.total_norm(self._whole, stepped)
+        else:
+            total = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
         norm = float(total)
         if math.isfinite(norm):
             if self.max_grad_norm > 0 and grads:

@@ -87,6 +87,8 @@ class World:
         if size == 1:
             return cls(device)
         gpu = device.type == "cuda"
+        if gpu:  # FSDP and NCCL work on the current device, whatever they are given
+            torch.cuda.set_device(device)
         dist.init_process_group(
             "nccl" if gpu else "gloo",
             timeout=timedelta(seconds=timeout_seconds),

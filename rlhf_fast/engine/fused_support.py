@@ -15,8 +15,9 @@ from peft.tuners import lora
 from torch import nn
 from transformers.activations import ACT2FN
 
+from rlhf_fast.distributed.placement import ADJACENT
 from rlhf_fast.engine.module_forward import batch_dependent_rope, unwrapped
-from rlhf_fast.engine.weights import ADJACENT, base_linear, why_not_aliased
+from rlhf_fast.engine.weights import base_linear, why_not_aliased
 from rlhf_fast.models.forward import compute_dtype
 
 FUSED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})

@@ -20,12 +20,9 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.distributed.flat_shards import ALIGNMENT_BYTES, adjacent
+from rlhf_fast.distributed.placement import ADJACENT
 from rlhf_fast.errors import GenerationError
-
-# Projections of one input, in the order in which a fused product returns them.
-ADJACENT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-# Groups start on a cache line and on a vector of any width; GPU products want 16 bytes.
-_ALIGNMENT_BYTES = 256
 
 
 def base_linear(module: Any) -> Any:
@@ -78,7 +75,7 @@ def _groups(module: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def _padded_numel(group: Sequence[nn.Parameter]) -> int:
-    step = _ALIGNMENT_BYTES // group[0].itemsize
+    step = ALIGNMENT_BYTES // group[0].itemsize
     return -(-sum(p.numel() for p in group) // step) * step
 
 
@@ -195,16 +192,4 @@ class AliasedWeights:
 
     def concatenated(self, parameters: Sequence[Tensor]) -> Tensor | None:
         """[sum of rows, ...] view over parameters that lie side by side; None if they do not."""
-        first = parameters[0]
-        end = first.data_ptr()
-        for parameter in parameters:
-            if (
-                parameter.data_ptr() != end
-                or parameter.dtype != first.dtype
-                or parameter.shape[1:] != first.shape[1:]
-            ):
-                return None
-            end += parameter.numel() * parameter.itemsize
-        rows = sum(p.shape[0] for p in parameters)
-        shape = (rows, *first.shape[1:])
-        return first.detach().as_strided(shape, first.stride(), first.storage_offset())
+        return adjacent(parameters)

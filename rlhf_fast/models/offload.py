@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.distributed.placement import decoder_layers
 from rlhf_fast.errors import ModelError
 from rlhf_fast.models.forward import compute_dtype, set_device
 
@@ -300,19 +301,17 @@ def round_layer_weights(module: nn.Module) -> None:
 
 def _decoder_layers(module: nn.Module, trunk: nn.Module) -> nn.ModuleList:
     """The list of decoder layers: of all lists in the trunk the one with the most weights."""
-    lists = [m for m in trunk.modules() if isinstance(m, nn.ModuleList)]
-    sizes = [sum(p.numel() for p in part.parameters()) for part in lists]
+    layers = decoder_layers(trunk)
     problem = ""
-    if not lists or max(sizes) == 0:
+    if layers is None:
         problem = "it has no list of decoder layers"
     else:
-        layers = lists[sizes.index(max(sizes))]
         of_layers = [p for layer in layers for p in layer.parameters()]
         if len(set(of_layers)) != len(of_layers):
             problem = "two of its layers share weights"
     if any(p.requires_grad for p in module.parameters()):
         problem = "it is trained"
-    if problem:
+    if layers is None or problem:
         raise ModelError(
             "RF3070",
             f"the model cannot be read a layer at a time: {problem}",

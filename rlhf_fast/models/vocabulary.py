@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rlhf_fast.distributed.vocabulary_shards import full_rows, is_read_by_rows
 from rlhf_fast.models.forward import (
     PACKED_MODEL_TYPES,
     autocast,
@@ -73,7 +74,7 @@ def vocabulary_head(
     if not _is_plain_linear(head):
         return None
     return VocabularyHead(
-        weight=head.weight,
+        weight=full_rows(head.weight),
         bias=head.bias,
         softcap=_softcap(module),
         scale=_scale(module),
@@ -200,13 +201,15 @@ def _is_plain_linear(head: Any) -> bool:
     """Whether calling `head` is its weight and bias and nothing else.
 
     Subclasses (LoRA, parametrisations, quantised layers), hooks, a replaced forward and weights
-    that are no ordinary tensors (sharded, quantised) do something that reading the weight misses.
+    that are no ordinary tensors (quantised, sharded by others) do something that reading the weight
+    misses. Rows that `shard_module` made are the weight, cut.
     """
+    rows = is_read_by_rows(head)
     return (
         type(head) is nn.Linear
         and not any(getattr(head, name) for name in _HOOKS)
-        and "forward" not in vars(head)
-        and type(head.weight) is nn.Parameter
+        and ("forward" not in vars(head) or rows)
+        and (type(head.weight) is nn.Parameter or rows)
         and head.weight.dtype in _DTYPES
     )
 

@@ -47,7 +47,6 @@ class Roles:
     module, a weight or a config, so that they may compute at the same time.
 
     `split`: the ranks that share forwards; `reward` and `generator` then give all of them the same.
-    `sum_gradients` is called before the optimizers step, for gradients that are of this rank alone.
     `halve_rollout`: after the generator ran out of memory, it shall hold half as many samples at a
     time; false if it cannot.
     """
@@ -66,7 +65,6 @@ class Roles:
     checkpointed: Mapping[str, Checkpointed] = field(default_factory=dict)
     independent: bool = False
     split: WorkSplit = field(default_factory=Alone)
-    sum_gradients: Callable[[], object] = field(default=lambda: None)
     halve_rollout: Callable[[], bool] = field(default=lambda: False)
 
     @property

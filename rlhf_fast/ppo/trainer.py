@@ -256,7 +256,6 @@ class PPOLearner:
             return False
         if self.roles.pretraining is not None:
             statistics.add_pretraining(self._pretraining_backward(self.roles.pretraining))
-        roles.sum_gradients()
         rates, stepped = roles.rates, roles.actor_optimizer.step()
         statistics.add_step("policy", rates["lr"], stepped)
         roles.on_update()

@@ -1,11 +1,11 @@
-"""PPO's roles on several ranks: whole models on each, work dealt, gradients added up."""
+"""PPO's roles on several ranks: whole models on each, and the work dealt."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.distributed.replicated import same_weights, sum_gradients
+from rlhf_fast.distributed.replicated import same_weights
 from rlhf_fast.distributed.work import WorldSplit
 from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.dealt_generator import DealtGenerator
@@ -25,15 +25,12 @@ def roles_on_ranks(roles: Roles, config: PPOConfig, world: World) -> Roles:
         return roles
     for _, module in role_modules(roles):
         same_weights(world, module)
-    optimizers = [o for o in (roles.actor_optimizer, roles.critic_optimizer) if o is not None]
-    trained = [parameter for optimizer in optimizers for parameter in optimizer.parameters]
     split = WorldSplit(world)
     return replace(
         roles,
         split=split,
         reward=shared_reward(roles.reward, split, token_budget=config.microbatch_tokens),
         generator=DealtGenerator(roles.generator, world),
-        sum_gradients=lambda: sum_gradients(world, trained),
     )
 
 

@@ -27,6 +27,7 @@ from rlhf_fast.models.loading import (
 from rlhf_fast.models.offload import round_layer_weights
 from rlhf_fast.models.reward_function import RewardFunction
 from rlhf_fast.models.roles import Actor, Critic, Reference, TrunkCritic
+from rlhf_fast.optim import GradientExchange
 from rlhf_fast.ppo.roles import Roles
 from rlhf_fast.protocols import Alone, Reward, WorkSplit
 from rlhf_fast.stages.ppo_checks import (
@@ -126,8 +127,11 @@ def build_roles(
     reward_tokenizer: Any = None,
     reward_function: RewardFunction | None = None,
     pretraining: PretrainingBatches | None = None,
+    ranks: GradientExchange | None = None,
 ) -> Roles:
     """All roles and optimizers, on `device`; modules given come before the config's directories.
+
+    `ranks` are those that the optimizers step together with; None: they step alone.
 
     Raises:
         ModelError: as the loaders, and RF3023 if the tokenizers of the directories differ.
@@ -156,7 +160,9 @@ def build_roles(
     if config.lora.rank > 0:
         judge = reward_model if config.lora.reward_adapter else None
         refuse_modules(config, critic=critic, reward_model=judge)
-        return _shared_roles(config, tokenizer, device, actor, reference, reward, pretraining)
+        return _shared_roles(
+            config, tokenizer, device, actor, reference, reward, pretraining, ranks
+        )
     if reference is None:
         reference = copy.deepcopy(actor)
         round_layer_weights(reference)
@@ -164,11 +170,13 @@ def build_roles(
     value_model = build_critic(config, actor, critic=critic, reward=reward_model)
     value_head = value_model.head if isinstance(value_model, TrunkCritic) else None
     engine = build_engine(config, actor, tokenizer, lambda: policy.weight_version)
-    actor_optimizer = build_optimizer(config, actor, "actor", value_head)
+    actor_optimizer = build_optimizer(config, actor, "actor", value_head, ranks=ranks)
     engine.guard(actor_optimizer.optimizer)
     critic_optimizer = None
     if value_model is not None and value_head is None:
-        critic_optimizer = build_optimizer(config, value_model.module.to(device), "critic")
+        critic_optimizer = build_optimizer(
+            config, value_model.module.to(device), "critic", ranks=ranks
+        )
         engine.guard(critic_optimizer.optimizer)
     optimizers = [o for o in (actor_optimizer, critic_optimizer) if o is not None]
     roles = Roles(
@@ -198,16 +206,17 @@ def _shared_roles(
     reference: nn.Module | None,
     reward: Callable[..., Reward],
     pretraining: PretrainingBatches | None,
+    ranks: GradientExchange | None,
 ) -> Roles:
     """The roles of LoRA mode: `trunk` carries them all, but a reference or reward of its own."""
     shared = share_trunk(config, trunk, device, own_reference=reference is not None)
     policy, value_model = shared.actor, shared.critic
     engine = build_engine(config, policy.trunk.model, tokenizer, lambda: policy.weight_version)
-    actor_optimizer = guarded_optimizer(config, policy.module, "actor")
+    actor_optimizer = guarded_optimizer(config, policy.module, "actor", ranks=ranks)
     engine.guard(actor_optimizer.optimizer)
     critic_optimizer = None
     if value_model is not None:
-        critic_optimizer = guarded_optimizer(config, value_model.module, "critic")
+        critic_optimizer = guarded_optimizer(config, value_model.module, "critic", ranks=ranks)
         engine.guard(critic_optimizer.optimizer)
     optimizers = [o for o in (actor_optimizer, critic_optimizer) if o is not None]
     return Roles(

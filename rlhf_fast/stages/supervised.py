@@ -12,7 +12,8 @@ from torch import nn
 from rlhf_fast.config import RewardModelConfig, SFTConfig
 from rlhf_fast.data import EpochSampler
 from rlhf_fast.data.packing import Share, share_of
-from rlhf_fast.distributed.replicated import same_weights, sum_gradients
+from rlhf_fast.distributed.gradients import RankGradients
+from rlhf_fast.distributed.replicated import same_weights
 from rlhf_fast.distributed.work import WorldSplit
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.optim import GuardedOptimizer
@@ -75,6 +76,7 @@ class SupervisedStage(ABC, Generic[Config]):
             self.total_steps,
             max_bad_steps=config.run.max_bad_steps,
             name=self.role,
+            ranks=RankGradients.of(world),
         )
         self.state = TrainingState(
             {self.role: module},
@@ -110,7 +112,6 @@ class SupervisedStage(ABC, Generic[Config]):
     def update(self) -> dict[str, float]:
         """Apply the accumulated gradients; returns the metrics of that."""
         with self.run.phase("optimizer"):
-            sum_gradients(self.run.world, self.optimizer.parameters)
             lr = self.optimizer.lr
             result = self.optimizer.step()
         return {

@@ -9,10 +9,11 @@ import torch
 
 from rlhf_fast.config import KLConfig, PtxConfig
 from rlhf_fast.data.packing import deal, pack_by_tokens
-from rlhf_fast.distributed.replicated import sum_gradients
+from rlhf_fast.distributed.gradients import RankGradients
 from rlhf_fast.distributed.work import WorldSplit
 from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import PeerError, RewardError
+from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.ppo.layout import token_packs
 from rlhf_fast.ppo.split_rewards import DealtReward, OneRankReward
 from rlhf_fast.protocols import Alone, RewardOutput
@@ -96,6 +97,29 @@ def _sent(tensors):
     return [t.detach().numpy().copy() for t in tensors]
 
 
+def _together(ppo, config, world):
+    """Optimizers that step with those of the other ranks."""
+    roles, ranks = ppo.roles, RankGradients.of(world)
+    roles.actor_optimizer = GuardedOptimizer(
+        roles.actor.module, config.actor_optim, 100, ranks=ranks
+    )
+    if roles.critic is None:
+        return [roles.actor_optimizer]
+    roles.critic_optimizer = GuardedOptimizer(
+        roles.critic.module, config.critic_optim, 100, ranks=ranks
+    )
+    return [roles.actor_optimizer, roles.critic_optimizer]
+
+
+def _record(optimizer, grads):
+    """Keep the gradients that each step applies."""
+
+    def keep(*_):
+        grads.extend(p.grad.clone() for p in optimizer.parameters)
+
+    optimizer.optimizer.register_step_pre_hook(keep)
+
+
 def _updates(world: World):
     """Per case: metrics, gradients of the last step, weights, and forwards of each model."""
     found = {}
@@ -106,15 +130,10 @@ def _updates(world: World):
         roles.split, roles.reward = split, reward
         if config.ptx.coef:
             roles.pretraining = Pretraining(split)
-        optimizers = [o for o in (roles.actor_optimizer, roles.critic_optimizer) if o is not None]
-        parameters = [p for o in optimizers for p in o.parameters]
-        grads = []
-
-        def gradients(parameters=parameters, grads=grads):
-            sum_gradients(world, parameters)
-            grads[:] = [p.grad.clone() for p in parameters if p.grad is not None]
-
-        roles.sum_gradients = gradients
+        optimizers, grads = _together(ppo, config, world), []
+        for optimizer in optimizers:
+            _record(optimizer, grads)
+        parameters = [p for optimizer in optimizers for p in optimizer.parameters]
         calls = Counter()
         for role in ("actor", "reference", "critic"):
             module = getattr(getattr(roles, role), "module", None)
@@ -126,7 +145,7 @@ def _updates(world: World):
         scored = experience.scored
         found[name] = {
             "metrics": metrics,
-            "grads": _sent(grads),
+            "grads": _sent(grads[-len(parameters) :]),
             "weights": _sent(parameters),
             "calls": dict(calls),
             "padded": _sent(
@@ -249,9 +268,7 @@ def _exhausted(world: World):
     config = small_config(ppo_epochs=2, minibatches=2)
     ppo = learner(dataclasses.replace(config, microbatch_tokens=BUDGET))
     ppo.roles.split = Alone() if world.size == 1 else WorldSplit(world)
-    optimizers = [ppo.roles.actor_optimizer, ppo.roles.critic_optimizer]
-    parameters = [p for optimizer in optimizers for p in optimizer.parameters]
-    ppo.roles.sum_gradients = lambda: sum_gradients(world, parameters)
+    parameters = [p for optimizer in _together(ppo, config, world) for p in optimizer.parameters]
     backward, calls = ppo._backward, Counter()
 
     def fails_once(*arguments):
