@@ -36,6 +36,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 ITEM_BYTES: dict[str, int] = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 
 _METADATA = "__metadata__"

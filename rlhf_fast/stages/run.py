@@ -35,7 +35,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from rlhf_fast.distributed import checkpoint as checkpoints
+from rlhf_fast import distributed as checkpoints
 from rlhf_fast.distributed.durable import (
     make_directories,
     storage_fault,
