@@ -104,7 +104,13 @@ class ShareOfState(DefaultSavePlanner):
             return False
         if tensor.numel():
             return tensor.to_local().numel() > 0
-        return item.tensor_data is not None and not any(item.tensor_data.chunk.offsets)
+        # All shards of an empty tensor are empty: the first stands for it.
+        mesh = tensor.device_mesh
+        return not any(
+            mesh.get_local_rank(dim)
+            for dim, placement in enumerate(tensor.placements)
+            if isinstance(placement, Shard)
+        )
 
     def _copy_held(self, tensor: DTensor) -> tuple[int, int]:
         """Which of how many copies of its shard this rank holds."""
