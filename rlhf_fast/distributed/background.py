@@ -97,21 +97,25 @@ class BackgroundSaver:
         """As `poll`, after the files have been written."""
         return None if self._thread is None else self._settle()
 
-    def abandon(self) -> None:
+    def abandon(self) -> Path | None:
         """Let the thread end, and commit nothing among several ranks; not collective.
 
         For a run that ends with an error, of which the other ranks may not know. In a world of one
         the save is committed as ever; its own error is only logged.
+
+        Returns:
+            the committed directory, or None.
         """
         if self._thread is None:
-            return
+            return None
         self._thread.join()
-        self._thread = self._save = None
-        if self._error is not None:
-            _logger.warning("the save in the background failed: %s", self._error)
-        elif self._path is None:
+        path, error = self._path, self._error
+        self._thread = self._save = self._path = self._error = None
+        if error is not None:
+            _logger.warning("the save in the background failed: %s", error)
+        elif path is None:
             _logger.warning("the save in the background was not committed")
-        self._path = self._error = None
+        return path
 
     def _work(self, save: Save) -> None:
         try:

@@ -36,17 +36,20 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 
 from rlhf_fast import distributed as checkpoints
+from rlhf_fast.distributed.agreement import ALONE
 from rlhf_fast.distributed.durable import (
     make_directories,
     storage_fault,
     unique_suffix,
     write_atomically,
 )
+from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import CheckpointError, EnvironmentFault, RLHFError
 from rlhf_fast.metrics import METRICS_NAME
 from rlhf_fast.stages.progress import PhaseTimer, ProgressBar, ProgressDisplay
 from rlhf_fast.stages.run_config import ConfigDifference, compare, listed, plain_config
 from rlhf_fast.stages.run_lock import RunLock
+from rlhf_fast.stages.saves import Saves
 from rlhf_fast.stages.stop_signals import StopSignals
 
 T = TypeVar("T")
@@ -82,6 +85,8 @@ class Run:
         outputs: names of further entries the stage creates in the directory (exports), for
             `overwrite`.
         keep_last: checkpoints to keep, None for all.
+        async_save: write checkpoints in the background; see `rlhf_fast.distributed.background`.
+        world: the ranks that checkpoints are saved and loaded by.
         resumable: whether the stage can be continued at all. If not, a run of the same stage, of
             whatever configuration, is done again; the earlier one's files and record stay until
             the stage replaces them (`renew_record`).
@@ -114,6 +119,8 @@ class Run:
         overwrite: bool = False,
         outputs: Sequence[str] = (),
         keep_last: int | None = 2,
+        async_save: bool = False,
+        world: World = ALONE,
         resumable: bool = True,
         bytes_needed: int = 0,
         quiet: bool = False,
@@ -129,13 +136,15 @@ class Run:
         self._resume_step = resume_step
         self._overwrite = overwrite
         self._owned = (*_OWN_ENTRIES, *outputs)
-        self._keep_last = keep_last
+        self.world = world
+        self._saves = Saves(
+            self.checkpoint_root, keep_last=keep_last, world=world, in_background=async_save
+        )
         self._resumable = resumable
         self._bytes_needed = bytes_needed
         self._signals = StopSignals()
         self._display = ProgressDisplay(quiet=quiet)
         self._timer = PhaseTimer()
-        self._last_saved: Path | None = None
         self._fresh = False
         self._stack = ExitStack()
 
@@ -164,12 +173,17 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._forget_failed_start()
-        self._stack.close()
+        try:
+            if kind is None:
+                self.finish_save()
+            else:
+                self._saves.abandon()
+                self._forget_failed_start()
+        finally:
+            self._stack.close()
         if kind is None:
             # A signal that came after the last poll must still stop the stages that follow.
-            self.raise_if_stopped(self._last_saved)
+            self.raise_if_stopped(self._saves.last)
 
     def _forget_failed_start(self) -> None:
         """Leave nothing of a start that failed before its first step.
@@ -179,7 +193,7 @@ class Run:
         """
         metrics = self.path / METRICS_NAME
         stepped = metrics.exists() and metrics.stat().st_size > 0
-        if self._fresh and self._last_saved is None and not stepped:
+        if self._fresh and self._saves.last is None and not stepped:
             with contextlib.suppress(OSError, RLHFError):  # the first error is the one to report
                 self._clear()
 
@@ -190,19 +204,41 @@ class Run:
     def raise_if_stopped(self, saved: Path | None) -> None:
         """Leave the stage if a signal has arrived; call it right after a save.
 
+        A save in the background is finished first.
+
         Raises:
             Preempted: SIGTERM (RF8301, exit code 75).
             Interrupted: Ctrl-C (RF8302, exit code 130).
         """
+        if self.should_stop():
+            saved = self.finish_save() or saved
         self._signals.raise_if_received(saved)
 
-    def save(self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any) -> Path:
-        """Commit a checkpoint of the state after `step` steps; see `rlhf_fast.distributed.save`."""
+    def save(
+        self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any
+    ) -> Path | None:
+        """Commit a checkpoint of the state after `step` steps; see `rlhf_fast.distributed.save`.
+
+        Returns:
+            its directory; None if it is being written in the background.
+        """
         with self.phase("checkpoint"):
-            self._last_saved = checkpoints.save(
-                self.checkpoint_root, step, tensors=tensors, state=state, keep_last=self._keep_last
-            )
-        return self._last_saved
+            return self._saves.save(step, tensors=tensors, state=state)
+
+    def poll_save(self) -> None:
+        """Commit a save in the background if it is written: call it after every step.
+
+        Raises:
+            CheckpointError, EnvironmentFault: it failed; as `rlhf_fast.distributed.save`.
+        """
+        self._saves.poll()
+
+    def finish_save(self) -> Path | None:
+        """Wait for a save in the background, commit it and return its directory; errors as there.
+
+        None if there is none.
+        """
+        return self._saves.finish()
 
     def mark_complete(self, step: int, summary: Mapping[str, Any] | None = None) -> None:
         """Record that the stage has finished; the same command then says so instead of training.
@@ -211,6 +247,7 @@ class Run:
             step: steps done in all.
             summary: plain values worth keeping with the mark.
         """
+        self.finish_save()
         record = {"stage": self.stage, "step": step, "summary": plain_config(summary or {})}
         _write_json(self.path / COMPLETE_NAME, record)
 
@@ -326,13 +363,13 @@ class Run:
     def _open_checkpoint(self, notices: list[str]) -> None:
         root = self.checkpoint_root
         if self._resume_step is not None:
-            self.checkpoint = checkpoints.load(root, self._resume_step)
+            self.checkpoint = checkpoints.load(root, self._resume_step, world=self.world)
         elif checkpoints.steps(root):
-            self.checkpoint = checkpoints.load(root)
+            self.checkpoint = checkpoints.load(root, world=self.world)
         elif not self.already_complete:
             notices.append(f"{self.path} holds a run without a checkpoint: starting at step 0")
         if self.checkpoint is not None:
-            self._last_saved = self.checkpoint.path
+            self._saves.last = self.checkpoint.path
             notices.extend(self.checkpoint.notices)
 
     def _start_fresh(self) -> None:
