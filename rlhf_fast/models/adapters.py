@@ -32,6 +32,7 @@ from rlhf_fast.errors import ModelError
 from rlhf_fast.models.forward import enable_gradient_checkpointing
 from rlhf_fast.models.heads import CALIBRATION_KEY
 from rlhf_fast.models.packed_attention import recomputed_in
+from rlhf_fast.models.sharded_export import whole
 
 _SHOWN = 8
 _BASE = ".base_layer"
@@ -365,8 +366,9 @@ class AdapterModule(nn.Module):
 def weights_digest(module: nn.Module) -> str:
     """SHA-256 over names, types, shapes and bytes of a model's weights, adapters left out.
 
-    The same before and after adapters were put on it. Of a model on the meta device, which has
-    sizes alone, it is empty.
+    The same before and after adapters were put on it, and however it is sharded: sharded weights
+    are gathered one at a time, which is collective, and every rank computes the digest. Of a model
+    on the meta device, which has sizes alone, it is empty.
     """
     if next(module.parameters()).is_meta:
         return ""
@@ -377,9 +379,9 @@ def weights_digest(module: nn.Module) -> str:
         if not _of_adapter(name)
     }
     for name in sorted(named):
-        tensor = named[name].detach()
+        tensor = whole(named[name])
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -94,6 +94,7 @@ def _background(world: World, root: Path) -> None:
     saver.save(4, tensors=state_of(world, 4.0), state={"value": 4})
     assert saver.wait() == root / "step-00000004"
     assert saver.poll() is None
+    world.barrier()  # rank 0 prunes
     assert unfinished(root) == []
 
 
@@ -121,6 +122,7 @@ def _disagreements(world: World, folder: Path) -> None:
     partial["actor"]["w"] = zeros(*shape, device_mesh=world.mesh["shard"], placements=[Shard(0)])  # type: ignore[index]
     with pytest.raises(CheckpointError, match="do not make up the state"):
         save(folder, 1, tensors=partial, state={}, keep_last=1, world=world)
+    world.barrier()  # rank 0 cleans up
     assert steps(folder) == unfinished(folder) == []
 
     for step in (1, 2):
