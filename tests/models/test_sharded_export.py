@@ -15,10 +15,13 @@ from transformers import AutoModelForCausalLM
 from rlhf_fast.distributed.durable import LOCAL
 from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import EnvironmentFault
-from rlhf_fast.models.adapters import weights_digest
+from rlhf_fast.models.adapters import AdapterModule, SharedTrunk, weights_digest
 from rlhf_fast.models.export import export_gathered, export_model
+from rlhf_fast.models.heads import set_calibration
 from rlhf_fast.models.sharded_export import GatheredWeights, own_weights
+from rlhf_fast.stages.adapted import export_adapted
 from tests.distributed.ranks import on_ranks
+from tests.models.test_adapters import shared, stir
 from tests.models.tiny import build, tokenizer
 
 SMALL = "6KB"  # several files
@@ -65,6 +68,30 @@ def _export(world: World, folder: Path, digests: dict[str, str]) -> None:
         export_gathered(module, small, tokenizer(), folder / f"{family}-{world.size}-small", world)
 
 
+def adapted(family: str) -> SharedTrunk:
+    """A trunk with two roles, one with a calibrated head."""
+    return stir(shared(module=model(family), targets=("q_proj", "down_proj")), "actor", "critic")
+
+
+def judge(trunk: SharedTrunk) -> AdapterModule:
+    module = trunk.role_module("critic", head=True)
+    torch.nn.init.ones_(module.score.weight)
+    set_calibration(module, 2.0, 0.5)
+    return module
+
+
+def _export_adapted(world: World, folder: Path) -> None:
+    trunk = adapted("llama")
+    head = judge(trunk)
+    shard(trunk.model, world)
+    export_adapted(head, tokenizer(), folder / "k" / "judge", merge=True, world=world)
+    fresh = adapted("llama")
+    shard(fresh.model, world)
+    actor = fresh.role_module("actor")
+    assert any(isinstance(p, DTensor) for p in actor.parameters())
+    export_adapted(actor, tokenizer(), folder / "k2" / "actor", merge=True, world=world)
+
+
 def _full_disk(world: World, folder: Path) -> None:
     module, target = shard(model("llama"), world), folder / "model"
     export_model(module, tokenizer(), target, world=world)
@@ -100,6 +127,17 @@ def test_the_same_bytes_as_one_process(tmp_path: Path) -> None:
         back = AutoModelForCausalLM.from_pretrained(tmp_path / f"{family}-4-small")
         for name, tensor in alone.state_dict().items():
             assert torch.equal(back.state_dict()[name], tensor), name
+
+
+def test_adapters_and_what_they_merge_to_are_the_same_bytes(tmp_path: Path) -> None:
+    trunk = adapted("llama")
+    export_adapted(judge(trunk), tokenizer(), tmp_path / "1" / "judge", merge=True)
+    export_adapted(trunk.role_module("actor"), tokenizer(), tmp_path / "2" / "actor", merge=True)
+    on_ranks(2, _export_adapted, tmp_path)
+    for alone, sharded in (("1/judge", "k/judge"), ("1/adapter", "k/adapter")):
+        assert files(tmp_path / sharded) == files(tmp_path / alone)
+    for alone, sharded in (("2/actor", "k2/actor"), ("2/adapter", "k2/adapter")):
+        assert files(tmp_path / sharded) == files(tmp_path / alone)
 
 
 def test_a_full_disk_is_an_error_on_all_ranks_and_the_old_export_stays(tmp_path: Path) -> None:
