@@ -17,8 +17,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from rlhf_fast.distributed import (
     load_module_tensors,
     load_optimizer_state,
+    load_rng_state,
+    load_scheduler_state,
     module_tensors,
     optimizer_state,
+    rng_state,
+    scheduler_state,
 )
 from rlhf_fast.distributed.world import World
 
@@ -58,7 +62,11 @@ def build(seed: int, world: World | None = None) -> Net:
 
 def adamw(net: Net) -> torch.optim.AdamW:
     trained = [p for p in net.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=torch.tensor(1e-2), foreach=False)
+    return torch.optim.AdamW(trained, lr=1e-2, foreach=False)
+
+
+def scheduler_of(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
 
 
 def step(net: Net, optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -74,21 +82,28 @@ def step(net: Net, optimizer: torch.optim.Optimizer, seed: int) -> None:
     optimizer.step()
 
 
-def groups_of(net: Net, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+def groups_of(
+    net: Net, optimizer: torch.optim.Optimizer, scheduler: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """`tensors` and `state` for a save."""
     weights, aliases = module_tensors(net)
     moments, inner = optimizer_state(optimizer, net.named_parameters())
-    return {"actor": weights, "moments": moments}, {"aliases": aliases, "optimizer": inner}
+    generators, rng = rng_state()
+    state = {
+        "aliases": aliases,
+        "optimizer": inner,
+        "scheduler": scheduler_state(scheduler),
+        "rng": rng,
+    }
+    return {"actor": weights, "moments": moments, "rng": generators}, state
 
 
-def restore(net: Net, optimizer: torch.optim.Optimizer, checkpoint: Any) -> None:
-    load_module_tensors(net, checkpoint.tensors["actor"], checkpoint.state["aliases"])
-    load_optimizer_state(
-        optimizer,
-        net.named_parameters(),
-        checkpoint.tensors["moments"],
-        checkpoint.state["optimizer"],
-    )
+def restore(net: Net, optimizer: torch.optim.Optimizer, scheduler: Any, checkpoint: Any) -> None:
+    tensors, state = checkpoint.tensors, checkpoint.state
+    load_module_tensors(net, tensors["actor"], state["aliases"])
+    load_optimizer_state(optimizer, net.named_parameters(), tensors["moments"], state["optimizer"])
+    load_scheduler_state(scheduler, state["scheduler"])
+    load_rng_state(tensors["rng"], state["rng"])
 
 
 def whole(groups: dict[str, Any]) -> dict[str, Tensor]:

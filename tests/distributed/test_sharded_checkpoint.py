@@ -13,7 +13,15 @@ from safetensors.torch import load_file, save_file
 from rlhf_fast.distributed import load, save
 from rlhf_fast.distributed.world import World
 from tests.distributed.ranks import on_ranks
-from tests.distributed.sharded_net import adamw, build, groups_of, restore, step, whole
+from tests.distributed.sharded_net import (
+    adamw,
+    build,
+    groups_of,
+    restore,
+    scheduler_of,
+    step,
+    whole,
+)
 
 # ranks, replicas; the seed says which mesh the embedding lies on
 LAYOUTS = {"one": (1, 1), "two": (2, 1), "four": (4, 1), "replicas": (4, 2)}
@@ -23,9 +31,13 @@ def saved(world: World | None, folder: Path, name: str) -> None:
     """Train two steps and save, with the whole state beside the checkpoint for comparison."""
     net = build(3 if name == "four" else 4, world)
     optimizer = adamw(net)
+    scheduler = scheduler_of(optimizer)
     for seed in (1, 2):
         step(net, optimizer, seed)
-    tensors, state = groups_of(net, optimizer)
+        scheduler.step()
+    torch.manual_seed(5 if world is None else 50 * world.rank + 5)  # rank 0's counts
+    torch.rand(3)
+    tensors, state = groups_of(net, optimizer, scheduler)
     options: dict[str, Any] = {} if world is None else {"world": world}
     path = save(folder / name, 7, tensors=tensors, state=state, keep_last=1, **options)
     assert path == folder / name / "step-00000007"
@@ -35,16 +47,17 @@ def saved(world: World | None, folder: Path, name: str) -> None:
 
 
 def loaded(world: World | None, folder: Path, into: str) -> None:
-    """Load every checkpoint into a module that begins elsewhere, compare, and take a step."""
-    after = []
+    """Load every checkpoint into a module that begins elsewhere, compare, and go on."""
+    drawn = []
     for name in LAYOUTS:
         net = build(9 if into == "four" else 10, world)
         optimizer = adamw(net)
+        scheduler = scheduler_of(optimizer)
         step(net, optimizer, 0)
         places = [p.data_ptr() for p in net.block.parameters()]
         checkpoint = load(folder / name, **({} if world is None else {"world": world}))
-        restore(net, optimizer, checkpoint)
-        tensors, state = groups_of(net, optimizer)
+        restore(net, optimizer, scheduler, checkpoint)
+        tensors, state = groups_of(net, optimizer, scheduler)
         assert state == checkpoint.state
         assert state["aliases"] == {"head.weight": "embed.weight"}
         assert [p.data_ptr() for p in net.block.parameters()] == places
@@ -53,9 +66,12 @@ def loaded(world: World | None, folder: Path, into: str) -> None:
         for key, tensor in expected.items():
             assert tensor.dtype == found[key].dtype, key
             assert torch.equal(tensor, found[key]), f"{name} -> {into}: {key}"
-        step(net, optimizer, 3)
-        after.append(whole(groups_of(net, optimizer)[0])["moments/embed.weight/exp_avg_sq"])
-    assert not torch.equal(after[0], torch.zeros_like(after[0]))
+        step(net, optimizer, 3)  # what came back can be trained
+        drawn.append(torch.rand(3))
+        assert optimizer.param_groups[0]["lr"] == 1e-2 / 4
+    torch.manual_seed(5)
+    expected = torch.rand(6)[3:]
+    assert all(torch.equal(values, expected) for values in drawn)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +113,8 @@ def test_every_byte_is_written_once(folder: Path, name: str) -> None:
 
 def test_one_process_writes_what_it_always_wrote(folder: Path) -> None:
     path = folder / "one" / "step-00000007"
-    names = {"actor.safetensors", "moments.safetensors", "state.json", "manifest.json"}
+    names = {f"{group}.safetensors" for group in ("actor", "moments", "rng")}
+    names |= {"state.json", "manifest.json"}
     assert {entry.name for entry in path.iterdir()} == names
     body = json.loads((path / "manifest.json").read_bytes())
     assert body["format_version"] == 1
