@@ -51,6 +51,11 @@ class RunConfig:
     allow_data_change: bool = setting(False, "resume although the data changed; resets the cursor")
     save_every: int = setting(50, "optimizer or PPO steps between checkpoints", low=1)
     keep_last: int = setting(2, "checkpoints kept", low=1)
+    async_save: str = setting(
+        "off",
+        "on writes checkpoints in the background, from a copy of the state in host memory",
+        choices=("off", "on"),
+    )
     max_bad_steps: int = setting(3, "non-finite steps in a row before the run aborts", low=1)
     sinks: list[str] = setting(
         [], "extra metric sinks beside metrics.jsonl: tensorboard, wandb, trackio"

@@ -4,6 +4,10 @@
 the order in which a model happens to register them. Loading writes the state into the optimizer
 directly: `Optimizer.load_state_dict` would cast every state tensor to its parameter's dtype, which
 rounds the fp32 moments of bf16 weights.
+
+The state of a sharded parameter is sharded as the parameter is: DTensors, of which each rank stores
+and reads its shard. Moments that exist only in the layout of one rank (the scales of 8-bit blocks)
+could not be dealt anew to another number of ranks, and are refused.
 """
 
 from __future__ import annotations
@@ -14,15 +18,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from rlhf_fast.distributed.dcp import fill
 from rlhf_fast.distributed.json_state import checked
+from rlhf_fast.distributed.stored import Stored, StoredTensors
 from rlhf_fast.errors import CheckpointError
 
 _GROUPS = "param_groups"
 # Bookkeeping that belongs to the live optimizer, not to its state.
 _NOT_STORED = frozenset({"params", "param_names"})
+# How a step is carried out, which the run that loads decides: the numbers do not depend on it.
+_NOT_LOADED = frozenset({"foreach", "fused"})
 
 
 def optimizer_state(
@@ -63,6 +72,7 @@ def optimizer_state(
         entry: dict[str, Any] = {"tensors": [], "values": {}}
         for key, value in slots.items():
             if isinstance(value, Tensor):
+                _require_sharded_alike(f"{name}/{key}", parameter, value)
                 _add(tensors, f"{name}/{key}", value)
                 entry["tensors"].append(key)
             else:
@@ -84,16 +94,19 @@ def load_optimizer_state(
         optimizer: same class, same parameter groups (each group the same names, in any order).
         named_parameters: as for `optimizer_state`.
         tensors: as saved; they are copied, `step` stays on the CPU unless the group is capturable
-            or fused, everything else goes to its parameter's device, dtypes unchanged.
+            or fused, everything else goes to its parameter's device, dtypes unchanged. Moments of
+            sharded parameters become DTensors like them.
         state: as saved.
 
     Raises:
         CheckpointError: another optimizer class, other groups or other shapes (RF8005); the
             optimizer is unchanged then.
     """
+    saved_tensors = StoredTensors.of(tensors)
     names = _names_by_parameter(optimizer, named_parameters)
-    _check_structure(optimizer, names, tensors, state)
+    _check_structure(optimizer, names, saved_tensors, state)
     fresh: dict[Tensor, dict[str, Any]] = {}
+    empty: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         on_device = bool(group.get("capturable")) or bool(group.get("fused"))
         for parameter in group["params"]:
@@ -104,8 +117,10 @@ def load_optimizer_state(
             slots: dict[str, Any] = copy.deepcopy(entry["values"])
             for key in entry["tensors"]:
                 device = parameter.device if key != "step" or on_device else torch.device("cpu")
-                slots[key] = tensors[f"{name}/{key}"].to(device, copy=True)
+                full = f"{name}/{key}"
+                slots[key] = empty[full] = _room(saved_tensors.entries[full], parameter, device)
             fresh[parameter] = slots
+    fill(empty, StoredTensors({name: saved_tensors.entries[name] for name in empty}))
     optimizer.state.clear()
     optimizer.state.update(fresh)
     for index, (group, saved) in enumerate(
@@ -115,13 +130,34 @@ def load_optimizer_state(
         options = dict(saved["options"])
         options.update(
             {
-                key.removeprefix(prefix): tensors[key].clone()
-                for key in tensors
+                key.removeprefix(prefix): saved_tensors[key].clone()
+                for key in saved_tensors
                 if key.startswith(prefix)
             }
         )
         for key, value in options.items():
-            group[key] = value
+            if key not in _NOT_LOADED:
+                group[key] = value
+
+
+def _room(entry: Stored, parameter: Tensor, device: torch.device) -> Tensor:
+    """An uninitialised tensor for a slot: sharded like its parameter if it has its shape."""
+    if isinstance(parameter, DTensor) and entry.shape:
+        return torch.empty_like(parameter, dtype=entry.dtype, requires_grad=False)
+    return torch.empty(entry.shape, dtype=entry.dtype, device=device)
+
+
+def _require_sharded_alike(name: str, parameter: Tensor, value: Tensor) -> None:
+    if not isinstance(parameter, DTensor) or not value.dim():
+        return
+    if not isinstance(value, DTensor) or value.shape != parameter.shape:
+        raise CheckpointError(
+            "RF8004",
+            f"{name} cannot be stored: it is not sharded as its parameter is",
+            where="optimizer state",
+            expected="moments in the shape and placement of their parameter",
+            remedy="keep the optimizer state in 32 bits",
+        )
 
 
 def scheduler_state(scheduler: LRScheduler) -> dict[str, Any]:
@@ -169,7 +205,7 @@ def _add(tensors: dict[str, Tensor], key: str, value: Tensor) -> None:
 def _check_structure(
     optimizer: Optimizer,
     names: Mapping[Tensor, str],
-    tensors: Mapping[str, Tensor],
+    tensors: StoredTensors,
     state: Mapping[str, Any],
 ) -> None:
     kind = type(optimizer).__name__
@@ -186,17 +222,18 @@ def _check_structure(
                 f"group {index} differs: {len(missing)} not in the checkpoint {missing[:5]}, "
                 f"{len(extra)} not in the optimizer {extra[:5]}"
             )
-    shapes = {names[p]: p.shape for group in live for p in group["params"]}
+    parameters = {names[p]: p for group in live for p in group["params"]}
     for name, entry in state["parameters"].items():
         for key in entry["tensors"]:
-            tensor = tensors.get(f"{name}/{key}")
+            tensor = tensors.entries.get(f"{name}/{key}")
             if tensor is None:
                 raise _mismatch(f"the checkpoint lacks {name}/{key}")
+            parameter = parameters[name]
             # Moments have the parameter's shape; scalars such as `step` have none.
-            if tensor.dim() and key.startswith("exp_avg") and tensor.shape != shapes[name]:
+            shaped = key.startswith("exp_avg") or isinstance(parameter, DTensor)
+            if tensor.shape and shaped and tensor.shape != tuple(parameter.shape):
                 raise _mismatch(
-                    f"{name}/{key} has shape {tuple(tensor.shape)}, the parameter "
-                    f"{tuple(shapes[name])}"
+                    f"{name}/{key} has shape {tensor.shape}, the parameter {tuple(parameter.shape)}"
                 )
 
 

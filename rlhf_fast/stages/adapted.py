@@ -11,6 +11,8 @@ from torch import nn
 
 from rlhf_fast.config import RewardModelConfig, SFTConfig
 from rlhf_fast.config_lora import AdapterConfig
+from rlhf_fast.distributed.agreement import ALONE
+from rlhf_fast.distributed.world import World
 from rlhf_fast.models.adapter_files import export_adapter
 from rlhf_fast.models.adapter_roles import merged_classifier
 from rlhf_fast.models.adapters import AdapterModule, SharedTrunk
@@ -18,6 +20,7 @@ from rlhf_fast.models.checks import check_positions, check_vocabulary
 from rlhf_fast.models.export import export_model
 from rlhf_fast.models.forward import compute_dtype
 from rlhf_fast.models.loading import load_causal_lm
+from rlhf_fast.models.merged_export import export_merged
 from rlhf_fast.stages.training import compute_type, export_bytes, training_bytes
 
 ADAPTER_NAME = "adapter"
@@ -75,15 +78,19 @@ def trunk_digest(module: nn.Module) -> dict[str, str]:
     return {"trunk": module.trunk.digest} if isinstance(module, AdapterModule) else {}
 
 
-def export_adapted(module: AdapterModule, tokenizer: Any, directory: Path, *, merge: bool) -> Path:
+def export_adapted(
+    module: AdapterModule, tokenizer: Any, directory: Path, *, merge: bool, world: World = ALONE
+) -> Path:
     """The adapter in `directory`; or, to `merge`, a full model there and it beside, as `adapter`.
 
-    Errors as for `export_adapter`.
+    Errors as for `export_adapter`; of several ranks each calls it.
     """
     if not merge:
-        return export_adapter(module, tokenizer, directory)
+        return export_adapter(module, tokenizer, directory, world=world)
     assert module.name is not None
-    export_adapter(module, tokenizer, directory.with_name(ADAPTER_NAME))
+    export_adapter(module, tokenizer, directory.with_name(ADAPTER_NAME), world=world)
+    if world.size > 1:
+        return export_merged(module, tokenizer, directory, world)
     whole = (
         merged_classifier(module) if hasattr(module, "score") else module.trunk.merged(module.name)
     )

@@ -262,7 +262,12 @@ class PPOTrainer:
 
     def _train(self, run: Run, state: TrainingState) -> PPOResult:
         config, learner = self.config, self.learner
-        load_training_state(run.checkpoint, state, allow_data_change=config.run.allow_data_change)
+        load_training_state(
+            run.checkpoint,
+            state,
+            allow_data_change=config.run.allow_data_change,
+            world=run.world,
+        )
         if run.checkpoint is not None:
             learner.load_state_dict(state.extra)
         engine = engine_of(self.roles.generator)

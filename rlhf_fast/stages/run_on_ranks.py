@@ -1,9 +1,9 @@
 """`Run` on several ranks: the first owns the directory, the others follow its decisions.
 
-Every rank enters, saves, completes and leaves together. Rank 0 takes the lock, decides between a
-start, a resume and nothing to do, writes checkpoints, metrics and exports, and talks. The others
-are told what it decided and read the same checkpoint, so the directory must be one that all see.
-A stop signal to any rank stops all of them at the same step.
+Every rank enters, saves, completes and leaves together. Rank 0 takes the lock, looks into the
+directory and changes it; the others are told what it found, so all decide alike between a start, a
+resume and nothing to do. Checkpoints are read and written by all: the directory must be one that
+all see. A stop signal to any rank stops all of them at the same step.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
-
-from rlhf_fast.distributed import checkpoint as checkpoints
 from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import EXIT_INTERRUPTED, PeerError
 from rlhf_fast.metrics import MetricLogger
@@ -33,33 +30,17 @@ class RunOnRanks(Run):
     """A stage that owns an output directory through its first rank.
 
     Args:
-        world: the ranks.
         output_dir, settings: as for `Run`.
+        world: the ranks.
     """
 
-    def __init__(self, world: World, output_dir: Path | str, **settings: Any) -> None:
-        super().__init__(output_dir, **settings)
-        self.world = world
+    def __init__(self, output_dir: Path | str, *, world: World, **settings: Any) -> None:
+        super().__init__(output_dir, world=world, **settings)
         # torchrun passes signals on, and ends by itself what does not stop in time.
         self._signals = StopSignals(once=True, silent=not world.is_main)
         if not world.is_main:
             self._display = ProgressDisplay(quiet=True, stream=Nowhere())
-
-    def __enter__(self) -> RunOnRanks:
-        self.world.board.note("opening the run directory")
-        decision = self.on_main(self._enter_main)
-        if not self.world.is_main:
-            self.already_complete = decision["complete"]
-            if decision["step"] is not None:
-                self.checkpoint = checkpoints.load(self.checkpoint_root, decision["step"])
-                self._last_saved = self.checkpoint.path
-            self._stack.enter_context(self._signals)
-        return self
-
-    def _enter_main(self) -> dict[str, Any]:
-        super().__enter__()
-        step = None if self.checkpoint is None else self.checkpoint.step
-        return {"complete": self.already_complete, "step": step}
+        world.board.note("opening the run directory")
 
     def on_main(self, call: Callable[[], T]) -> T:
         """What `call` returns on rank 0, on all of them; it is called there alone.
@@ -86,34 +67,12 @@ class RunOnRanks(Run):
         return found
 
     def should_stop(self) -> bool:
-        """Whether a stop signal has arrived on some rank."""
-        self._agree_on_signals()
-        return super().should_stop()
-
-    def raise_if_stopped(self, saved: Path | None) -> None:
-        """Leave the stage on all ranks if a signal has arrived on some; see `Run`."""
-        self._agree_on_signals()
-        super().raise_if_stopped(saved)
-
-    def _agree_on_signals(self) -> None:
+        """Whether a stop signal has arrived on some rank: all then know of it."""
         for number in (signal.SIGTERM, signal.SIGINT):
             if self.world.any(self._signals.received == number):
                 self._signals.received = number
-                return
-
-    def save(self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any) -> Path:
-        """Rank 0 commits a checkpoint; the others wait until it is there."""
-        with self.phase("checkpoint"):
-            save = super().save
-            self._last_saved = Path(
-                self.on_main(lambda: str(save(step, tensors=tensors, state=state)))
-            )
-        return self._last_saved
-
-    def mark_complete(self, step: int, summary: Mapping[str, Any] | None = None) -> None:
-        """Rank 0 records that the stage has finished."""
-        mark = super().mark_complete
-        self.on_main(lambda: mark(step, summary))
+                return True
+        return False
 
     @contextlib.contextmanager
     def _noted(self, name: str) -> Iterator[None]:

@@ -86,7 +86,10 @@ class SupervisedStage(ABC, Generic[Config]):
             frozen=trunk_digest(module),
         )
         load_training_state(
-            self.run.checkpoint, self.state, allow_data_change=config.run.allow_data_change
+            self.run.checkpoint,
+            self.state,
+            allow_data_change=config.run.allow_data_change,
+            world=self.run.world,
         )
 
     def dealt(self, bins: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[Share]:

@@ -13,7 +13,6 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from rlhf_fast.distributed import (
     rng_state,
     scheduler_state,
 )
+from rlhf_fast.distributed.agreement import ALONE
 from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.metrics import MetricLogger
@@ -50,7 +50,9 @@ from rlhf_fast.stages.run_on_ranks import NoMetrics, RunOnRanks
 MODEL_NAME = "model"
 
 # What a resumed run may change: none of it enters a number of the run, except through rounding.
-_SOFT_RUN_KEYS = frozenset({"save_every", "keep_last", "max_bad_steps", "sinks", "device"})
+_SOFT_RUN_KEYS = frozenset(
+    {"save_every", "keep_last", "async_save", "max_bad_steps", "sinks", "device"}
+)
 _SOFT_STAGE_KEYS = frozenset(
     {
         "epochs",
@@ -121,7 +123,7 @@ def open_run(
     resumable: bool = True,
     bytes_needed: int = 0,
     quiet: bool = False,
-    world: World | None = None,
+    world: World = ALONE,
 ) -> Run:
     """The run directory of a stage, to be entered with `with`.
 
@@ -135,7 +137,7 @@ def open_run(
         resumable: false for a stage that starts from the beginning each time.
         bytes_needed: estimate of what the run will write.
         quiet: rare plain lines instead of progress bars.
-        world: the ranks of the run, of which the first owns the directory; None: one.
+        world: the ranks of the run, of which the first owns the directory.
     """
     require_settings(config, "run.output_dir")
     run, tree = config.run, to_dict(config)
@@ -145,8 +147,7 @@ def open_run(
     resume: Resume = run.resume != "never"
     if run.overwrite or (run.resume == "auto" and not present):
         resume = "auto"
-    several = world is not None and world.size > 1
-    kind = partial(RunOnRanks, world) if world is not None and several else Run
+    kind = RunOnRanks if world.size > 1 else Run
     return kind(
         run.output_dir,
         stage=stage,
@@ -157,6 +158,8 @@ def open_run(
         overwrite=run.overwrite,
         outputs=tuple(outputs),
         keep_last=run.keep_last,
+        async_save=run.async_save == "on",
+        world=world,
         resumable=resumable,
         bytes_needed=bytes_needed,
         quiet=quiet,
@@ -288,8 +291,13 @@ def open_metrics(run: Run, config: StageConfig) -> MetricLogger:
     return MetricLogger(run.path, config.run.sinks, config=to_dict(config), resume_step=step)
 
 
-def save_training_state(run: Run, state: TrainingState) -> Path:
+def save_training_state(run: Run, state: TrainingState) -> Path | None:
     """Commit a checkpoint of the whole state after `state.step` steps.
+
+    Among several ranks each calls it, at the same step.
+
+    Returns:
+        its directory; None if it is being written in the background.
 
     Raises:
         CheckpointError, EnvironmentFault: as `rlhf_fast.distributed.save`.
@@ -306,7 +314,7 @@ def save_training_state(run: Run, state: TrainingState) -> Path:
             "scheduler": scheduler_state(guarded.scheduler),
             "bad_steps": guarded.bad_steps,
         }
-    tensors["rng"], generators = rng_state()
+    tensors["rng"], generators = rng_state(device=rng_device(run.world))
     return run.save(
         state.step,
         tensors=tensors,
@@ -324,11 +332,16 @@ def save_training_state(run: Run, state: TrainingState) -> Path:
 
 
 def load_training_state(
-    checkpoint: Checkpoint | None, state: TrainingState, *, allow_data_change: bool = False
+    checkpoint: Checkpoint | None,
+    state: TrainingState,
+    *,
+    allow_data_change: bool = False,
+    world: World = ALONE,
 ) -> None:
     """Put `state` back to a checkpoint; None is the beginning, which empties the metric log.
 
-    Weights and optimizer state are copied into the live tensors.
+    Weights and optimizer state are copied into the live tensors. Any number of ranks may have saved
+    the checkpoint.
 
     Raises:
         CheckpointError: the checkpoint belongs to other modules or optimizers (RF8005 to RF8008).
@@ -358,7 +371,12 @@ def load_training_state(
     state.step = saved["step"]
     state.extra = dict(saved["extra"])
     # Last: nothing above may draw from a generator after its state is back.
-    load_rng_state(checkpoint.tensors["rng"], saved["rng"])
+    load_rng_state(checkpoint.tensors["rng"], saved["rng"], device=rng_device(world))
+
+
+def rng_device(world: World) -> torch.device | None:
+    """The GPU of a rank among several, whose generator alone counts."""
+    return world.device if world.size > 1 and world.device.type == "cuda" else None
 
 
 def train(
@@ -384,12 +402,14 @@ def train(
 
     Raises:
         Preempted, Interrupted: a signal arrived; the state has been saved.
+        CheckpointError, EnvironmentFault: a save failed, be it in the background in earlier steps.
     """
     with run.progress(description, total_steps, start=state.step) as bar:
         while state.step < total_steps:
             metrics = dict(step())
             state.step += 1
             state.metrics.log(state.step, metrics | run.take_phase_times())
+            run.poll_save()
             bar.advance(1, **{label: metrics[name] for label, name in shown.items()})
             due = state.step % save_every == 0 or state.step == total_steps
             if due or run.should_stop():
