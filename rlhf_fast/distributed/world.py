@@ -12,12 +12,10 @@ ranks, bit for bit, so that decisions taken from it agree.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -184,23 +182,6 @@ class World:
         if self.mesh is not None:
             for tensor in tensors:
                 dist.broadcast(tensor, source)
-
-    def share(self, value: Any) -> Any:
-        """What rank 0 has, on every rank; the others' argument is not looked at.
-
-        Args:
-            value: of None, bool, int, float, str, list and dict with text keys.
-        """
-        if self.mesh is None:
-            return value
-        data = json.dumps(value).encode("utf-8") if self.is_main else b""
-        size = torch.tensor([len(data)], device=self.device)
-        dist.broadcast(size, 0)
-        text = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
-        if self.is_main:
-            text.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(text, 0)
-        return json.loads(bytes(text.tolist()))
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

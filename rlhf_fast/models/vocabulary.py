@@ -12,10 +12,12 @@ Three kinds of heads, in order of preference:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_fast.distributed.vocabulary_shards import full_rows, is_read_by_rows
@@ -193,8 +195,11 @@ def likeliest_tokens(module: nn.Module, sequences: PackedSequences, rows: Tensor
     hidden = packed_hidden(module, sequences).index_select(0, rows)
     model: Any = module
     head = model.get_output_embeddings()
+    read: Callable[[Tensor], Tensor] = head
+    if is_read_by_rows(head):  # gathered once: ranks have other numbers of chunks
+        read = partial(functional.linear, weight=full_rows(head.weight), bias=head.bias)
     with autocast(module):
-        return torch.cat([head(chunk).argmax(-1) for chunk in hidden.split(MODULE_ROWS)])
+        return torch.cat([read(chunk).argmax(-1) for chunk in hidden.split(MODULE_ROWS)])
 
 
 def _is_plain_linear(head: Any) -> bool:

@@ -21,6 +21,7 @@ from rlhf_fast.models.export import export_model
 from rlhf_fast.models.forward import compute_dtype
 from rlhf_fast.models.loading import load_causal_lm
 from rlhf_fast.models.merged_export import export_merged
+from rlhf_fast.stages.placing import place
 from rlhf_fast.stages.training import compute_type, export_bytes, training_bytes
 
 ADAPTER_NAME = "adapter"
@@ -33,30 +34,38 @@ def open_trunk(module: nn.Module, path: str) -> SharedTrunk:
     return SharedTrunk(model, source=named or str(getattr(model.config, "name_or_path", "")))
 
 
-def place_trunk(trunk: SharedTrunk, device: torch.device, *, gradient_checkpointing: bool) -> None:
+def place_trunk(
+    trunk: SharedTrunk,
+    device: torch.device,
+    *,
+    gradient_checkpointing: bool,
+    world: World = ALONE,
+) -> None:
     """Put a trunk with all its adapters on a device: in bf16 if it computes so.
 
-    It is frozen, so it needs no fp32 masters.
+    It is frozen, so it needs no fp32 masters. On several ranks it is placed there; see `place`.
     """
     if compute_dtype(trunk.model) == "bfloat16":
         trunk.hold_in(torch.bfloat16)
+    if world.size > 1:
+        place(trunk.model, world)
     trunk.prepare(device, gradient_checkpointing=gradient_checkpointing)
 
 
 def one_adapter(
     config: SFTConfig | RewardModelConfig,
     tokenizer: Any,
-    device: torch.device,
+    world: World,
     *,
     name: str,
     longest: int,
 ) -> SharedTrunk:
-    """The config's model as a trunk with one new adapter, checked and on its device.
+    """The config's model as a trunk with one new adapter, checked and placed on the ranks.
 
     Args:
         config: with `lora.rank` above 0; `model` is a causal LM.
         tokenizer: encodes the data.
-        device: where to.
+        world: where to.
         name: of the adapter.
         longest: tokens of the longest sequence it will read.
 
@@ -69,7 +78,12 @@ def one_adapter(
     trunk = open_trunk(module, config.model)
     shape = trunk.shape(config.lora.rank, config.lora.alpha, config.lora.targets)
     trunk.add(name, shape, seed=config.run.seed, trainable=True)
-    place_trunk(trunk, device, gradient_checkpointing=config.gradient_checkpointing)
+    place_trunk(
+        trunk,
+        world.device,
+        gradient_checkpointing=config.gradient_checkpointing,
+        world=world,
+    )
     return trunk
 
 

@@ -300,18 +300,13 @@ class PPOTrainer:
             description="PPO",
             shown=_SHOWN,
         )
-        metrics = run.on_main(lambda: self._export(run.path))
-        run.mark_complete(state.step, metrics)
-        return PPOResult(run.path / MODEL_NAME, state.step, metrics)
-
-    def _export(self, directory: Path) -> dict[str, float]:
-        """Write policy and critic; what is kept of the last step's metrics."""
-        self.save_model(directory / MODEL_NAME)
+        self.save_model(run.path / MODEL_NAME)
         critic = critic_to_export(self.roles)
         if critic is not None:
-            self._save_critic(critic, directory / CRITIC_NAME)
-        last = read_metrics(directory / METRICS_NAME)[-1]
-        return {name: float(last[name] or 0.0) for name in _KEPT}
+            self._save_critic(critic, run.path / CRITIC_NAME)
+        metrics = run.on_main(lambda: _kept_metrics(run.path))
+        run.mark_complete(state.step, metrics)
+        return PPOResult(run.path / MODEL_NAME, state.step, metrics)
 
     def watch_memory(self) -> None:
         """From now on count what every role holds in every phase; see `memory_report`."""
@@ -329,15 +324,15 @@ class PPOTrainer:
         actor, target = self.roles.actor, Path(directory)
         if isinstance(actor, AdapterActor):
             merge = self.config.lora.merge_on_export
-            export_adapted(actor.adapted, self.tokenizer, target, merge=merge)
+            export_adapted(actor.adapted, self.tokenizer, target, merge=merge, world=self.world)
         else:
-            export_model(actor.module, self.tokenizer, target)
+            export_model(actor.module, self.tokenizer, target, world=self.world)
 
     def _save_critic(self, module: nn.Module, directory: Path) -> None:
         export: Callable[..., Path] = export_model
         if isinstance(module, AdapterModule):
             export = export_adapter
-        export(module, self.tokenizer, directory)
+        export(module, self.tokenizer, directory, world=self.world)
 
     def _advise(self, output: StepOutput, metrics: Mapping[str, float]) -> None:
         """Show warnings, and each health hint once a run."""
@@ -356,6 +351,12 @@ def run_ppo(config: PPOConfig, *, world: World | None = None) -> PPOResult:
     require_valid(config)
     with joined(config, world) as world:
         return PPOTrainer(config, world=world).train()
+
+
+def _kept_metrics(directory: Path) -> dict[str, float]:
+    """What is kept of the last step."""
+    last = read_metrics(directory / METRICS_NAME)[-1]
+    return {name: float(last[name] or 0.0) for name in _KEPT}
 
 
 def _append_samples(path: Path, step: int, output: StepOutput, tokenizer: Any) -> None:

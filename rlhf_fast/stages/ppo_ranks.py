@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.distributed.replicated import same_weights
 from rlhf_fast.distributed.work import WorldSplit
 from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.dealt_generator import DealtGenerator
@@ -13,6 +12,7 @@ from rlhf_fast.models.rewards import SumReward
 from rlhf_fast.ppo.roles import Roles
 from rlhf_fast.ppo.split_rewards import DealtReward, OneRankReward
 from rlhf_fast.protocols import Reward, SampleReward, WorkSplit
+from rlhf_fast.stages.placing import same_weights
 from rlhf_fast.stages.ppo_checks import role_modules
 
 

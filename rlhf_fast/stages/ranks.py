@@ -66,7 +66,10 @@ def on_ranks_of(world: World, section: DistributedConfig) -> Iterator[None]:
             world.board.note("starting")
             yield
     except BaseException as error:
-        raise _told_once(error, world, section) from error
+        told = _told_once(error, world, section)
+        if told is error:
+            raise
+        raise told from error
     finally:
         world.leave()
 

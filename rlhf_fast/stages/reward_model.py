@@ -243,7 +243,7 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
         prepare_for_training(
             module,
             self.tokenizer,
-            self.device,
+            self.world,
             longest=longest,
             gradient_checkpointing=config.gradient_checkpointing,
         )
@@ -254,9 +254,7 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
 
     def _load_adapted(self, longest: int) -> AdapterModule:
         """An adapter and a new head on the model, which stays as it is."""
-        trunk = one_adapter(
-            self.config, self.tokenizer, self.device, name="reward", longest=longest
-        )
+        trunk = one_adapter(self.config, self.tokenizer, self.world, name="reward", longest=longest)
         module = trunk.role_module("reward", head=True)
         init_reward_head(module, self.config.run.seed)
         return module
@@ -363,7 +361,7 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
             set_calibration(self.module, gain, bias)
         with self.run.phase("export"):
             target = self.run.path / MODEL_NAME
-            model_dir = self.run.on_main(lambda: str(self._export(target)))
+            model_dir = str(self._export(target))
         held_out = self.state.extra.get("eval", {})
         return RewardModelResult(
             output_dir=str(self.run.path),
@@ -387,8 +385,10 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
     def _export(self, directory: Path) -> Path:
         if isinstance(self.module, AdapterModule):
             merge = self.config.lora.merge_on_export
-            return export_adapted(self.module, self.tokenizer, directory, merge=merge)
-        return export_model(self.module, self.tokenizer, directory)
+            return export_adapted(
+                self.module, self.tokenizer, directory, merge=merge, world=self.world
+            )
+        return export_model(self.module, self.tokenizer, directory, world=self.world)
 
     def raw_scores(self, sequences: Sequence[Tensor]) -> Tensor:
         """[K] float64 uncalibrated scores, on the CPU."""

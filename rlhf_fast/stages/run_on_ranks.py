@@ -16,8 +16,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rlhf_fast.distributed.agreement import on_main
 from rlhf_fast.distributed.world import World
-from rlhf_fast.errors import EXIT_INTERRUPTED, PeerError
+from rlhf_fast.errors import EXIT_INTERRUPTED
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.stages.progress import ProgressDisplay
 from rlhf_fast.stages.run import Run
@@ -46,24 +47,12 @@ class RunOnRanks(Run):
         """What `call` returns on rank 0, on all of them; it is called there alone.
 
         Args:
-            call: returns plain values, as `World.share` takes them.
+            call: returns plain values, as JSON has them.
 
         Raises:
-            BaseException: what `call` raised, on rank 0.
-            PeerError: on the others.
+            RLHFError: what `call` raised, on all ranks.
         """
-        result, fault = None, None
-        if self.world.is_main:
-            try:
-                result = call()
-            except BaseException as error:
-                fault = error
-        told = self.world.share({"exit": exit_code_of(fault), "result": None if fault else result})
-        if fault is not None:
-            raise fault
-        if told["exit"]:
-            raise PeerError(told["exit"])
-        found: T = told["result"]
+        found: T = on_main(self.world, call)
         return found
 
     def should_stop(self) -> bool:

@@ -145,13 +145,13 @@ class SFTStage(SupervisedStage[SFTConfig]):
         config = self.config
         if config.lora.rank > 0:
             return AdapterActor(
-                one_adapter(config, self.tokenizer, self.device, name="actor", longest=longest)
+                one_adapter(config, self.tokenizer, self.world, name="actor", longest=longest)
             )
         return Actor(
             prepare_for_training(
                 load_causal_lm(config.model, dtype=compute_type(config.run)),
                 self.tokenizer,
-                self.device,
+                self.world,
                 longest=longest,
                 gradient_checkpointing=config.gradient_checkpointing,
             )
@@ -243,7 +243,7 @@ class SFTStage(SupervisedStage[SFTConfig]):
         """Write `output_dir/model` and sum up."""
         with self.run.phase("export"):
             target = self.run.path / MODEL_NAME
-            model_dir = self.run.on_main(lambda: str(self._export(target)))
+            model_dir = str(self._export(target))
         held_out = self.state.extra.get("eval", {})
         sources = {"train": self.data, "eval": self.eval_data}
         return SFTResult(
@@ -259,8 +259,10 @@ class SFTStage(SupervisedStage[SFTConfig]):
     def _export(self, directory: Path) -> Path:
         if isinstance(self.actor, AdapterActor):
             merge = self.config.lora.merge_on_export
-            return export_adapted(self.actor.adapted, self.tokenizer, directory, merge=merge)
-        return export_model(self.actor.module, self.tokenizer, directory)
+            return export_adapted(
+                self.actor.adapted, self.tokenizer, directory, merge=merge, world=self.world
+            )
+        return export_model(self.actor.module, self.tokenizer, directory, world=self.world)
 
 
 def nll_sum(actor: Actor | AdapterActor, batch: PackedBatch) -> Tensor:

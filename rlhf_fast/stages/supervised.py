@@ -13,8 +13,8 @@ from rlhf_fast.config import RewardModelConfig, SFTConfig
 from rlhf_fast.data import EpochSampler
 from rlhf_fast.data.packing import Share, share_of
 from rlhf_fast.distributed.gradients import RankGradients
-from rlhf_fast.distributed.replicated import same_weights
 from rlhf_fast.distributed.work import WorldSplit
+from rlhf_fast.distributed.world import World
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.stages.adapted import trunk_digest
@@ -48,7 +48,8 @@ class SupervisedStage(ABC, Generic[Config]):
 
     def __init__(self, config: Config, run: Run, device: torch.device) -> None:
         self.config, self.run, self.device = config, run, device
-        self.work = WorldSplit(run.world)
+        self.world = run.world if run.world.size > 1 else World(device)
+        self.work = WorldSplit(self.world)
         self.tokenizer = load_stage_tokenizer(config.model, config.data)
 
     def begin(
@@ -62,10 +63,8 @@ class SupervisedStage(ABC, Generic[Config]):
             rows: training rows.
             fingerprint: of the training data.
         """
-        config, world = self.config, self.run.world
+        config, world = self.config, self.world
         require_same_data(world, training=fingerprint)
-        if world.size > 1:
-            same_weights(world, module)
         self.sampler = EpochSampler(
             rows, config.batch_size, config.run.seed, drop_last=False, fingerprint=fingerprint
         )
@@ -89,7 +88,7 @@ class SupervisedStage(ABC, Generic[Config]):
             self.run.checkpoint,
             self.state,
             allow_data_change=config.run.allow_data_change,
-            world=self.run.world,
+            world=self.world,
         )
 
     def dealt(self, bins: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[Share]:

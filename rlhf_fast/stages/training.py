@@ -44,6 +44,7 @@ from rlhf_fast.models.forward import ComputeDtype, enable_gradient_checkpointing
 from rlhf_fast.models.loading import load_tokenizer
 from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.stages.device_choice import choose_device
+from rlhf_fast.stages.placing import place
 from rlhf_fast.stages.run import COMPLETE_NAME, RUN_NAME, Resume, Run
 from rlhf_fast.stages.run_on_ranks import NoMetrics, RunOnRanks
 
@@ -202,17 +203,17 @@ def load_stage_tokenizer(model: str, data: DataConfig) -> Any:
 def prepare_for_training(
     module: nn.Module,
     tokenizer: Any,
-    device: torch.device,
+    world: World,
     *,
     longest: int,
     gradient_checkpointing: bool,
 ) -> nn.Module:
-    """Check a loaded module against tokenizer and data, and put it on the device in train mode.
+    """Check a loaded module against tokenizer and data, and place it on the ranks in train mode.
 
     Args:
         module: as the loaders return it.
         tokenizer: encodes its data.
-        device: where to.
+        world: where to; see `place`.
         longest: tokens of the longest sequence it will read.
         gradient_checkpointing: recompute activations in backward.
 
@@ -221,7 +222,7 @@ def prepare_for_training(
     """
     check_vocabulary(tokenizer, module)
     check_positions(module, longest)
-    module.to(device)
+    place(module, world)
     if gradient_checkpointing:
         enable_gradient_checkpointing(module)
     return module.train()

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from rlhf_fast.distributed.world import World
 from rlhf_fast.stages.ppo import run_ppo
@@ -61,12 +63,16 @@ def lines_of(folder: Path):
 
 @pytest.fixture(scope="module")
 def two(base):
-    return on_ranks(2, _stages, str(base), str(base / "two"))
+    """Two shards of one model (whole models in PPO), and two whole models."""
+    shards = on_ranks(2, _stages, str(base), str(base / "shards"))
+    copies = on_ranks(2, _stages, str(base), str(base / "copies"), replicas=2)
+    return [*shards, *copies]
 
 
+@pytest.mark.parametrize("form", ["shards", "copies"])
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
-def test_two_ranks_follow_one_process(base, two, stage):
-    alone, ranks = lines_of(base / "alone" / stage), lines_of(base / "two" / stage)
+def test_two_ranks_follow_one_process(base, two, stage, form):
+    alone, ranks = lines_of(base / "alone" / stage), lines_of(base / form / stage)
     assert len(alone) == len(ranks) == 5
     for step, (expected, found) in enumerate(zip(alone, ranks, strict=True)):
         tolerance = 1e-5 if step == 0 else 1e-3
@@ -75,9 +81,17 @@ def test_two_ranks_follow_one_process(base, two, stage):
 
 def test_two_ranks_sample_the_same_tokens(base, two):
     alone = (base / "alone" / "ppo" / "samples.jsonl").read_text().splitlines()
-    ranks = (base / "two" / "ppo" / "samples.jsonl").read_text().splitlines()
+    ranks = (base / "copies" / "ppo" / "samples.jsonl").read_text().splitlines()
     for a, b in zip(alone, ranks, strict=True):
         one, other = json.loads(a), json.loads(b)
         assert one.pop("score") == pytest.approx(other.pop("score"), abs=1e-3)
         assert one == other
     assert two[0] == two[1]
+    assert two[2] == two[3]
+    for stage in ("sft", "rm", "ppo"):
+        expected = load_file(base / "alone" / stage / "model" / "model.safetensors")
+        for form in ("shards", "copies"):
+            found = load_file(base / form / stage / "model" / "model.safetensors")
+            assert set(found) == set(expected)
+            for name, tensor in expected.items():
+                torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-3)

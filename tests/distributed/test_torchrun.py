@@ -1,5 +1,6 @@
 """Real jobs of torchrun: a rank that raises, one that is killed, and a stop."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -9,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_fast.config import SFTConfig
 from rlhf_fast.config_loading import to_yaml
+from rlhf_fast.distributed.world import World
+from rlhf_fast.stages.sft import run_sft
+from tests.distributed.ranks import on_ranks
 from tests.stages.killed_runs import ppo_config, reward_config, sft_config
 from tests.stages.tiny_runs import (
     checkpoint_contents,
@@ -89,28 +94,37 @@ def test_a_reward_function_that_raises_is_told_once(base):
     assert ours.count("to do:") == 1
 
 
+def constant(base: Path, out: Path, steps: int) -> SFTConfig:
+    """Whose steps do not depend on how many are to come."""
+    config = sft_config(base, out)
+    return dataclasses.replace(
+        config,
+        max_steps=steps,
+        optim=dataclasses.replace(config.optim, schedule="constant"),
+        run=dataclasses.replace(config.run, save_every=1),
+    )
+
+
+def _sft(world: World, base: str, out: str, steps: int) -> int:
+    return run_sft(constant(Path(base), Path(out), steps), quiet=True, world=world).steps
+
+
 def test_a_killed_rank_ends_the_job_which_then_goes_on_to_the_same_bits(base):
-    out = base / "killed"
-    endless = start("sft", sft_config(base, out), "max_steps=100000", "run.save_every=1")
-    wait_for_steps(endless, out / "sft" / "metrics.jsonl", 3)
-    os.kill(workers_of(endless)[1], signal.SIGKILL)
-    printed, _ = endless.communicate(timeout=LIMIT_SECONDS)
-    assert endless.returncode == 1
+    out, whole = base / "killed", base / "whole"
+    job = start("sft", constant(base, out, 100000))
+    wait_for_steps(job, out / "sft" / "metrics.jsonl", 3)
+    os.kill(workers_of(job)[1], signal.SIGKILL)
+    printed, _ = job.communicate(timeout=LIMIT_SECONDS)
+    assert job.returncode == 1
     assert printed.count("RF7052") <= 1  # torchrun may end the other before it has noticed
     assert "RF9001" not in printed
-    done = len(metric_lines(out / "sft"))
-    tensors, state = checkpoint_contents(out / "sft")
-    assert 2 <= state["step"] <= done + 1
-    last = f"max_steps={state['step'] + 2}"
-    again = start("sft", sft_config(base, out), last, "run.save_every=1")
-    printed, _ = again.communicate(timeout=LIMIT_SECONDS)
-    assert again.returncode == 0, printed
-    whole = base / "whole"
-    alone = start("sft", sft_config(base, whole), last, "run.save_every=1")
-    printed, _ = alone.communicate(timeout=LIMIT_SECONDS)
-    assert alone.returncode == 0, printed
-    assert tensors
+    saved = checkpoint_contents(out / "sft")[1]["step"]
+    assert 2 <= saved <= len(metric_lines(out / "sft"))
+    for folder in (out, whole):
+        steps = on_ranks(2, _sft, str(base), str(folder), saved + 2)
+        assert steps == [saved + 2] * 2
     expected, found = checkpoint_contents(whole / "sft")[0], checkpoint_contents(out / "sft")[0]
+    assert set(found) == set(expected)
     for name, group in expected.items():
         for key, tensor in group.items():
             assert tensor.equal(found[name][key]), (name, key)
