@@ -172,6 +172,11 @@ class GuardedOptimizer:
         self._in_backward = InBackward(self.optimizer, self._require_state) if in_backward else None
 
     @property
+    def whole_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """`named_parameters` as the modules have them: DTensors, if shards of them are stepped."""
+        return self.named_parameters
+
+    @property
     def parameters(self) -> Iterable[nn.Parameter]:
         """The trained parameters."""
         return (p for _, p in self.named_parameters)
