@@ -219,6 +219,11 @@ class GuardedOptimizer:
         return _groups(named, config)
 
     @property
+    def whole_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """`named_parameters` as the modules have them: DTensors, if shards of them are stepped."""
+        return self.named_parameters
+
+    @property
     def parameters(self) -> Iterable[nn.Parameter]:
         """The trained parameters."""
         return (p for _, p in self.named_parameters)

@@ -5,9 +5,10 @@ the order in which a model happens to register them. Loading writes the state in
 directly: `Optimizer.load_state_dict` would cast every state tensor to its parameter's dtype, which
 rounds the fp32 moments of bf16 weights.
 
-The state of a sharded parameter is sharded as the parameter is: DTensors, of which each rank stores
-and reads its shard. Moments that exist only in the layout of one rank (the scales of 8-bit blocks)
-could not be dealt anew to another number of ranks, and are refused.
+The state of a sharded parameter is sharded as the parameter is, whether the optimizer steps
+DTensors or a rank's shards as ordinary tensors: each rank stores and reads its shard. Moments that
+exist only in the layout of one rank (the scales of 8-bit blocks) could not be dealt anew to another
+number of ranks, and are refused.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rlhf_fast.distributed.dcp import fill
 from rlhf_fast.distributed.json_state import checked
-from rlhf_fast.distributed.stored import Stored, StoredTensors
+from rlhf_fast.distributed.stored import StoredTensors
 from rlhf_fast.errors import CheckpointError
 
 _GROUPS = "param_groups"
@@ -35,7 +37,9 @@ _NOT_LOADED = frozenset({"foreach", "fused"})
 
 
 def optimizer_state(
-    optimizer: Optimizer, named_parameters: Iterable[tuple[str, Tensor]]
+    optimizer: Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]],
+    whole_parameters: Iterable[tuple[str, Tensor]] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Take an optimizer's state apart.
 
@@ -43,6 +47,8 @@ def optimizer_state(
         optimizer: any `torch.optim` optimizer whose per-parameter state holds tensors and plain
             values.
         named_parameters: names for at least the parameters that it updates.
+        whole_parameters: the parameters of these names as the module has them, where the optimizer
+            steps a rank's shards of DTensors as ordinary tensors.
 
     Returns:
         tensors: `<parameter>/<slot>` (`.../exp_avg`, `.../step`) and, for options that are tensors,
@@ -52,7 +58,9 @@ def optimizer_state(
     Raises:
         CheckpointError: an unnamed parameter (RF8005) or a value that cannot be stored (RF8004).
     """
-    names = _names_by_parameter(optimizer, named_parameters)
+    named = list(named_parameters)
+    names = _names_by_parameter(optimizer, named)
+    sharded = _sharded(named if whole_parameters is None else whole_parameters)
     tensors: dict[str, Tensor] = {}
     groups = []
     for index, group in enumerate(optimizer.param_groups):
@@ -72,8 +80,8 @@ def optimizer_state(
         entry: dict[str, Any] = {"tensors": [], "values": {}}
         for key, value in slots.items():
             if isinstance(value, Tensor):
-                _require_sharded_alike(f"{name}/{key}", parameter, value)
-                _add(tensors, f"{name}/{key}", value)
+                full = f"{name}/{key}"
+                _add(tensors, full, _as_sharded(full, value.detach(), sharded.get(name)))
                 entry["tensors"].append(key)
             else:
                 entry["values"][key] = checked(value, f"{name}/{key}")
@@ -87,6 +95,7 @@ def load_optimizer_state(
     named_parameters: Iterable[tuple[str, Tensor]],
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
+    whole_parameters: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
     """Put back what `optimizer_state` took out, bit for bit.
 
@@ -94,19 +103,22 @@ def load_optimizer_state(
         optimizer: same class, same parameter groups (each group the same names, in any order).
         named_parameters: as for `optimizer_state`.
         tensors: as saved; they are copied, `step` stays on the CPU unless the group is capturable
-            or fused, everything else goes to its parameter's device, dtypes unchanged. Moments of
-            sharded parameters become DTensors like them.
+            or fused, everything else goes to its parameter's device, dtypes unchanged. Of a sharded
+            parameter's moments a rank reads its shard.
         state: as saved.
+        whole_parameters: as for `optimizer_state`.
 
     Raises:
         CheckpointError: another optimizer class, other groups or other shapes (RF8005); the
             optimizer is unchanged then.
     """
     saved_tensors = StoredTensors.of(tensors)
-    names = _names_by_parameter(optimizer, named_parameters)
-    _check_structure(optimizer, names, saved_tensors, state)
+    named = list(named_parameters)
+    names = _names_by_parameter(optimizer, named)
+    sharded = _sharded(named if whole_parameters is None else whole_parameters)
+    _check_structure(optimizer, names, sharded, saved_tensors, state)
     fresh: dict[Tensor, dict[str, Any]] = {}
-    empty: dict[str, Tensor] = {}
+    room: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         on_device = bool(group.get("capturable")) or bool(group.get("fused"))
         for parameter in group["params"]:
@@ -118,9 +130,16 @@ def load_optimizer_state(
             for key in entry["tensors"]:
                 device = parameter.device if key != "step" or on_device else torch.device("cpu")
                 full = f"{name}/{key}"
-                slots[key] = empty[full] = _room(saved_tensors.entries[full], parameter, device)
+                stored, like = saved_tensors.entries[full], sharded.get(name)
+                if like is None or not stored.shape:
+                    slots[key] = torch.empty(stored.shape, dtype=stored.dtype, device=device)
+                    room[full] = slots[key]
+                    continue
+                local = torch.empty(like.to_local().shape, dtype=stored.dtype, device=device)
+                room[full] = _around(local, like)
+                slots[key] = room[full] if isinstance(parameter, DTensor) else local
             fresh[parameter] = slots
-    fill(empty, StoredTensors({name: saved_tensors.entries[name] for name in empty}))
+    fill(room, StoredTensors({name: saved_tensors.entries[name] for name in room}))
     optimizer.state.clear()
     optimizer.state.update(fresh)
     for index, (group, saved) in enumerate(
@@ -140,24 +159,33 @@ def load_optimizer_state(
                 group[key] = value
 
 
-def _room(entry: Stored, parameter: Tensor, device: torch.device) -> Tensor:
-    """An uninitialised tensor for a slot: sharded like its parameter if it has its shape."""
-    if isinstance(parameter, DTensor) and entry.shape:
-        return torch.empty_like(parameter, dtype=entry.dtype, requires_grad=False)
-    return torch.empty(entry.shape, dtype=entry.dtype, device=device)
+def _sharded(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, DTensor]:
+    return {name: p for name, p in parameters if isinstance(p, DTensor)}
 
 
-def _require_sharded_alike(name: str, parameter: Tensor, value: Tensor) -> None:
-    if not isinstance(parameter, DTensor) or not value.dim():
-        return
-    if not isinstance(value, DTensor) or value.shape != parameter.shape:
-        raise CheckpointError(
-            "RF8004",
-            f"{name} cannot be stored: it is not sharded as its parameter is",
-            where="optimizer state",
-            expected="moments in the shape and placement of their parameter",
-            remedy="keep the optimizer state in 32 bits",
-        )
+def _around(local: Tensor, like: DTensor) -> DTensor:
+    """A tensor sharded as `like` is, of which `local` is this rank's shard; no copy."""
+    # `from_local` would bring moments that lie in host memory to the device.
+    meta = TensorMeta(like.shape, like.stride(), local.dtype)
+    spec = DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta)
+    return DTensor(local, spec, requires_grad=False)
+
+
+def _as_sharded(name: str, value: Tensor, like: DTensor | None) -> Tensor:
+    """A state tensor as a checkpoint stores it: sharded like its parameter, if that is."""
+    if like is None or not value.dim():
+        return value
+    if isinstance(value, DTensor) and value.shape == like.shape:
+        return value
+    if not isinstance(value, DTensor) and value.shape == like.to_local().shape:
+        return _around(value, like)
+    raise CheckpointError(
+        "RF8004",
+        f"{name} cannot be stored: it is not sharded as its parameter is",
+        where="optimizer state",
+        expected="moments in the shape and placement of their parameter",
+        remedy="keep the optimizer state in 32 bits",
+    )
 
 
 def scheduler_state(scheduler: LRScheduler) -> dict[str, Any]:
@@ -205,6 +233,7 @@ def _add(tensors: dict[str, Tensor], key: str, value: Tensor) -> None:
 def _check_structure(
     optimizer: Optimizer,
     names: Mapping[Tensor, str],
+    sharded: Mapping[str, DTensor],
     tensors: StoredTensors,
     state: Mapping[str, Any],
 ) -> None:
@@ -228,13 +257,11 @@ def _check_structure(
             tensor = tensors.entries.get(f"{name}/{key}")
             if tensor is None:
                 raise _mismatch(f"the checkpoint lacks {name}/{key}")
-            parameter = parameters[name]
+            shape = tuple(sharded.get(name, parameters[name]).shape)
             # Moments have the parameter's shape; scalars such as `step` have none.
-            shaped = key.startswith("exp_avg") or isinstance(parameter, DTensor)
-            if tensor.shape and shaped and tensor.shape != tuple(parameter.shape):
-                raise _mismatch(
-                    f"{name}/{key} has shape {tensor.shape}, the parameter {tuple(parameter.shape)}"
-                )
+            shaped = key.startswith("exp_avg") or name in sharded
+            if tensor.shape and shaped and tensor.shape != shape:
+                raise _mismatch(f"{name}/{key} has shape {tensor.shape}, the parameter {shape}")
 
 
 def _mismatch(what: str) -> CheckpointError:

@@ -308,7 +308,7 @@ def save_training_state(run: Run, state: TrainingState) -> Path | None:
         tensors[name], aliases[name] = module_tensors(module)
     for name, guarded in state.optimizers.items():
         tensors[f"{name}_optimizer"], inner = optimizer_state(
-            guarded.optimizer, guarded.named_parameters
+            guarded.optimizer, guarded.named_parameters, guarded.whole_parameters
         )
         optimizers[name] = {
             "optimizer": inner,
@@ -364,6 +364,7 @@ def load_training_state(
             guarded.named_parameters,
             checkpoint.tensors[f"{name}_optimizer"],
             entry["optimizer"],
+            guarded.whole_parameters,
         )
         load_scheduler_state(guarded.scheduler, entry["scheduler"])
         guarded.follow_schedule()

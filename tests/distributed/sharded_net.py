@@ -7,6 +7,7 @@ on a mesh of each replica's own.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,50 +61,68 @@ def build(seed: int, world: World | None = None) -> Net:
     return net
 
 
-def adamw(net: Net) -> torch.optim.AdamW:
-    trained = [p for p in net.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=1e-2, foreach=False)
+@dataclass
+class Training:
+    """A module with what trains it; `shards` are what the optimizer steps, by name."""
+
+    net: Net
+    shards: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+
+    @property
+    def whole(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self.net.named_parameters() if n in self.shards]
+
+    def step(self, seed: int) -> None:
+        """Step with made-up gradients, the same whole ones however the module is sharded."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.whole:
+            grad: Tensor = torch.randn(parameter.shape, generator=generator)
+            shard = self.shards[name]
+            if isinstance(parameter, DTensor):
+                grad = distribute_tensor(grad, parameter.device_mesh, parameter.placements)
+            shard.grad = grad if isinstance(shard, DTensor) else local(grad)
+        self.optimizer.step()
+        self.scheduler.step()
+
+    def groups(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`tensors` and `state` for a save."""
+        weights, aliases = module_tensors(self.net)
+        moments, inner = optimizer_state(self.optimizer, self.shards.items(), self.whole)
+        generators, rng = rng_state()
+        state = {
+            "aliases": aliases,
+            "optimizer": inner,
+            "scheduler": scheduler_state(self.scheduler),
+            "rng": rng,
+        }
+        return {"actor": weights, "moments": moments, "rng": generators}, state
+
+    def restore(self, checkpoint: Any) -> None:
+        tensors, state = checkpoint.tensors, checkpoint.state
+        load_module_tensors(self.net, tensors["actor"], state["aliases"])
+        load_optimizer_state(
+            self.optimizer, self.shards.items(), tensors["moments"], state["optimizer"], self.whole
+        )
+        load_scheduler_state(self.scheduler, state["scheduler"])
+        load_rng_state(tensors["rng"], state["rng"])
 
 
-def scheduler_of(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+def training(net: Net, *, steps_shards: bool) -> Training:
+    """AdamW over the DTensors, or over a rank's shards of them as ordinary parameters."""
+    shards = {}
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            cut = steps_shards and isinstance(parameter, DTensor)
+            shards[name] = nn.Parameter(local(parameter.detach())) if cut else parameter
+    optimizer = torch.optim.AdamW(shards.values(), lr=1e-2, foreach=False)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    return Training(net, shards, optimizer, scheduler)
 
 
-def step(net: Net, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    """A step with made-up gradients, the same whole ones however the module is sharded."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in net.parameters():
-        if not parameter.requires_grad:
-            continue
-        grad = torch.randn(parameter.shape, generator=generator)
-        if isinstance(parameter, DTensor):
-            grad = distribute_tensor(grad, parameter.device_mesh, parameter.placements)
-        parameter.grad = grad
-    optimizer.step()
-
-
-def groups_of(
-    net: Net, optimizer: torch.optim.Optimizer, scheduler: Any
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`tensors` and `state` for a save."""
-    weights, aliases = module_tensors(net)
-    moments, inner = optimizer_state(optimizer, net.named_parameters())
-    generators, rng = rng_state()
-    state = {
-        "aliases": aliases,
-        "optimizer": inner,
-        "scheduler": scheduler_state(scheduler),
-        "rng": rng,
-    }
-    return {"actor": weights, "moments": moments, "rng": generators}, state
-
-
-def restore(net: Net, optimizer: torch.optim.Optimizer, scheduler: Any, checkpoint: Any) -> None:
-    tensors, state = checkpoint.tensors, checkpoint.state
-    load_module_tensors(net, tensors["actor"], state["aliases"])
-    load_optimizer_state(optimizer, net.named_parameters(), tensors["moments"], state["optimizer"])
-    load_scheduler_state(scheduler, state["scheduler"])
-    load_rng_state(tensors["rng"], state["rng"])
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(groups: dict[str, Any]) -> dict[str, Tensor]:

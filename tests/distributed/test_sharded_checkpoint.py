@@ -9,37 +9,31 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor
 
 from rlhf_fast.distributed import load, save
 from rlhf_fast.distributed.world import World
+from rlhf_fast.errors import CheckpointError
 from tests.distributed.ranks import on_ranks
-from tests.distributed.sharded_net import (
-    Net,
-    adamw,
-    build,
-    groups_of,
-    restore,
-    scheduler_of,
-    step,
-    whole,
-)
+from tests.distributed.sharded_net import Training, build, local, training, whole
 
-# ranks, replicas; the seed says which mesh the embedding lies on
+# ranks, replicas
 LAYOUTS = {"one": (1, 1), "two": (2, 1), "four": (4, 1), "replicas": (4, 2)}
+
+
+def begin(layout: str, seed: int, world: World | None) -> Training:
+    """With an embedding on a mesh of each replica's own, and an optimizer of shards, in some."""
+    net = build(seed + (layout == "replicas"), world)
+    return training(net, steps_shards=layout == "four")
 
 
 def saved(world: World | None, folder: Path, name: str) -> None:
     """Train two steps and save, with the whole state beside the checkpoint for comparison."""
-    net = build(3 if name == "replicas" else 4, world)
-    optimizer = adamw(net)
-    scheduler = scheduler_of(optimizer)
+    run = begin(name, 4, world)
     for seed in (1, 2):
-        step(net, optimizer, seed)
-        scheduler.step()
+        run.step(seed)
     torch.manual_seed(5 if world is None else 50 * world.rank + 5)  # rank 0's counts
     torch.rand(3)
-    tensors, state = groups_of(net, optimizer, scheduler)
+    tensors, state = run.groups()
     options: dict[str, Any] = {} if world is None else {"world": world}
     path = save(folder / name, 7, tensors=tensors, state=state, keep_last=1, **options)
     assert path == folder / name / "step-00000007"
@@ -48,37 +42,29 @@ def saved(world: World | None, folder: Path, name: str) -> None:
         save_file(full, folder / f"{name}.safetensors")
 
 
-def addresses(net: Net) -> list[int]:
-    locals_ = [p.to_local() if isinstance(p, DTensor) else p for p in net.parameters()]
-    return [local.data_ptr() for local in locals_]
-
-
 def loaded(world: World | None, folder: Path, into: str) -> None:
     """Load every checkpoint into a module that begins elsewhere, compare, and go on."""
     drawn = []
     for name in LAYOUTS:
-        net = build(9 if into == "replicas" else 10, world)
-        optimizer = adamw(net)
-        scheduler = scheduler_of(optimizer)
-        step(net, optimizer, 0)
-        places = addresses(net)
+        run = begin(into, 10, world)
+        run.step(0)
+        places = [local(p).data_ptr() for p in run.net.parameters()]
         checkpoint = load(folder / name, **({} if world is None else {"world": world}))
-        restore(net, optimizer, scheduler, checkpoint)
-        tensors, state = groups_of(net, optimizer, scheduler)
+        run.restore(checkpoint)
+        tensors, state = run.groups()
         assert state == checkpoint.state
         assert state["aliases"] == {"head.weight": "embed.weight"}
-        assert addresses(net) == places, "loading must not replace storage"
+        assert [local(p).data_ptr() for p in run.net.parameters()] == places, "storage was replaced"
         expected, found = load_file(folder / f"{name}.safetensors"), whole(tensors)
         assert expected.keys() == found.keys()
         for key, tensor in expected.items():
             assert tensor.dtype == found[key].dtype, key
             assert torch.equal(tensor, found[key]), f"{name} -> {into}: {key}"
-        step(net, optimizer, 3)  # what came back can be trained
+        run.step(3)  # what came back can be trained
         drawn.append(torch.rand(3))
-        assert optimizer.param_groups[0]["lr"] == 1e-2 / 4
     torch.manual_seed(5)
-    expected = torch.rand(6)[3:]
-    assert all(torch.equal(values, expected) for values in drawn)
+    values = torch.rand(6)[3:]
+    assert all(torch.equal(draw, values) for draw in drawn)
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +116,16 @@ def test_one_process_writes_what_it_always_wrote(folder: Path) -> None:
         "dtype": "F32",
         "shape": [6],
     }
+
+
+def _eight_bits(world: World) -> None:
+    run = training(build(4, world), steps_shards=True)
+    run.step(1)
+    for slots in run.optimizer.state.values():
+        slots["scale_m"] = torch.ones(3)
+    with pytest.raises(CheckpointError, match=r"RF8004.*scale_m.*not sharded as its parameter"):
+        run.groups()
+
+
+def test_moments_in_the_layout_of_one_rank_are_refused() -> None:
+    on_ranks(2, _eight_bits)
