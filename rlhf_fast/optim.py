@@ -221,7 +221,8 @@ class GuardedOptimizer:
     @property
     def whole_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """`named_parameters` as the modules have them: DTensors, if shards of them are stepped."""
-        return self.named_parameters
+        names = (name for name, _ in self.named_parameters)
+        return list(zip(names, self._whole, strict=True))
 
     @property
     def parameters(self) -> Iterable[nn.Parameter]:
