@@ -41,13 +41,13 @@ from rlhf_fast.distributed.durable import (
     make_directories,
     storage_fault,
     unique_suffix,
-    write_atomically,
 )
 from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import CheckpointError, EnvironmentFault, RLHFError
 from rlhf_fast.metrics import METRICS_NAME
 from rlhf_fast.stages.progress import PhaseTimer, ProgressBar, ProgressDisplay
 from rlhf_fast.stages.run_config import ConfigDifference, compare, listed, plain_config
+from rlhf_fast.stages.run_files import read_json, write_json
 from rlhf_fast.stages.run_lock import RunLock
 from rlhf_fast.stages.saves import Saves
 from rlhf_fast.stages.stop_signals import StopSignals
@@ -259,7 +259,7 @@ class Run:
         """
         self.finish_save()
         record = {"stage": self.stage, "step": step, "summary": plain_config(summary or {})}
-        self.on_main(lambda: _write_json(self.path / COMPLETE_NAME, record))
+        self.on_main(lambda: write_json(self.path / COMPLETE_NAME, record))
 
     def renew_record(self) -> None:
         """Write this run's stage and configuration to `run.json`.
@@ -268,7 +268,7 @@ class Run:
         it has results to put in the place of the earlier ones.
         """
         record = {"format_version": _RUN_FORMAT, "stage": self.stage, "config": self._config}
-        self.on_main(lambda: _write_json(self.path / RUN_NAME, record))
+        self.on_main(lambda: write_json(self.path / RUN_NAME, record))
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Add the duration of a block to `time/<name>`."""
@@ -338,7 +338,7 @@ class Run:
         """Decide between a fresh start, a resume and nothing to do; refuse everything else."""
         if self._overwrite:
             self.on_main(self._clear)
-        recorded = self.on_main(lambda: _read_json(self.path / RUN_NAME))
+        recorded = self.on_main(lambda: read_json(self.path / RUN_NAME))
         if recorded is None:
             self._start_fresh()
             return
@@ -354,7 +354,7 @@ class Run:
         if not self._resumable and self._resume_step is None and self._is_mine(recorded):
             return
         self._refuse_other_run(differences)
-        complete = self.on_main(lambda: _read_json(self.path / COMPLETE_NAME))
+        complete = self.on_main(lambda: read_json(self.path / COMPLETE_NAME))
         notices = [f"configuration changed on resume: {item}" for item in differences]
         if complete is not None and not differences and self._resume_step is None:
             self.already_complete = True
@@ -450,32 +450,3 @@ class Run:
                         entry.unlink()
         except OSError as error:
             raise storage_fault(error, self.path) from error
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, str(error)) from error
-    if not isinstance(value, dict):
-        raise _unreadable(path, "not a JSON object")
-    return value
-
-
-def _unreadable(path: Path, reason: str) -> RLHFError:
-    return CheckpointError(
-        "RF8206",
-        f"{path.name} cannot be read: {reason}",
-        where=str(path),
-        remedy="restore it from a copy, or start over with run.overwrite=true",
-    )
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    data = json.dumps(value, indent=2, sort_keys=True).encode("utf-8") + b"\n"
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        raise storage_fault(error, path) from error
