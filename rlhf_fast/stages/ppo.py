@@ -47,7 +47,7 @@ from rlhf_fast.stages.messages import say, show_reports
 from rlhf_fast.stages.ppo_checks import check_roles
 from rlhf_fast.stages.ppo_ranks import roles_on_ranks
 from rlhf_fast.stages.ppo_roles import PretrainingBatches, build_roles, critic_to_export
-from rlhf_fast.stages.ranks import joined, require_ranks_can, require_same_data
+from rlhf_fast.stages.ranks import alone, joined, require_ranks_can, require_same_data
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.shared_roles import shared_bytes, shared_trunk
 from rlhf_fast.stages.training import (
@@ -60,7 +60,6 @@ from rlhf_fast.stages.training import (
     open_run,
     require_budget,
     require_settings,
-    setup_run,
     train,
     training_bytes,
 )
@@ -158,7 +157,7 @@ class PPOTrainer:
         self.config = config
         self.on_step = on_step
         self.quiet = quiet
-        self.world = World(setup_run(config.run)) if world is None else world
+        self.world = alone(config) if world is None else world
         self.device = self.world.device
         require_ranks_can(config, self.world)
         self.tokenizer = tokenizer or load_stage_tokenizer(config.actor, config.data)

@@ -55,6 +55,24 @@ def joined(
         yield world
 
 
+def alone(config: PPOConfig) -> World:
+    """Set the process up for a stage that nobody joined other ranks for.
+
+    Raises:
+        EnvironmentFault: RF7053, torchrun started several that would each do the whole of it.
+        Other errors as `setup_run`.
+    """
+    if launched_ranks() > 1:
+        raise EnvironmentFault(
+            "RF7053",
+            f"torchrun started {launched_ranks()} processes, and this one knows of no other",
+            where="world",
+            expected="the ranks, joined",
+            remedy="use `with rlhf_fast.stages.ranks.joined(config) as world:` and hand `world` on",
+        )
+    return World(setup_run(config.run))
+
+
 @contextlib.contextmanager
 def on_ranks_of(world: World, section: DistributedConfig) -> Iterator[None]:
     """What surrounds a stage on several ranks; the world is left at the end."""
