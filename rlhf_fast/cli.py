@@ -20,7 +20,14 @@ from pathlib import Path
 import rlhf_fast
 from rlhf_fast.config import EvalConfig, PPOConfig, RewardModelConfig, SFTConfig, StageConfig
 from rlhf_fast.config_loading import documented_yaml, load_config, to_yaml
-from rlhf_fast.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_OK, RLHFError
+from rlhf_fast.errors import (
+    EXIT_ENVIRONMENT,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EnvironmentFault,
+    PeerError,
+    RLHFError,
+)
 
 STAGES: dict[str, type[StageConfig]] = {
     "sft": SFTConfig,
@@ -50,9 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     _show_notices()
     try:
+        _check_ranks(options.command)
         _check_op_choice()
         handler: Callable[[argparse.Namespace], int] = options.handler
         return handler(options)
+    except PeerError as error:
+        return error.exit_code  # another rank says why
     except RLHFError as error:
         if options.debug:
             traceback.print_exc()
@@ -90,6 +100,18 @@ def _show_notices() -> None:
     logger = logging.getLogger("rlhf_fast")
     if not any(isinstance(handler, _Notices) for handler in logger.handlers):
         logger.addHandler(_Notices(logging.WARNING))
+
+
+def _check_ranks(command: str) -> None:
+    """Only training runs on several ranks; other commands would do the same thing N times."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in ("sft", "rm", "ppo"):
+        raise EnvironmentFault(
+            "RF7053",
+            f"{command} runs in one process",
+            where="torchrun",
+            expected="sft, rm or ppo under torchrun",
+            remedy=f"start `rlhf-fast {command}` without torchrun",
+        )
 
 
 def _check_op_choice() -> None:
@@ -218,7 +240,9 @@ def _stage(options: argparse.Namespace) -> int:
         from rlhf_fast.stages.check import check_stage
 
         check_stage(config)
-    print(_run_stage(config))
+    text = _run_stage(config)
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
     return EXIT_OK
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf_fast.config_distributed import DistributedConfig
 from rlhf_fast.config_lora import (
     AdapterConfig,
     LoraConfig,
@@ -50,6 +51,11 @@ class RunConfig:
     allow_data_change: bool = setting(False, "resume although the data changed; resets the cursor")
     save_every: int = setting(50, "optimizer or PPO steps between checkpoints", low=1)
     keep_last: int = setting(2, "checkpoints kept", low=1)
+    async_save: str = setting(
+        "off",
+        "on writes checkpoints in the background, from a copy of the state in host memory",
+        choices=("off", "on"),
+    )
     max_bad_steps: int = setting(3, "non-finite steps in a row before the run aborts", low=1)
     sinks: list[str] = setting(
         [], "extra metric sinks beside metrics.jsonl: tensorboard, wandb, trackio"
@@ -105,6 +111,7 @@ class SFTConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, schedule="cosine"))
     lora: AdapterConfig = field(default_factory=AdapterConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     epochs: int = setting(1, "passes over the data", low=1)
     max_steps: int = setting(0, "optimizer steps; 0 is by epochs", low=0)
     batch_size: int = setting(64, "sequences of an optimizer step", low=1)
@@ -123,6 +130,7 @@ class RewardModelConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
     lora: AdapterConfig = field(default_factory=AdapterConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     init_head: bool = setting(True, "make a new scalar head where the directory has none")
     epochs: int = setting(1, "passes over the data; more than 1 over-fits (IGPT)", low=1)
     max_steps: int = setting(0, "optimizer steps; 0 is by epochs", low=0)
@@ -376,6 +384,7 @@ class PPOConfig:
     ptx: PtxConfig = field(default_factory=PtxConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     actor_optim: OptimConfig = field(default_factory=OptimConfig)
     critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=9e-6))
     total_steps: int = setting(500, "rollout batches", low=1)

@@ -105,3 +105,15 @@ class Interrupted(RLHFError):
     """Ctrl-C arrived and a good checkpoint has been written (RF8xxx)."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+class PeerError(RLHFError):
+    """Another rank of the run has raised, and says why; this one leaves without a word (RF7059).
+
+    Args:
+        exit_code: of the other rank's error.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("RF7059", "another rank of the run failed")
+        self.exit_code = exit_code

@@ -219,6 +219,12 @@ class GuardedOptimizer:
         return _groups(named, config)
 
     @property
+    def whole_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """`named_parameters` as the modules have them: DTensors, if shards of them are stepped."""
+        names = (name for name, _ in self.named_parameters)
+        return list(zip(names, self._whole, strict=True))
+
+    @property
     def parameters(self) -> Iterable[nn.Parameter]:
         """The trained parameters."""
         return (p for _, p in self.named_parameters)

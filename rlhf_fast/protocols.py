@@ -147,3 +147,51 @@ class Generator(Protocol):
         may be given finished samples while others are drawn: some, all or none of them.
         """
         ...
+
+
+class WorkSplit(Protocol):
+    """The ranks that share the forwards of a batch which all of them hold.
+
+    Every rank calls the same methods in the same order; what a method returns is the same on all.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This process among all."""
+        ...
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        ...
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks of tensors of one shape and dtype, on one kind of device."""
+        ...
+
+    def sum_numbers(self, numbers: Sequence[float]) -> list[float]:
+        """Sum over ranks of equally many numbers, each as float64."""
+        ...
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank."""
+        ...
+
+
+class Alone:
+    """`WorkSplit` of a single rank: everything is its own."""
+
+    rank = 0
+    ranks = 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+    def sum_numbers(self, numbers: Sequence[float]) -> list[float]:
+        """The numbers themselves."""
+        return list(numbers)
+
+    def any(self, flag: bool) -> bool:
+        """The flag itself."""
+        return flag

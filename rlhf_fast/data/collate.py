@@ -33,6 +33,11 @@ class PackedBatch:
         """Tokens that carry loss; 0 is legal."""
         return int(self.loss_mask.sum())
 
+    def idle(self) -> PackedBatch:
+        """The same sequences, none of whose tokens carries loss."""
+        nothing = torch.full_like(self.targets, IGNORE_INDEX)
+        return PackedBatch(self.sequences, nothing, torch.zeros_like(self.loss_mask))
+
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on another device."""
         return PackedBatch(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from rlhf_fast.errors import DataError
 
@@ -151,3 +152,59 @@ def _emptiest_first(lengths: Sequence[int], count: int) -> list[list[int]]:
         bins[target].append(index)
         heapq.heappush(heap, (tokens + lengths[index], items + 1, target))
     return sorted(sorted(b) for b in bins)
+
+
+def deal(
+    bins: Sequence[Sequence[int]], lengths: Sequence[int], ranks: int
+) -> list[list[list[int]]]:
+    """Deal forwards over ranks: all run equally many, and at a time those of about equal size.
+
+    Where the number of bins is no multiple of `ranks`, the heaviest are split; what cannot be split
+    any further leaves empty bins. The heaviest bins come first. In each round the heaviest goes to
+    the rank that has the fewest tokens so far. The result depends on the arguments alone, so every
+    rank finds the same. One rank keeps its bins as they are.
+
+    Args:
+        bins: sequences of each forward.
+        lengths: tokens of each sequence.
+        ranks: that share the work.
+
+    Returns:
+        Rounds of `ranks` bins each, the bin of rank r at place r.
+    """
+    if ranks == 1:
+        return [[list(b)] for b in bins]
+    wanted = -(-len(bins) // ranks) * ranks
+    split = _split_heaviest([list(b) for b in bins], lengths, wanted)
+    split += [[] for _ in range(wanted - len(split))]
+    tokens = [sum(lengths[i] for i in b) for b in split]
+    order = sorted(range(wanted), key=lambda b: (-tokens[b], b))
+    total = [0] * ranks
+    rounds = []
+    for start in range(0, wanted, ranks):
+        takers = sorted(range(ranks), key=lambda r: (total[r], r))
+        dealt: list[list[int]] = [[] for _ in range(ranks)]
+        for rank, b in zip(takers, order[start : start + ranks], strict=True):
+            dealt[rank] = split[b]
+            total[rank] += tokens[b]
+        rounds.append(dealt)
+    return rounds
+
+
+class Share(NamedTuple):
+    """Sequences of one forward of a rank.
+
+    `idle`: they are read because the other ranks read something; nothing of it counts.
+    """
+
+    rows: list[int]
+    idle: bool = False
+
+
+def share_of(
+    bins: Sequence[Sequence[int]], lengths: Sequence[int], rank: int, ranks: int
+) -> list[Share]:
+    """The forwards of one rank, as `deal` deals them; in place of an empty one the shortest row."""
+    mine = [dealt[rank] for dealt in deal(bins, lengths, ranks)]
+    shortest = min(range(len(lengths)), key=lengths.__getitem__, default=0)
+    return [Share(rows) if rows or ranks == 1 else Share([shortest], True) for rows in mine]

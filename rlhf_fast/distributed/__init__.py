@@ -1,10 +1,15 @@
 """Checkpoints, and what a training state is made of.
 
-Save and load: `save`, `load`. Taking a state apart and putting it together, without pickle:
-`module_tensors`, `optimizer_state`, `scheduler_state`, `rng_state` and their `load_` counterparts.
+Save and load, from any number of ranks to any other: `save`, `BackgroundSaver`, `load`. Taking a
+state apart and putting it together, without pickle: `module_tensors`, `optimizer_state`,
+`scheduler_state`, `rng_state` and their `load_` counterparts.
 """
 
-from rlhf_fast.distributed.checkpoint import Checkpoint, CheckpointWriter, load, save, steps
+from rlhf_fast.distributed.background import BackgroundSaver
+from rlhf_fast.distributed.checkpoint import save
+from rlhf_fast.distributed.checkpoint_directory import steps
+from rlhf_fast.distributed.checkpoint_reading import Checkpoint, load
+from rlhf_fast.distributed.checkpoint_writer import CheckpointWriter
 from rlhf_fast.distributed.durable import staged_directory
 from rlhf_fast.distributed.module_state import (
     load_module_tensors,
@@ -20,6 +25,7 @@ from rlhf_fast.distributed.optimizer_state import (
 from rlhf_fast.distributed.rng_state import load_rng_state, rng_state
 
 __all__ = [
+    "BackgroundSaver",
     "Checkpoint",
     "CheckpointWriter",
     "load",

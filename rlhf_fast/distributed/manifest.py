@@ -6,7 +6,10 @@ names stay inside the directory, files are regular files of the stated size, and
 Python's unbounded integers) to no more bytes than the file holds.
 
 Every format version keeps the keys `format_version` and `digest`, so that an older program can tell
-"made by a newer one" from "damaged".
+"made by a newer one" from "damaged". Version 1 is what one process writes: every file a group of
+whole tensors. Version 2 is what several ranks write: a group is spread over files, and a tensor
+over them in chunks; each file's list says where its chunks lie, so there is no second index that
+could contradict it.
 """
 
 from __future__ import annotations
@@ -19,18 +22,19 @@ import os
 import platform
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlhf_fast.distributed.chunks import ChunkRecord, StoredRecord, tiling_problem
 from rlhf_fast.distributed.json_state import dump_json, parse_json
-from rlhf_fast.distributed.tensor_file import ITEM_BYTES
+from rlhf_fast.distributed.tensor_file import ITEM_BYTES, SUFFIX
 from rlhf_fast.errors import CheckpointError
 
-FORMAT_VERSION = 1
+WHOLE_VERSION, SHARDED_VERSION = 1, 2
 MANIFEST_NAME = "manifest.json"
 
 # A 10^5-tensor model needs about 15 MB; beyond this cap the file is not ours and is not read.
@@ -39,23 +43,51 @@ _MAX_DIMS = 64
 _READ_CHUNK_BYTES = 1 << 22
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# What unpickles when the usual loaders open it; `.metadata` is the index of a plain DCP directory.
+_PICKLES = re.compile(r"\.metadata|.*\.(metadata|distcp|bin|pt|pth|ckpt|pkl|pickle)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """dtype as safetensors names it (`F32`, `BF16`, ...) and shape."""
+    """dtype as safetensors names it (`F32`, `BF16`, ...), shape, and of a chunk its place.
+
+    `offsets` and `whole` are where the chunk begins in the whole tensor, and the shape of that;
+    both None for a tensor stored in one piece.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    offsets: tuple[int, ...] | None = None
+    whole: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file: size in bytes, SHA-256 in hex, and its tensors (None for a JSON file)."""
+    """One file: size in bytes, SHA-256 in hex, and its tensors (None for a JSON file).
+
+    `group` names what the tensors belong to; None means the file's stem.
+    """
 
     size: int
     sha256: str
     tensors: Mapping[str, TensorRecord] | None = None
+    group: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `manifest.json` has it."""
+        entry: dict[str, Any] = {"size": self.size, "sha256": self.sha256}
+        if self.group is not None:
+            entry["group"] = self.group
+        if self.tensors is not None:
+            entry["tensors"] = {key: _tensor_to_dict(t) for key, t in self.tensors.items()}
+        return entry
+
+
+def _tensor_to_dict(tensor: TensorRecord) -> dict[str, Any]:
+    entry: dict[str, Any] = {"dtype": tensor.dtype, "shape": list(tensor.shape)}
+    if tensor.offsets is not None and tensor.whole is not None:
+        entry |= {"offsets": list(tensor.offsets), "whole": list(tensor.whole)}
+    return entry
 
 
 @dataclass(frozen=True)
@@ -68,33 +100,62 @@ class Manifest:
             after a run went back to an earlier step.
         files: file name -> record.
         versions: library versions at the time of writing, for people.
+        digest: of a manifest that was read: the checksum it carries.
     """
 
     step: int
     commit: int
     files: Mapping[str, FileRecord]
     versions: Mapping[str, str] = field(default_factory=dict)
+    digest: str = ""
 
     def dump(self) -> bytes:
         """The bytes of `manifest.json`."""
-        files: dict[str, Any] = {}
-        for name, record in self.files.items():
-            entry: dict[str, Any] = {"size": record.size, "sha256": record.sha256}
-            if record.tensors is not None:
-                entry["tensors"] = {
-                    key: {"dtype": tensor.dtype, "shape": list(tensor.shape)}
-                    for key, tensor in record.tensors.items()
-                }
-            files[name] = entry
+        sharded = any(record.group is not None for record in self.files.values())
         return seal(
             {
-                "format_version": FORMAT_VERSION,
+                "format_version": SHARDED_VERSION if sharded else WHOLE_VERSION,
                 "step": self.step,
                 "commit": self.commit,
-                "files": files,
+                "files": {name: record.to_dict() for name, record in self.files.items()},
                 "versions": dict(self.versions),
             }
         )
+
+    def groups(self, where: Path) -> dict[str, dict[str, StoredRecord]]:
+        """Every group's tensors by name.
+
+        Args:
+            where: named in errors.
+
+        Raises:
+            CheckpointError: chunks that disagree about their tensor, or do not tile it (RF8001).
+        """
+        found: dict[str, dict[str, list[tuple[ChunkRecord, TensorRecord]]]] = {}
+        for file, record in self.files.items():
+            if record.tensors is None:
+                continue
+            group = found.setdefault(record.group or file.removesuffix(SUFFIX), {})
+            for name, tensor in record.tensors.items():
+                offsets = tensor.offsets or (0,) * len(tensor.shape)
+                chunk = ChunkRecord(file, offsets, tensor.shape)
+                group.setdefault(name, []).append((chunk, tensor))
+        return {
+            group: {name: _joined(f"{group}/{name}", parts, where) for name, parts in names.items()}
+            for group, names in found.items()
+        }
+
+
+def _joined(name: str, parts: list[tuple[ChunkRecord, TensorRecord]], where: Path) -> StoredRecord:
+    kinds = {(t.dtype, t.shape if t.whole is None else t.whole) for _, t in parts}
+    if len(kinds) != 1:
+        raise corrupt(f"the chunks of {name} are of different tensors: {sorted(kinds)}", where)
+    dtype, shape = kinds.pop()
+    chunks = tuple(chunk for chunk, _ in parts)
+    problem = tiling_problem(shape, chunks)
+    if problem:
+        raise corrupt(f"the chunks of {name} {list(shape)} {problem}", where)
+    return StoredRecord(dtype, shape, chunks)
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
@@ -132,15 +193,36 @@ def valid_file_name(name: str) -> bool:
     return _FILE_NAME.fullmatch(name) is not None and ".." not in name
 
 
+def refuse_pickles(names: Iterable[str], where: Path) -> None:
+    """Refuse a checkpoint with a file that runs code where it is unpickled.
+
+    Nothing here would open it; but it was not written by this program, and other tools would.
+
+    Raises:
+        CheckpointError: RF8009, with the names.
+    """
+    pickles = sorted(name for name in names if _PICKLES.fullmatch(name))
+    if pickles:
+        raise CheckpointError(
+            "RF8009",
+            f"the checkpoint holds pickled files, which can run code: {', '.join(pickles[:5])}",
+            where=str(where / pickles[0]),
+            expected="JSON and safetensors, all that is ever written into a checkpoint",
+            remedy="find out who put them there, and copy the checkpoint again from its source",
+        )
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Read and check `manifest.json`; the files it names are not opened.
 
     Raises:
-        CheckpointError: unreadable or inconsistent (RF8001); another format version (RF8002).
+        CheckpointError: unreadable or inconsistent (RF8001); another format version (RF8002);
+            pickled files in the directory or in the list (RF8009).
     """
     path = directory / MANIFEST_NAME
     if directory.is_symlink() or not directory.is_dir():
         raise corrupt("a checkpoint must be a real directory, not a link or a file", directory)
+    refuse_pickles(_entries(directory), directory)
     data = _read_bounded(path, _MAX_MANIFEST_BYTES)
     try:
         body = parse_json(data)
@@ -151,16 +233,24 @@ def read_manifest(directory: Path) -> Manifest:
     if "digest" in body and seal(body) != data:
         raise corrupt("the manifest does not match its own checksum", path)
     version = body.get("format_version")
-    if _is_count(version) and version != FORMAT_VERSION:
+    known = (WHOLE_VERSION, SHARDED_VERSION)
+    if _is_count(version) and version not in known:
         raise CheckpointError(
             "RF8002",
-            f"the checkpoint has format version {version}, this program reads {FORMAT_VERSION}",
+            f"the checkpoint has format version {version}, this program reads 1 and 2",
             where=str(path),
             remedy="use the release that wrote it (the manifest's `versions` names it)",
         )
-    if "digest" not in body or version != FORMAT_VERSION:
+    if "digest" not in body or version not in known or isinstance(version, bool):
         raise corrupt("the manifest has no checksum or no format version", path)
     return _parse_body(body, path)
+
+
+def _entries(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError as error:
+        raise corrupt(f"the directory cannot be read: {error.strerror}", directory) from error
 
 
 def _parse_body(body: Mapping[str, Any], path: Path) -> Manifest:
@@ -174,12 +264,23 @@ def _parse_body(body: Mapping[str, Any], path: Path) -> Manifest:
     for name in files:
         if not valid_file_name(name) or name == MANIFEST_NAME:
             raise corrupt(f"the manifest names a file outside its directory: {name!r}", path)
-    records = {name: _parse_file(name, entry, path) for name, entry in files.items()}
+    refuse_pickles(files, path.parent)
+    sharded = body["format_version"] == SHARDED_VERSION
+    records = {
+        name: parse_file(name, entry, path, sharded=sharded) for name, entry in files.items()
+    }
     texts = {str(key): str(value) for key, value in versions.items()}
-    return Manifest(step=step, commit=commit, files=records, versions=texts)
+    manifest = Manifest(step, commit, records, texts, str(body["digest"]))
+    manifest.groups(path)
+    return manifest
 
 
-def _parse_file(name: str, entry: Any, path: Path) -> FileRecord:
+def parse_file(name: str, entry: Any, path: Path, *, sharded: bool) -> FileRecord:
+    """One entry of `files`, undoing `FileRecord.to_dict`.
+
+    Raises:
+        CheckpointError: it is malformed, or claims more than the file can hold (RF8001).
+    """
     if not isinstance(entry, dict) or not _is_count(entry.get("size")):
         raise corrupt(f"the manifest gives no size for {name}", path)
     digest = entry.get("sha256")
@@ -187,25 +288,36 @@ def _parse_file(name: str, entry: Any, path: Path) -> FileRecord:
         raise corrupt(f"the manifest gives no SHA-256 for {name}", path)
     if "tensors" not in entry:
         return FileRecord(entry["size"], digest)
+    group = entry.get("group") if sharded else None
+    if sharded and not (isinstance(group, str) and valid_file_name(group)):
+        raise corrupt(f"the manifest gives no group for {name}", path)
     if not isinstance(entry["tensors"], dict):
         raise corrupt(f"the manifest's tensor list of {name} is not an object", path)
-    tensors = {key: _parse_tensor(key, value, path) for key, value in entry["tensors"].items()}
+    tensors = {
+        key: _parse_tensor(key, value, path, sharded=sharded)
+        for key, value in entry["tensors"].items()
+    }
     claimed = sum(math.prod(t.shape) * ITEM_BYTES[t.dtype] for t in tensors.values())
     if claimed > entry["size"]:
         raise corrupt(
             f"the tensors of {name} would need {claimed} bytes, the file has {entry['size']}", path
         )
-    return FileRecord(entry["size"], digest, tensors)
+    return FileRecord(entry["size"], digest, tensors, group)
 
 
-def _parse_tensor(name: str, entry: Any, path: Path) -> TensorRecord:
-    dtype = entry.get("dtype") if isinstance(entry, dict) else None
-    shape = entry.get("shape") if isinstance(entry, dict) else None
+def _parse_tensor(name: str, entry: Any, path: Path, *, sharded: bool) -> TensorRecord:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype = fields.get("dtype")
     known = isinstance(dtype, str) and dtype in ITEM_BYTES
-    shaped = isinstance(shape, list) and len(shape) <= _MAX_DIMS and all(map(_is_count, shape))
-    if not known or not shaped:
+    chunk = sharded and ("offsets" in fields or "whole" in fields)
+    places = [fields.get(key) for key in (("shape", "offsets", "whole") if chunk else ("shape",))]
+    if not known or not all(map(_is_place, places)):
         raise corrupt(f"the manifest's entry of tensor {name!r} is malformed", path)
-    return TensorRecord(str(dtype), tuple(shape or ()))
+    return TensorRecord(str(dtype), *(tuple(place or ()) for place in places))
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= _MAX_DIMS and all(map(_is_count, value))
 
 
 def _is_count(value: Any) -> bool:

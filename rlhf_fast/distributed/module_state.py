@@ -1,4 +1,4 @@
-"""Module weights as named tensors, tied ones stored once.
+"""Module weights as named tensors, tied ones stored once; sharded modules give DTensors.
 
 Loading copies into the existing storages and never replaces a tensor: optimizers, weight views of
 the generator and tied modules all hold references to them.
@@ -11,7 +11,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from rlhf_fast.distributed.dcp import fill
+from rlhf_fast.distributed.stored import Stored, StoredTensors
 from rlhf_fast.distributed.tensor_file import check_storable
 from rlhf_fast.errors import CheckpointError
 
@@ -31,25 +34,25 @@ def module_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     """
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    first: dict[tuple[object, ...], str] = {}
-    for name, value in module.state_dict().items():
+    first: dict[object, str] = {}
+    for name, value in module.state_dict(keep_vars=True).items():
         check_storable(name, value)
-        place = _place(value)
-        if value.numel() and place in first:
-            aliases[name] = first[place]
-        else:
-            first[place] = name
-            tensors[name] = value
+        known = next((first[key] for key in _identities(value) if key in first), None)
+        if known is not None:
+            aliases[name] = known
+            continue
+        first.update(dict.fromkeys(_identities(value), name))
+        tensors[name] = value.detach()
     return tensors, aliases
 
 
 def load_module_tensors(
     module: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str] | None = None
 ) -> None:
-    """Copy saved weights into a module, in place.
+    """Copy saved weights into a module, in place. Of a sharded tensor each rank reads its shard.
 
     Args:
-        module: a module with the same state dict names, shapes and dtypes.
+        module: a module with the same state dict names, shapes (sharded: whole ones) and dtypes.
         tensors: as returned by `module_tensors`, or a lazily read file of them.
         aliases: as returned by `module_tensors`.
 
@@ -57,9 +60,10 @@ def load_module_tensors(
         CheckpointError: names, shapes or dtypes differ, or weights that are tied here were saved
             with different values (RF8007); the module is unchanged then.
     """
-    sources = {name: name for name in tensors} | dict(aliases or {})
-    targets = module.state_dict()
-    dangling = [name for name, source in sources.items() if source not in tensors]
+    saved = StoredTensors.of(tensors)
+    sources = {name: name for name in saved} | dict(aliases or {})
+    targets = module.state_dict(keep_vars=True)
+    dangling = [name for name, source in sources.items() if source not in saved]
     problems = [
         *_listed("missing in the checkpoint", sorted(set(targets) - set(sources))),
         *_listed("unexpected in the checkpoint", sorted(set(sources) - set(targets))),
@@ -67,13 +71,13 @@ def load_module_tensors(
     ]
     if not problems:
         differing = [
-            f"{name}: saved {_shape(tensors[source])}, model {_shape(targets[name])}"
+            f"{name}: saved {_shape(saved.entries[source])}, model {_shape(targets[name])}"
             for name, source in sources.items()
-            if _shape(tensors[source]) != _shape(targets[name])
+            if _shape(saved.entries[source]) != _shape(targets[name])
         ]
         problems = [*_listed("of another shape or dtype", differing)]
     if not problems:
-        broken = _broken_ties(targets, sources, tensors)
+        broken = _broken_ties(targets, sources, saved)
         problems = [*_listed("tied in the model but not equal", broken)]
     if problems:
         raise CheckpointError(
@@ -83,9 +87,7 @@ def load_module_tensors(
             expected="the architecture and dtype of the saved run",
             remedy="resume with the model that the checkpoint was saved from",
         )
-    with torch.no_grad():
-        for name, source in sources.items():
-            targets[name].copy_(tensors[source])
+    fill(targets, saved.renamed(sources))
 
 
 def require_same_frozen(path: Path, saved: Mapping[str, str], here: Mapping[str, str]) -> None:
@@ -110,11 +112,16 @@ def require_same_frozen(path: Path, saved: Mapping[str, str], here: Mapping[str,
         )
 
 
-def _place(tensor: Tensor) -> tuple[object, ...]:
-    return (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+def _identities(tensor: Tensor) -> list[object]:
+    """What two names of one tensor have in common: the object, or the very same memory."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not local.numel():  # a rank whose shard is empty
+        return [id(tensor)] if tensor.numel() else []
+    place = (local.data_ptr(), local.device, local.dtype, local.shape, local.stride())
+    return [id(tensor), (place, tensor.shape)]
 
 
-def _shape(tensor: Tensor) -> str:
+def _shape(tensor: Tensor | Stored) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
@@ -128,12 +135,12 @@ def _listed(what: str, names: list[str]) -> list[str]:
 def _broken_ties(
     targets: Mapping[str, Tensor], sources: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> list[str]:
-    first: dict[tuple[object, ...], str] = {}
+    first: dict[object, str] = {}
     broken = []
     for name, target in targets.items():
-        if not target.numel():
-            continue
-        other = first.setdefault(_place(target), name)
+        keys = _identities(target)
+        other = next((first[key] for key in keys if key in first), name)
+        first.update({key: name for key in keys if key not in first})
         same = sources[name] == sources[other]
         if not same and not torch.equal(tensors[sources[name]], tensors[sources[other]]):
             broken.append(f"{other} and {name}")

@@ -4,6 +4,11 @@
 the order in which a model happens to register them. Loading writes the state into the optimizer
 directly: `Optimizer.load_state_dict` would cast every state tensor to its parameter's dtype, which
 rounds the fp32 moments of bf16 weights.
+
+The state of a sharded parameter is sharded as the parameter is, whether the optimizer steps
+DTensors or a rank's shards as ordinary tensors: each rank stores and reads its shard. Moments that
+exist only in the layout of one rank (the scales of 8-bit blocks) could not be dealt anew to another
+number of ranks, and are refused.
 """
 
 from __future__ import annotations
@@ -14,19 +19,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from rlhf_fast.distributed.dcp import fill
 from rlhf_fast.distributed.json_state import checked
+from rlhf_fast.distributed.stored import StoredTensors
 from rlhf_fast.errors import CheckpointError
 
 _GROUPS = "param_groups"
 # Bookkeeping that belongs to the live optimizer, not to its state.
 _NOT_STORED = frozenset({"params", "param_names"})
+# How a step is carried out, which the run that loads decides: the numbers do not depend on it.
+_NOT_LOADED = frozenset({"foreach", "fused"})
 
 
 def optimizer_state(
-    optimizer: Optimizer, named_parameters: Iterable[tuple[str, Tensor]]
+    optimizer: Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]],
+    whole_parameters: Iterable[tuple[str, Tensor]] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Take an optimizer's state apart.
 
@@ -34,6 +47,8 @@ def optimizer_state(
         optimizer: any `torch.optim` optimizer whose per-parameter state holds tensors and plain
             values.
         named_parameters: names for at least the parameters that it updates.
+        whole_parameters: the parameters of these names as the module has them, where the optimizer
+            steps a rank's shards of DTensors as ordinary tensors.
 
     Returns:
         tensors: `<parameter>/<slot>` (`.../exp_avg`, `.../step`) and, for options that are tensors,
@@ -43,7 +58,9 @@ def optimizer_state(
     Raises:
         CheckpointError: an unnamed parameter (RF8005) or a value that cannot be stored (RF8004).
     """
-    names = _names_by_parameter(optimizer, named_parameters)
+    named = list(named_parameters)
+    names = _names_by_parameter(optimizer, named)
+    sharded = _sharded(named if whole_parameters is None else whole_parameters)
     tensors: dict[str, Tensor] = {}
     groups = []
     for index, group in enumerate(optimizer.param_groups):
@@ -63,7 +80,8 @@ def optimizer_state(
         entry: dict[str, Any] = {"tensors": [], "values": {}}
         for key, value in slots.items():
             if isinstance(value, Tensor):
-                _add(tensors, f"{name}/{key}", value)
+                full = f"{name}/{key}"
+                _add(tensors, full, _as_sharded(full, value.detach(), sharded.get(name)))
                 entry["tensors"].append(key)
             else:
                 entry["values"][key] = checked(value, f"{name}/{key}")
@@ -77,6 +95,7 @@ def load_optimizer_state(
     named_parameters: Iterable[tuple[str, Tensor]],
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
+    whole_parameters: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
     """Put back what `optimizer_state` took out, bit for bit.
 
@@ -84,16 +103,22 @@ def load_optimizer_state(
         optimizer: same class, same parameter groups (each group the same names, in any order).
         named_parameters: as for `optimizer_state`.
         tensors: as saved; they are copied, `step` stays on the CPU unless the group is capturable
-            or fused, everything else goes to its parameter's device, dtypes unchanged.
+            or fused, everything else goes to its parameter's device, dtypes unchanged. Of a sharded
+            parameter's moments a rank reads its shard.
         state: as saved.
+        whole_parameters: as for `optimizer_state`.
 
     Raises:
         CheckpointError: another optimizer class, other groups or other shapes (RF8005); the
             optimizer is unchanged then.
     """
-    names = _names_by_parameter(optimizer, named_parameters)
-    _check_structure(optimizer, names, tensors, state)
+    saved_tensors = StoredTensors.of(tensors)
+    named = list(named_parameters)
+    names = _names_by_parameter(optimizer, named)
+    sharded = _sharded(named if whole_parameters is None else whole_parameters)
+    _check_structure(optimizer, names, sharded, saved_tensors, state)
     fresh: dict[Tensor, dict[str, Any]] = {}
+    room: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         on_device = bool(group.get("capturable")) or bool(group.get("fused"))
         for parameter in group["params"]:
@@ -104,8 +129,17 @@ def load_optimizer_state(
             slots: dict[str, Any] = copy.deepcopy(entry["values"])
             for key in entry["tensors"]:
                 device = parameter.device if key != "step" or on_device else torch.device("cpu")
-                slots[key] = tensors[f"{name}/{key}"].to(device, copy=True)
+                full = f"{name}/{key}"
+                stored, like = saved_tensors.entries[full], sharded.get(name)
+                if like is None or not stored.shape:
+                    slots[key] = torch.empty(stored.shape, dtype=stored.dtype, device=device)
+                    room[full] = slots[key]
+                    continue
+                local = torch.empty(like.to_local().shape, dtype=stored.dtype, device=device)
+                room[full] = _around(local, like)
+                slots[key] = room[full] if isinstance(parameter, DTensor) else local
             fresh[parameter] = slots
+    fill(room, StoredTensors({name: saved_tensors.entries[name] for name in room}))
     optimizer.state.clear()
     optimizer.state.update(fresh)
     for index, (group, saved) in enumerate(
@@ -115,13 +149,43 @@ def load_optimizer_state(
         options = dict(saved["options"])
         options.update(
             {
-                key.removeprefix(prefix): tensors[key].clone()
-                for key in tensors
+                key.removeprefix(prefix): saved_tensors[key].clone()
+                for key in saved_tensors
                 if key.startswith(prefix)
             }
         )
         for key, value in options.items():
-            group[key] = value
+            if key not in _NOT_LOADED:
+                group[key] = value
+
+
+def _sharded(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, DTensor]:
+    return {name: p for name, p in parameters if isinstance(p, DTensor)}
+
+
+def _around(local: Tensor, like: DTensor) -> DTensor:
+    """A tensor sharded as `like` is, of which `local` is this rank's shard; no copy."""
+    # `from_local` would bring moments that lie in host memory to the device.
+    meta = TensorMeta(like.shape, like.stride(), local.dtype)
+    spec = DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta)
+    return DTensor(local, spec, requires_grad=False)
+
+
+def _as_sharded(name: str, value: Tensor, like: DTensor | None) -> Tensor:
+    """A state tensor as a checkpoint stores it: sharded like its parameter, if that is."""
+    if like is None or not value.dim():
+        return value
+    if isinstance(value, DTensor) and value.shape == like.shape:
+        return value
+    if not isinstance(value, DTensor) and value.shape == like.to_local().shape:
+        return _around(value, like)
+    raise CheckpointError(
+        "RF8004",
+        f"{name} cannot be stored: it is not sharded as its parameter is",
+        where="optimizer state",
+        expected="moments in the shape and placement of their parameter",
+        remedy="keep the optimizer state in 32 bits",
+    )
 
 
 def scheduler_state(scheduler: LRScheduler) -> dict[str, Any]:
@@ -169,7 +233,8 @@ def _add(tensors: dict[str, Tensor], key: str, value: Tensor) -> None:
 def _check_structure(
     optimizer: Optimizer,
     names: Mapping[Tensor, str],
-    tensors: Mapping[str, Tensor],
+    sharded: Mapping[str, DTensor],
+    tensors: StoredTensors,
     state: Mapping[str, Any],
 ) -> None:
     kind = type(optimizer).__name__
@@ -186,18 +251,17 @@ def _check_structure(
                 f"group {index} differs: {len(missing)} not in the checkpoint {missing[:5]}, "
                 f"{len(extra)} not in the optimizer {extra[:5]}"
             )
-    shapes = {names[p]: p.shape for group in live for p in group["params"]}
+    parameters = {names[p]: p for group in live for p in group["params"]}
     for name, entry in state["parameters"].items():
         for key in entry["tensors"]:
-            tensor = tensors.get(f"{name}/{key}")
+            tensor = tensors.entries.get(f"{name}/{key}")
             if tensor is None:
                 raise _mismatch(f"the checkpoint lacks {name}/{key}")
+            shape = tuple(sharded.get(name, parameters[name]).shape)
             # Moments have the parameter's shape; scalars such as `step` have none.
-            if tensor.dim() and key.startswith("exp_avg") and tensor.shape != shapes[name]:
-                raise _mismatch(
-                    f"{name}/{key} has shape {tuple(tensor.shape)}, the parameter "
-                    f"{tuple(shapes[name])}"
-                )
+            shaped = key.startswith("exp_avg") or name in sharded
+            if tensor.shape and shaped and tensor.shape != shape:
+                raise _mismatch(f"{name}/{key} has shape {tensor.shape}, the parameter {shape}")
 
 
 def _mismatch(what: str) -> CheckpointError:

@@ -2,6 +2,9 @@
 
 Covers what a training process can draw from: torch's default CPU and CUDA generators, Python's and
 NumPy's global ones, and any named generator of the three libraries.
+
+Ranks draw alike: the state of rank 0 is what a checkpoint holds, and what every rank of a resumed
+run begins with, however many there are. Each has one CUDA generator then, that of its device.
 """
 
 from __future__ import annotations
@@ -24,11 +27,15 @@ _ARRAY = "$array"
 
 def rng_state(
     generators: Mapping[str, NamedGenerator] | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Capture the global generators and the named ones.
 
     Args:
         generators: name -> generator that the caller owns.
+        device: of one rank among several, whose CUDA generator alone is captured; None: those of
+            all visible devices.
 
     Returns:
         tensors (`torch`, `cuda/<i>`, `python`, `numpy/...`, `named/<name>...`) and a JSON tree.
@@ -37,11 +44,17 @@ def rng_state(
         CheckpointError: a generator of an unknown kind (RF8006).
     """
     tensors: dict[str, Tensor] = {"torch": torch.get_rng_state()}
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    cuda: list[Tensor] = []
+    if torch.cuda.is_initialized():
+        if device is None:
+            cuda = torch.cuda.get_rng_state_all()
+        else:
+            cuda = [torch.cuda.get_rng_state(device)]
     for index, value in enumerate(cuda):
         tensors[f"cuda/{index}"] = value
     state: dict[str, Any] = {
         "cuda_devices": len(cuda),
+        **({} if device is None else {"one_device": True}),
         "python": _python_state(random.getstate(), "python", tensors),
         "numpy": _split_arrays(
             np.random.get_state(legacy=False),  # noqa: NPY002 - user code may draw from it
@@ -59,19 +72,29 @@ def load_rng_state(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
     generators: Mapping[str, NamedGenerator] | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> None:
     """Put every generator back to where `rng_state` found it.
+
+    Args:
+        tensors, state: as saved.
+        generators: as saved.
+        device: of one rank among several, which gets the first of the CUDA generators saved; None:
+            every visible device gets its own, or the current one the only one that ranks saved.
 
     Raises:
         CheckpointError: other names or kinds of generators, or another number of CUDA devices, than
             were saved (RF8006); nothing is changed then.
     """
     given = dict(generators or {})
-    _check_same(given, state)
-    devices = int(state["cuda_devices"])
+    _check_same(given, state, one=device is not None or "one_device" in state)
     # Clone: the tensors may be views of a memory map.
     torch.set_rng_state(tensors["torch"].clone())
-    if devices:
+    devices = int(state["cuda_devices"])
+    if devices and (device is not None or "one_device" in state):
+        torch.cuda.set_rng_state(tensors["cuda/0"].clone(), "cuda" if device is None else device)
+    elif devices:
         torch.cuda.set_rng_state_all([tensors[f"cuda/{i}"].clone() for i in range(devices)])
     random.setstate(_python_tuple(state["python"], "python", tensors))
     np.random.set_state(_join_arrays(state["numpy"], tensors))  # noqa: NPY002
@@ -86,14 +109,16 @@ def load_rng_state(
             generator.bit_generator.state = _join_arrays(saved["state"], tensors)
 
 
-def _check_same(given: Mapping[str, NamedGenerator], state: Mapping[str, Any]) -> None:
+def _check_same(
+    given: Mapping[str, NamedGenerator], state: Mapping[str, Any], *, one: bool
+) -> None:
     here = {name: _kind(name, generator) for name, generator in given.items()}
     there = {name: entry["kind"] for name, entry in state["named"].items()}
     if here != there:
         raise _mismatch(f"generators {there} were saved, the run has {here}")
     devices = int(state["cuda_devices"])
     available = torch.cuda.device_count() if devices else 0
-    if devices != available:
+    if (devices > 0) != (available > 0) if one else devices != available:
         raise _mismatch(
             f"{devices} CUDA generators were saved, the machine has {available} devices"
         )

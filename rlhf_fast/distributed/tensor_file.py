@@ -10,7 +10,8 @@ Format: https://huggingface.co/docs/safetensors/index#format
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,24 @@ from rlhf_fast.errors import CheckpointError
 
 SUFFIX = ".safetensors"
 
+# In the order in which safetensors itself lays types out, widest items first: every tensor starts
+# at a multiple of its item size, and a file written here has the bytes that `save_file` writes.
 DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
+    torch.int32: "I32",
     torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_RANK = {name: place for place, name in enumerate(DTYPE_NAMES.values())}
+DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 ITEM_BYTES: dict[str, int] = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 
 _METADATA = "__metadata__"
@@ -73,25 +78,39 @@ def stream(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """
     for name, tensor in tensors.items():
         check_storable(name, tensor)
-    # Widest items first: every tensor then starts at a multiple of its item size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    layout = {name: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+    return stream_lazily(layout, tensors.__getitem__)
+
+
+def file_order(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
+    """The order in which tensors lie in a file: by type, then by name."""
+    return sorted(layout, key=lambda name: (_RANK[layout[name][0]], name))
+
+
+def stream_lazily(
+    layout: Mapping[str, tuple[str, tuple[int, ...]]], read: Callable[[str], Tensor]
+) -> Iterator[bytes | memoryview]:
+    """As `stream`, of tensors that need not exist yet.
+
+    Args:
+        layout: name -> (safetensors dtype, shape).
+        read: called once a tensor, in `file_order`, when its bytes are due.
+    """
+    order = file_order(layout)
     header: dict[str, Any] = {_METADATA: {"format": "pt"}}
     offset = 0
     for name in order:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
+        dtype, shape = layout[name]
+        end = offset + math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in order:
-        if tensors[name].numel():
-            flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+        tensor = read(name)
+        if tensor.numel():
+            flat = tensor.detach().to("cpu").contiguous().reshape(-1)
             yield flat.view(torch.uint8).numpy().data
 
 

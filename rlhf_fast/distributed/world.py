@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import Store, _get_default_store
 
+from rlhf_fast.distributed.fault_board import FaultBoard
 from rlhf_fast.errors import EnvironmentFault
 
 REPLICATE, SHARD = "replicate", "shard"
@@ -38,6 +39,7 @@ class World:
         size: number of ranks.
         local_rank: of this process on its machine.
         mesh: [replicas, shards] with the axes `replicate` and `shard`; None for one rank.
+        board: notes of what ranks do, and of who failed first.
     """
 
     device: torch.device
@@ -45,6 +47,7 @@ class World:
     size: int = 1
     local_rank: int = 0
     mesh: DeviceMesh | None = None
+    board: FaultBoard = field(default_factory=lambda: FaultBoard(None, 0, 1))
 
     @classmethod
     def join(
@@ -94,11 +97,12 @@ class World:
         )
         ranks = torch.arange(size).view(replicas, size // replicas)
         mesh = DeviceMesh(device.type, ranks, mesh_dim_names=(REPLICATE, SHARD))
-        return cls(device, rank, size, local_rank, mesh)
+        board = FaultBoard(_get_default_store(), rank, size)
+        return cls(device, rank, size, local_rank, mesh, board)
 
     def leave(self) -> None:
-        """Destroy the process groups; does nothing in a world of one."""
-        if self.mesh is not None:
+        """Destroy the process groups; does nothing in a world of one, or a second time."""
+        if self.mesh is not None and dist.is_initialized():
             dist.destroy_process_group()
 
     @property

@@ -22,6 +22,7 @@ import enum
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -435,6 +436,23 @@ class HybridEngine:
     def preemptions(self) -> int:
         """Samples of the last rollout that gave their pages back and were recomputed."""
         return 0 if self.last is None else self.last.preemptions
+
+    def halve_batch(self) -> bool:
+        """Decode half as many samples side by side from now on; false if it is one already.
+
+        For after a rollout that ran out of memory, whose pages are gone. What is sampled stays the
+        same.
+        """
+        if self.settings.max_batch == 1:
+            return False
+        rows = self.settings.max_batch // 2
+        self.settings = replace(self.settings, max_batch=rows)
+        if self._padded is not None:
+            self._padded.max_batch = rows
+        if self._runner is not None:
+            self._runner.settings = replace(self._runner.settings, max_rows=rows)
+            self._runner.release()
+        return True
 
     def _reports(self) -> ProgressReports | None:
         if self.on_progress is None:

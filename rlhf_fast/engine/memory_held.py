@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.distributed.flat_shards import local_part
+from rlhf_fast.engine.dealt_generator import DealtGenerator
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.memory_ledger import COPIES, PAGES, PHASES, Ledger, add, host_block
 from rlhf_fast.engine.progress import Progress
@@ -108,7 +109,8 @@ def _streamed(role: Any) -> StreamedModule | None:
 
 def _engine(roles: Roles) -> HybridEngine | None:
     generator = roles.generator
-    inner = generator.generator if isinstance(generator, AdapterGenerator) else generator
+    inner = generator.generator if isinstance(generator, DealtGenerator) else generator
+    inner = inner.generator if isinstance(inner, AdapterGenerator) else inner
     return inner if isinstance(inner, HybridEngine) else None
 
 

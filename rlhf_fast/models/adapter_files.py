@@ -20,13 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_fast.config_lora import ALL_LINEAR
+from rlhf_fast.distributed.agreement import ALONE
+from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import ModelError
 from rlhf_fast.models.adapters import AdapterModule, AdapterShape, SharedTrunk
 from rlhf_fast.models.checks import choose_pad_token
 from rlhf_fast.models.directory import ADAPTER_CONFIG, MANIFEST, sha256
-from rlhf_fast.models.export import publish
+from rlhf_fast.models.export import publish_on_main
 from rlhf_fast.models.heads import Calibration, get_calibration
 from rlhf_fast.models.loading import quiet_transformers
+from rlhf_fast.models.sharded_export import whole
 
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "rlhf_fast_adapter.json"
@@ -114,7 +117,9 @@ def adapter_shape(path: str | Path, trunk: SharedTrunk) -> AdapterShape:
     return trunk.shape(rank, alpha, targets)
 
 
-def export_adapter(module: AdapterModule, tokenizer: Any, directory: str | Path) -> Path:
+def export_adapter(
+    module: AdapterModule, tokenizer: Any, directory: str | Path, *, world: World = ALONE
+) -> Path:
     """Write a role's adapter, and its scalar head if it has one, for peft; with the tokenizer.
 
     Written and synced beside `directory`, then exchanged with it in one step.
@@ -123,6 +128,7 @@ def export_adapter(module: AdapterModule, tokenizer: Any, directory: str | Path)
         module: the role's parameters on its trunk.
         tokenizer: the trunk's; not changed.
         directory: where to; replaced if it is a model or an adapter.
+        world: the ranks that hold the module, each of which calls this; rank 0 writes.
 
     Returns:
         The directory.
@@ -131,16 +137,25 @@ def export_adapter(module: AdapterModule, tokenizer: Any, directory: str | Path)
         ModelError: `directory` holds something else (RF3030).
         EnvironmentFault: the disk is full, or writing is not permitted (RF7201).
     """
-    return publish(directory, lambda draft: _write(module, copy.deepcopy(tokenizer), draft))
-
-
-def _write(module: AdapterModule, tokenizer: Any, draft: Path) -> None:
-    trunk, name = module.trunk, module.name
-    assert name is not None
-    tensors = {f"{_PREFIX}{key}": value for key, value in trunk.tensors(name).items()}
+    assert module.name is not None
+    tensors = {
+        f"{_PREFIX}{key}": whole(value) for key, value in module.trunk.tensors(module.name).items()
+    }
     score = getattr(module, "score", None)
     if score is not None:
-        tensors[f"{_PREFIX}{_HEAD}"] = score.weight.detach()
+        tensors[f"{_PREFIX}{_HEAD}"] = whole(score.weight)
+
+    def write(draft: Path) -> None:
+        _write(module, tensors, copy.deepcopy(tokenizer), draft)
+
+    return publish_on_main(directory, write, world)
+
+
+def _write(
+    module: AdapterModule, tensors: Mapping[str, Tensor], tokenizer: Any, draft: Path
+) -> None:
+    trunk, name, score = module.trunk, module.name, getattr(module, "score", None)
+    assert name is not None
     shape = trunk.shapes[name]
     config = shape.peft_config(
         target_modules=list(shape.targets),

@@ -32,6 +32,7 @@ from rlhf_fast.errors import ModelError
 from rlhf_fast.models.forward import enable_gradient_checkpointing
 from rlhf_fast.models.heads import CALIBRATION_KEY
 from rlhf_fast.models.packed_attention import recomputed_in
+from rlhf_fast.models.sharded_export import whole
 
 _SHOWN = 8
 _BASE = ".base_layer"
@@ -162,7 +163,7 @@ class SharedTrunk:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             peft.inject_adapter_in_model(config, self.model, name)
-        self._layers = [layer for _, layer in self._named_layers()]
+        self._layers = [layer for _, layer in self.named_layers()]
         self.shapes[name] = shape
         self._trainable[name] = trainable
         self._settle()
@@ -272,11 +273,11 @@ class SharedTrunk:
         }
         deltas = {
             path: layer.get_delta_weight(name).detach().float().cpu()
-            for path, layer in self._named_layers()
+            for path, layer in self.named_layers()
             if name in layer.lora_A
         }
         merged = copy.deepcopy(self.model, memo).cpu()
-        for path, _ in self._named_layers():
+        for path, _ in self.named_layers():
             base = merged.get_submodule(path).get_base_layer()
             if path in deltas:
                 base.weight.data += deltas[path]
@@ -286,7 +287,8 @@ class SharedTrunk:
             del merged.peft_config
         return merged.eval()
 
-    def _named_layers(self) -> Iterator[tuple[str, Any]]:
+    def named_layers(self) -> Iterator[tuple[str, Any]]:
+        """peft's layers by the names of the layers that they wrap."""
         return ((n, m) for n, m in self.model.named_modules() if isinstance(m, LoraLayer))
 
     def _linear_layers(self) -> list[str]:
@@ -310,7 +312,7 @@ class SharedTrunk:
     def _parameters(self, name: str) -> dict[str, nn.Parameter]:
         return {
             f"{path}.{kind}.weight": getattr(layer, kind)[name].weight
-            for path, layer in self._named_layers()
+            for path, layer in self.named_layers()
             for kind in ("lora_A", "lora_B")
             if name in layer.lora_A
         }
@@ -345,7 +347,7 @@ class AdapterModule(nn.Module):
         self.name = name
         self.config = trunk.model.config
         self.adapter = nn.Module()
-        for path, layer in trunk._named_layers():
+        for path, layer in trunk.named_layers():
             if name in layer.lora_A:
                 place = _nested(self.adapter, path)
                 place.lora_A, place.lora_B = layer.lora_A[name], layer.lora_B[name]
@@ -365,22 +367,28 @@ class AdapterModule(nn.Module):
 def weights_digest(module: nn.Module) -> str:
     """SHA-256 over names, types, shapes and bytes of a model's weights, adapters left out.
 
-    The same before and after adapters were put on it. Of a model on the meta device, which has
-    sizes alone, it is empty.
+    The same before and after adapters were put on it, and however it is sharded: sharded weights
+    are gathered one at a time, which is collective, and every rank computes the digest. Of a model
+    on the meta device, which has sizes alone, it is empty.
     """
     if next(module.parameters()).is_meta:
         return ""
     digest = hashlib.sha256()
-    named = {
+    named = base_tensors(module)
+    for name in sorted(named):
+        tensor = whole(named[name])
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def base_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict that a model has without its adapters: live tensors."""
+    return {
         name.replace(_BASE, ""): tensor
-        for name, tensor in module.state_dict().items()
+        for name, tensor in module.state_dict(keep_vars=True).items()
         if not _of_adapter(name)
     }
-    for name in sorted(named):
-        tensor = named[name].detach()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _of_adapter(name: str) -> bool:

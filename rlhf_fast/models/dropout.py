@@ -41,6 +41,11 @@ def dropout_before(module: nn.Module) -> dict[str, float]:
     return dict(memory)
 
 
+def remember_dropout(module: nn.Module, source: nn.Module) -> None:
+    """Let `dropout_before(module)` be that of `source`."""
+    setattr(module, _MEMORY, dropout_before(source))
+
+
 def _probabilities(fields: dict[str, Any]) -> list[str]:
     return [
         name

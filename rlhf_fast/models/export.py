@@ -15,16 +15,21 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from rlhf_fast.distributed.agreement import ALONE, agree
+from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import EnvironmentFault, ModelError
 from rlhf_fast.models.checks import choose_pad_token
 from rlhf_fast.models.directory import ADAPTER_CONFIG, write_manifest
 from rlhf_fast.models.dropout import dropout_before
 from rlhf_fast.models.loading import quiet_transformers
+from rlhf_fast.models.sharded_export import GatheredWeights, own_weights
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def export_model(module: nn.Module, tokenizer: Any, directory: str | Path) -> Path:
+def export_model(
+    module: nn.Module, tokenizer: Any, directory: str | Path, *, world: World = ALONE
+) -> Path:
     """Write weights (safetensors), config, generation config and tokenizer.
 
     The directory is ready for the next stage and for stock transformers: `AutoModelForCausalLM` or
@@ -38,18 +43,61 @@ def export_model(module: nn.Module, tokenizer: Any, directory: str | Path) -> Pa
     an interrupted export leaves the old directory as it was.
 
     Args:
-        module: Hugging Face causal LM or sequence classifier; not changed.
+        module: Hugging Face causal LM or sequence classifier; not changed. Sharded weights are
+            gathered one by one, and the files are those of the same model in one process.
         tokenizer: its tokenizer; not changed.
         directory: where to; replaced if it is a model directory.
+        world: the ranks that hold the module, each of which calls this; rank 0 writes.
 
     Returns:
         The directory.
 
     Raises:
-        ModelError: `directory` holds something that is no model.
-        EnvironmentFault: the disk is full, or writing is not permitted.
+        ModelError: `directory` holds something that is no model (RF3030), or sharded weights that
+            cannot be stored one by one (RF3031).
+        EnvironmentFault: the disk is full, or writing is not permitted (RF7201).
     """
-    return publish(directory, lambda draft: _write(module, copy.deepcopy(tokenizer), draft))
+    if world.size == 1:
+        return publish(directory, lambda draft: _write(module, copy.deepcopy(tokenizer), draft))
+    return export_gathered(
+        module, GatheredWeights(module, own_weights(module)), tokenizer, directory, world
+    )
+
+
+def export_gathered(
+    module: Any, weights: GatheredWeights, tokenizer: Any, directory: str | Path, world: World
+) -> Path:
+    """As `export_model`, of weights that all ranks gather and rank 0 writes."""
+
+    def write(draft: Path) -> None:
+        _write(module, copy.deepcopy(tokenizer), draft, weights)
+
+    return publish_on_main(directory, write, world, finally_=weights.drain)
+
+
+def publish_on_main(
+    directory: str | Path,
+    write: Callable[[Path], None],
+    world: World,
+    *,
+    finally_: Callable[[], None] = lambda: None,
+) -> Path:
+    """`publish` on rank 0; what it raises all raise.
+
+    Args:
+        directory, write: as there.
+        world: the ranks, each of which calls this.
+        finally_: called by every rank in the end, whether or not writing failed.
+    """
+    error = None
+    if world.is_main:
+        try:
+            publish(directory, write)
+        except Exception as caught:
+            error = caught
+    finally_()
+    agree(world, error)
+    return Path(os.path.abspath(directory))
 
 
 def publish(directory: str | Path, write: Callable[[Path], None]) -> Path:
@@ -92,10 +140,16 @@ def _require_replaceable(target: Path) -> None:
         )
 
 
-def _write(module: Any, tokenizer: Any, draft: Path) -> None:
+def _write(
+    module: Any, tokenizer: Any, draft: Path, weights: GatheredWeights | None = None
+) -> None:
     pad = choose_pad_token(tokenizer, int(module.get_input_embeddings().weight.shape[0]))
     with quiet_transformers():
-        module.save_pretrained(draft)
+        if weights is None:
+            module.save_pretrained(draft)
+        else:
+            module.save_pretrained(draft, state_dict={})  # the configs, and a file of no weights
+            weights.write(draft)
         tokenizer.save_pretrained(draft)
     always = {**dropout_before(module), "pad_token_id": pad}
     defaults = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}

@@ -185,6 +185,10 @@ def spread_to_tokens(scores: Tensor, response_mask: Tensor) -> Tensor:
 
 
 def judges_of(reward: Reward) -> list[RewardModel]:
-    """The reward models in a reward, in order; functions have none."""
+    """The reward models in a reward, in order; functions have none.
+
+    What shares a reward over ranks has it as its `reward`.
+    """
     parts = [part for _, part in reward.parts] if isinstance(reward, SumReward) else [reward]
+    parts = [getattr(part, "reward", part) for part in parts]
     return [part.reward_model for part in parts if isinstance(part, ModelReward)]

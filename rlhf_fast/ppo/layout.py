@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.packing import pack_by_tokens
+from rlhf_fast.data.packing import Share, pack_by_tokens, share_of
+from rlhf_fast.protocols import Alone, WorkSplit
 from rlhf_fast.types import IGNORE_INDEX, Experience, Microbatch, PackedSequences, Rollout
 
 
@@ -46,16 +47,39 @@ class ResponseSlots:
         out[self.rows, self.cols] = packed.to(out.device)[self.positions].to(out.dtype)
 
 
-def token_packs(rollout: Rollout, samples: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Split samples of a rollout into forwards of at most `budget` tokens, evened out."""
+_ALONE = Alone()
+
+
+def token_packs(
+    rollout: Rollout, samples: Sequence[int], budget: int, split: WorkSplit = _ALONE
+) -> Iterator[Share]:
+    """This rank's forwards over samples of a rollout, of at most `budget` tokens, evened out.
+
+    All ranks get equally many, and what they get at a time is about equally long. One for whom
+    nothing is left reads the shortest sample of all.
+    """
     lengths = (rollout.prompt_lengths.cpu() + rollout.lengths.cpu()).tolist()
     chosen = list(samples)
-    for pack in pack_by_tokens([lengths[s] for s in chosen], budget, balanced=True):
-        yield [chosen[i] for i in pack]
+    if not chosen:
+        return
+    tokens = [lengths[s] for s in chosen]
+    packs = pack_by_tokens(tokens, budget, balanced=True)
+    if len(packs) % split.ranks:
+        wanted = -(-len(packs) // split.ranks) * split.ranks
+        packs = pack_by_tokens(tokens, budget, balanced=True, min_bins=wanted)
+    for share in share_of(packs, tokens, split.rank, split.ranks):
+        yield Share([chosen[i] for i in share.rows], share.idle)
 
 
-def response_slots(rollout: Rollout, indices: Sequence[int]) -> ResponseSlots:
-    """Pack samples `indices` of a rollout and locate their response tokens."""
+def longest_sample(rollout: Rollout) -> int:
+    """Tokens of the longest sample, prompt and response."""
+    return int((rollout.prompt_lengths.cpu() + rollout.lengths.cpu()).max())
+
+
+def response_slots(
+    rollout: Rollout, indices: Sequence[int], *, idle: bool = False
+) -> ResponseSlots:
+    """Pack samples `indices` of a rollout and locate their response tokens; of idle ones, none."""
     device = rollout.responses.device
     chosen = torch.as_tensor(indices, dtype=torch.int64, device=device)
     lengths = rollout.lengths.to(device)[chosen]
@@ -74,6 +98,8 @@ def response_slots(rollout: Rollout, indices: Sequence[int]) -> ResponseSlots:
     _copy_prompts(rollout, chosen, starts, prompt_lengths, ids)
     ids[positions + 1] = rollout.responses[rows, cols]
     sequences = PackedSequences.from_flat(ids, totals)
+    if idle:
+        rows, cols, positions = rows[:0], cols[:0], positions[:0]
     return ResponseSlots(sequences, rows, cols, positions, starts + totals - 1)
 
 
@@ -101,6 +127,7 @@ def build_microbatch(
     weights: Tensor,
     num_loss_tokens: int,
     ratio_cap: float = 0.0,
+    idle: bool = False,
 ) -> Microbatch:
     """Pack samples `indices` with everything their update reads.
 
@@ -111,9 +138,10 @@ def build_microbatch(
         weights: [S, R] float32 detached importance weights.
         num_loss_tokens: loss tokens of the whole optimizer step.
         ratio_cap: see `Microbatch`.
+        idle: no token of them takes part in the losses.
     """
     scored = experience.scored
-    slots = response_slots(scored.rollout, indices)
+    slots = response_slots(scored.rollout, indices, idle=idle)
     targets = slots.targets(scored.loss_mask)
     return Microbatch(
         sequences=slots.sequences,

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from rlhf_fast.optim import GuardedOptimizer
-from rlhf_fast.protocols import Generator, PolicyModel, Reward, ValueModel
+from rlhf_fast.protocols import Alone, Generator, PolicyModel, Reward, ValueModel, WorkSplit
 from rlhf_fast.types import PackedSequences
 
 
@@ -18,7 +18,10 @@ class PretrainingSource(Protocol):
     """Batches for the PPO-ptx term."""
 
     def next_batch(self) -> list[tuple[PackedSequences, Tensor]]:
-        """One optimizer step's microbatches: (sequences, targets [N] with IGNORE_INDEX)."""
+        """One optimizer step's microbatches: (sequences, targets [N] with IGNORE_INDEX).
+
+        On several ranks those of this rank, as many as any other has.
+        """
         ...
 
 
@@ -42,6 +45,10 @@ class Roles:
     `between_updates` is entered for sampling and scoring: what only the update needs may rest.
     `checkpointed` is what else a resumed run needs, by name. `independent`: no two roles share a
     module, a weight or a config, so that they may compute at the same time.
+
+    `split`: the ranks that share forwards; `reward` and `generator` then give all of them the same.
+    `halve_rollout`: after the generator ran out of memory, it shall hold half as many samples at a
+    time; false if it cannot.
     """
 
     actor: PolicyModel
@@ -57,6 +64,8 @@ class Roles:
     between_updates: Callable[[], AbstractContextManager[Any]] = nullcontext
     checkpointed: Mapping[str, Checkpointed] = field(default_factory=dict)
     independent: bool = False
+    split: WorkSplit = field(default_factory=Alone)
+    halve_rollout: Callable[[], bool] = field(default=lambda: False)
 
     @property
     def rates(self) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config import PPOConfig
+from rlhf_fast.data.packing import Share
 from rlhf_fast.ppo.anchors import checked_samples, logprob_gap
 from rlhf_fast.ppo.exact_kl import read_both
 from rlhf_fast.ppo.layout import ResponseSlots, response_slots, token_packs
+from rlhf_fast.ppo.out_of_memory import TokenBudget
 from rlhf_fast.ppo.roles import Roles
 from rlhf_fast.ppo.side_by_side import SideBySide
 from rlhf_fast.ppo.trunk import row_logprobs
-from rlhf_fast.protocols import RewardOutput, SampleReward, TrunkValueModel
+from rlhf_fast.protocols import RewardOutput, SampleReward, TrunkValueModel, WorkSplit
 from rlhf_fast.types import LogprobGap, PackedSequences, Rollout, ScoredRollout
 
 Read = Callable[[PackedSequences, Tensor], dict[str, Tensor]]
@@ -44,14 +46,25 @@ class Scoring:
         config: the PPO stage's config.
         roles: the four models.
         side_by_side: runs the roles' forwards.
+        budget: tokens of one forward; None: as configured.
+
+    On several ranks the forwards are dealt, what they found is summed, and every rank returns all
+    of it. Nothing is then scored early: which samples are finished is a matter of a rank's own.
 
     Attributes:
         early_fraction: part of the samples of the last rollout that was read during generation.
     """
 
-    def __init__(self, config: PPOConfig, roles: Roles, side_by_side: SideBySide) -> None:
+    def __init__(
+        self,
+        config: PPOConfig,
+        roles: Roles,
+        side_by_side: SideBySide,
+        budget: TokenBudget | None = None,
+    ) -> None:
         self.config = config
         self.roles = roles
+        self.budget = TokenBudget(config.microbatch_tokens) if budget is None else budget
         self._side_by_side = side_by_side
         self.early_fraction = 0.0
         self._early: EarlyScores | None = None
@@ -65,7 +78,7 @@ class Scoring:
 
     def begin(self) -> EarlyScores | None:
         """What takes samples while the next rollout is generated; None if all are scored after."""
-        wish = self.config.engine.overlap_scoring
+        wish = "off" if self.roles.split.ranks > 1 else self.config.engine.overlap_scoring
         overlaps = wish == "on" or (wish == "auto" and self._device.type == "cuda")
         self._early = EarlyScores(self) if overlaps else None
         return self._early
@@ -87,10 +100,7 @@ class Scoring:
         rollout = rollout.to(self._device)
         rest = sorted(set(range(len(rollout))) - set(early.samples))
         self.early_fraction = len(early.samples) / max(len(rollout), 1)
-        packs = [
-            self._pack(rollout, samples)
-            for samples in token_packs(rollout, rest, self.config.microbatch_tokens)
-        ]
+        packs = [self._pack(rollout, pack) for pack in self._packs(rollout, rest)]
         rewards: list[RewardOutput] = []
         # A model reads one pack after another: while it does, its attention is switched.
         calls: list[Callable[[], None]] = [
@@ -103,7 +113,7 @@ class Scoring:
         self._side_by_side.run(calls, self._device)
         packs = early.packs + packs
         scores, scored = rewards[0]
-        found = _padded(packs, rollout)
+        found = _padded(packs, rollout, self.roles.split)
         old, gap = self._anchors(rollout, step) if self._anchored else (found["old_logprobs"], None)
         return ScoredRollout(
             *(rollout, scores.to(self._device), scored.to(self._device)),
@@ -116,13 +126,16 @@ class Scoring:
 
     def read(self, rollout: Rollout, samples: Sequence[int]) -> _Pack:
         """One forward of each model over some samples."""
-        pack = self._pack(rollout, samples)
+        pack = self._pack(rollout, Share(list(samples)))
         for read in self._reads():
             _read_all(read, [pack])
         return pack
 
-    def _pack(self, rollout: Rollout, samples: Sequence[int]) -> _Pack:
-        slots = response_slots(rollout, samples)
+    def _packs(self, rollout: Rollout, samples: Sequence[int]) -> Iterator[Share]:
+        return token_packs(rollout, samples, self.budget.tokens, self.roles.split)
+
+    def _pack(self, rollout: Rollout, pack: Share) -> _Pack:
+        slots = response_slots(rollout, pack.rows, idle=pack.idle)
         return _Pack(slots, slots.targets(rollout.response_mask), {})
 
     def _reads(self) -> list[Read]:
@@ -206,11 +219,11 @@ class Scoring:
     def _recomputed(self, rollout: Rollout, samples: Sequence[int]) -> Tensor:
         """[S, R] log-probs by the actor of some samples, 0 elsewhere."""
         out = torch.zeros(rollout.responses.shape, device=rollout.responses.device)
-        for pack in token_packs(rollout, samples, self.config.microbatch_tokens):
-            slots = response_slots(rollout, pack)
+        for pack in self._packs(rollout, samples):
+            slots = response_slots(rollout, pack.rows, idle=pack.idle)
             targets = slots.targets(rollout.response_mask)
             slots.to_padded(self._actor_logprobs(slots.sequences, targets), out)
-        return out
+        return self.roles.split.sum(out)
 
 
 class EarlyScores:
@@ -228,7 +241,7 @@ class EarlyScores:
     @property
     def pack_tokens(self) -> int:
         """Tokens of one forward."""
-        return self._scoring.config.microbatch_tokens
+        return self._scoring.budget.tokens
 
     @torch.no_grad()
     def score(self, samples: Sequence[int], rollout: Rollout) -> None:
@@ -248,12 +261,12 @@ def _read_all(read: Read, packs: Sequence[_Pack]) -> None:
         pack.found.update(read(pack.slots.sequences, pack.targets))
 
 
-def _padded(packs: Sequence[_Pack], rollout: Rollout) -> dict[str, Tensor]:
-    """[S, R] of everything that was read, by name, 0 outside the responses."""
+def _padded(packs: Sequence[_Pack], rollout: Rollout, split: WorkSplit) -> dict[str, Tensor]:
+    """[S, R] of everything that was read on any rank, by name, 0 outside the responses."""
     shape, device = rollout.responses.shape, rollout.responses.device
     names = {name for pack in packs for name in pack.found} | {"old_logprobs", "ref_logprobs"}
     out = {name: torch.zeros(shape, device=device) for name in names | {"values"}}
     for pack in packs:
         for name, packed in pack.found.items():
             pack.slots.to_padded(packed, out[name])
-    return out
+    return {name: split.sum(out[name]) for name in sorted(out)}

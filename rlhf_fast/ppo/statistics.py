@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf_fast.optim import StepResult
 from rlhf_fast.ppo.anchors import gap_of
 from rlhf_fast.ppo.rewards import sequence_sum
+from rlhf_fast.protocols import WorkSplit
 from rlhf_fast.types import Experience, LossOutput
 
 # Model -> its learning rate among the metrics.
@@ -92,16 +93,28 @@ class UpdateStatistics:
     def __init__(self) -> None:
         self._sums: dict[str, float] = defaultdict(float)
         self._minibatch: dict[str, float] = defaultdict(float)
+        self._before: dict[str, float] = {}
         self._pretraining: list[float] = []
         self._steps: dict[str, list[StepResult]] = defaultdict(list)
         self._lr: dict[str, float] = {}
         self._minibatches = 0
+        self._redone = 0
         self._first_ratio_gap = 0.0
 
     def begin_minibatch(self) -> None:
         """Start the sums of the next optimizer step."""
         self._minibatches += 1
         self._minibatch.clear()
+        self._before = dict(self._sums)
+
+    def redo_minibatch(self) -> None:
+        """Forget the sums of the present minibatch: it is done again."""
+        self._redone += 1
+        self._minibatches -= 1
+        if self._minibatches == 0:
+            self._first_ratio_gap = 0.0
+        self._sums = defaultdict(float, self._before)
+        self.begin_minibatch()
 
     def add(self, output: LossOutput) -> None:
         """Add one microbatch's metric sums."""
@@ -113,6 +126,20 @@ class UpdateStatistics:
                 self._minibatch[name] += value
         if self._minibatches == 1 and output.extrema:
             self._first_ratio_gap = max(self._first_ratio_gap, _ratio_gap(output.extrema))
+
+    def agree(self, split: WorkSplit) -> None:
+        """Put the sums of all ranks over the present minibatch in the place of this rank's."""
+        if split.ranks == 1:
+            return
+        names = sorted(self._minibatch)
+        gaps = [0.0] * split.ranks
+        gaps[split.rank] = self._first_ratio_gap
+        summed = split.sum_numbers([*(self._minibatch[name] for name in names), *gaps])
+        for name, value in zip(names, summed[: len(names)], strict=True):
+            self._minibatch[name] = value
+            self._sums[name] = self._before.get(name, 0.0) + value
+        if self._minibatches == 1:
+            self._first_ratio_gap = max(summed[len(names) :])
 
     def minibatch_kl(self) -> float:
         """Mean k3 of new against old policy over the present minibatch."""
@@ -143,6 +170,7 @@ class UpdateStatistics:
             out["loss/ptx_avg"] = sum(self._pretraining) / len(self._pretraining)
         out["val/first_ratio_gap"] = self._first_ratio_gap
         out["policy/optimizer_steps"] = float(len(self._steps["policy"]))
+        out["policy/redone_minibatches"] = float(self._redone)
         out["policy/early_stop"] = float(early_stop)
         return out
 

@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config import PPOConfig, SamplingConfig
+from rlhf_fast.data.packing import Share
 from rlhf_fast.errors import NumericalError
 from rlhf_fast.ppo.advantages import estimate, importance_weights, whitened
 from rlhf_fast.ppo.anchors import ratio_cap
 from rlhf_fast.ppo.exact_kl import require_exact_kl
 from rlhf_fast.ppo.kl_control import KLController
-from rlhf_fast.ppo.layout import build_microbatch, response_slots, token_packs
+from rlhf_fast.ppo.layout import build_microbatch, longest_sample, response_slots, token_packs
 from rlhf_fast.ppo.losses import linear_policy_loss, policy_loss, value_loss
+from rlhf_fast.ppo.out_of_memory import TokenBudget, fits, require_smaller_rollout
 from rlhf_fast.ppo.rewards import RunningMoments, shape_scores
 from rlhf_fast.ppo.roles import PretrainingSource, Roles
 from rlhf_fast.ppo.scoring import Scoring
 from rlhf_fast.ppo.side_by_side import SideBySide
 from rlhf_fast.ppo.statistics import UpdateStatistics, rollout_metrics
 from rlhf_fast.ppo.trunk import require_trunk_head
+from rlhf_fast.ppo.warnings import anchor_warnings, first_ratio_warnings
 from rlhf_fast.protocols import TrunkValueModel
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import (
@@ -40,8 +43,6 @@ from rlhf_fast.types import (
 )
 
 LOGPROB_GAP_WARNING = 0.05
-# Rounding of a log-prob: forwards of other shapes sum in another order.
-FIRST_RATIO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ def sampling_params(config: SamplingConfig) -> SamplingParams:
 
 class PPOLearner:
     """Turns prompts into an improved actor and critic, one rollout batch at a time.
+
+    On several ranks (`roles.split`) all of them hold the whole batch and share the forwards: what
+    is computed from whole batches is computed everywhere, and so are the decisions.
 
     Args:
         config: the PPO stage's config.
@@ -95,13 +99,17 @@ class PPOLearner:
         self.config = config
         self.roles = roles
         self.phase = phase
-        self.side_by_side = SideBySide(roles.independent, config.side_by_side)
-        self.scoring = Scoring(config, roles, self.side_by_side)
+        # Ranks run the same forwards in the same order; two at a time would have none.
+        together = roles.independent and roles.split.ranks == 1
+        self.side_by_side = SideBySide(together, config.side_by_side)
+        self.budget = TokenBudget(config.microbatch_tokens)
+        self.scoring = Scoring(config, roles, self.side_by_side, self.budget)
         self.kl_controller = KLController(config.kl)
         self.score_moments = RunningMoments()
         self.steps = 0
         self.episodes = 0
         self.sampling = sampling_params(config.sampling)
+        self._rollouts_redone = 0
 
     def step(self, prompts: PromptBatch) -> StepOutput:
         """One rollout batch: sample, score, estimate advantages, update both models."""
@@ -113,11 +121,12 @@ class PPOLearner:
         with self.phase("prepare"):
             experience, shaped = self.prepare(scored)
         metrics = rollout_metrics(experience, shaped, kl_coef=self.kl_controller.coef)
-        warnings = self._check_logprob_gap(metrics) + self._check_anchors(metrics, scored)
+        warnings = self._check_logprob_gap(metrics)
+        warnings += anchor_warnings(self.config.algorithm, metrics, scored)
         with self.phase("update"):
             update = self.update(experience)
         if scored.anchor_gap is None:  # a ratio to the generator says how far the two are apart
-            warnings += self._check_first_ratio(update)
+            warnings += first_ratio_warnings(self.config.run.dtype, update)
         # Rows that abstained are in no mean: without any, there is no KL to steer by.
         kl = metrics.get("objective/kl_exact", metrics["objective/kl"])
         self.kl_controller.update(kl, int(scored.scored.sum()))
@@ -127,11 +136,23 @@ class PPOLearner:
             "episode": float(self.episodes),
             "kl_coef": self.kl_controller.coef,
             "rollout/early_scored_fraction": self.scoring.early_fraction,
+            "rollout/redone": float(self._rollouts_redone),
         }
         return StepOutput(metrics, experience, warnings)
 
     def generate(self, prompts: PromptBatch) -> Rollout:
-        """Sample G responses per prompt, each keyed by (seed, step, prompt, sample)."""
+        """Sample G responses per prompt, each keyed by (seed, step, prompt, sample).
+
+        What runs out of memory is drawn again, half as many samples at a time: the same samples.
+        """
+        self._rollouts_redone = 0
+        drawn: list[Rollout] = []
+        while not fits(lambda: drawn.append(self._drawn(prompts)), self.roles.split):
+            require_smaller_rollout(self.roles.halve_rollout)
+            self._rollouts_redone += 1
+        return drawn[-1]
+
+    def _drawn(self, prompts: PromptBatch) -> Rollout:
         group = self.config.rollout.samples_per_prompt
         seeds = [
             derive_seed(self.config.run.seed, self.steps, uid, g)
@@ -207,23 +228,31 @@ class PPOLearner:
             advantages = advantages.clone()
             advantages[rows] = whitened(advantages[rows], mask, unbiased=algorithm.whiten_unbiased)
         tokens = int(mask.sum())
+
+        def accumulate() -> None:
+            for pack in self._packs(experience.scored.rollout, minibatch):
+                microbatch = build_microbatch(
+                    experience,
+                    pack.rows,
+                    advantages=advantages,
+                    weights=weights,
+                    num_loss_tokens=max(tokens, 1),
+                    ratio_cap=ratio_cap(experience.scored, algorithm),
+                    idle=pack.idle,
+                )
+                self._backward(microbatch, statistics)
+
         statistics.begin_minibatch()
-        for indices in token_packs(
-            experience.scored.rollout, minibatch, self.config.microbatch_tokens
-        ):
-            microbatch = build_microbatch(
-                experience,
-                indices,
-                advantages=advantages,
-                weights=weights,
-                num_loss_tokens=max(tokens, 1),
-                ratio_cap=ratio_cap(experience.scored, algorithm),
-            )
-            self._backward(microbatch, statistics)
+        if self.config.memory.step_in_backward:  # has stepped by the time memory runs out
+            accumulate()
+        else:
+            while not fits(accumulate, roles.split):
+                self._drop_gradients()
+                self.budget.halve(longest_sample(experience.scored.rollout))
+                statistics.redo_minibatch()
+        statistics.agree(roles.split)
         if algorithm.target_kl > 0 and statistics.minibatch_kl() > algorithm.target_kl:
-            roles.actor_optimizer.zero_grad()
-            if roles.critic_optimizer is not None:
-                roles.critic_optimizer.zero_grad()
+            self._drop_gradients()
             return False
         if self.roles.pretraining is not None:
             statistics.add_pretraining(self._pretraining_backward(self.roles.pretraining))
@@ -235,6 +264,11 @@ class PPOLearner:
         if roles.critic is not None:
             statistics.add_step("value", rates["lr_value"], stepped)
         return True
+
+    def _drop_gradients(self) -> None:
+        self.roles.actor_optimizer.zero_grad()
+        if self.roles.critic_optimizer is not None:
+            self.roles.critic_optimizer.zero_grad()
 
     def _backward(self, microbatch: Microbatch, statistics: UpdateStatistics) -> None:
         """Forward and backward of both models over one microbatch; gradients accumulate."""
@@ -310,14 +344,15 @@ class PPOLearner:
     def _pretraining_backward(self, source: PretrainingSource) -> float:
         """Add the gradient of coef * mean cross-entropy of one batch; returns the mean."""
         batch = source.next_batch()
-        tokens = max(1, sum(int((targets != IGNORE_INDEX).sum()) for _, targets in batch))
+        found = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in batch)
+        tokens = max(1, int(self.roles.split.sum_numbers([found])[0]))
         total = 0.0
         for sequences, targets in batch:
             logprobs, _ = self.roles.actor.logprobs(sequences, targets)
             loss = -logprobs.sum() / tokens
             (self.config.ptx.coef * loss).backward()
             total += float(loss.detach())
-        return total
+        return self.roles.split.sum_numbers([total])[0]
 
     @torch.no_grad()
     def _bootstrap(self, rollout: Rollout) -> Tensor | None:
@@ -327,11 +362,16 @@ class PPOLearner:
             return None
         out = torch.zeros(len(rollout), device=rollout.responses.device)
         truncated = torch.nonzero(~rollout.ended).flatten().tolist()
-        for indices in token_packs(rollout, truncated, self.config.microbatch_tokens):
-            slots = response_slots(rollout, indices)
-            rows = torch.as_tensor(indices, device=out.device)
-            out[rows] = critic.values(slots.sequences)[slots.last]
-        return out
+        for pack in self._packs(rollout, truncated):
+            slots = response_slots(rollout, pack.rows)
+            values = critic.values(slots.sequences)[slots.last]
+            if not pack.idle:
+                out[torch.as_tensor(pack.rows, device=out.device)] = values
+        return self.roles.split.sum(out)
+
+    def _packs(self, rollout: Rollout, samples: Sequence[int]) -> Iterator[Share]:
+        """This rank's forwards over samples of a rollout."""
+        return token_packs(rollout, samples, self.budget.tokens, self.roles.split)
 
     def _whitens(self, scope: str) -> bool:
         """Whether GAE's advantages are whitened over this scope; the others have baselines."""
@@ -365,27 +405,6 @@ class PPOLearner:
             return [f"mean |trainer - generator| log-prob gap is {gap:.3g} nats"]
         return []
 
-    def _check_anchors(self, metrics: Mapping[str, float], scored: ScoredRollout) -> list[str]:
-        """Whether the generator's log-probs were asked for as anchors and turned down."""
-        algorithm = self.config.algorithm
-        if algorithm.old_logprobs == "recompute" or scored.anchor_gap is not None:
-            return []
-        return [
-            "generator and trainer are further apart than algorithm.max_rollout_kl="
-            f"{algorithm.max_rollout_kl:g} nats a token, so all old log-probs were recomputed "
-            f"(KL over all of them: {metrics['rollout/logprob_k3']:.3g})"
-        ]
-
-    def _check_first_ratio(self, update: Mapping[str, float]) -> list[str]:
-        """On the first minibatch nothing has moved yet: the ratio must be 1, to rounding."""
-        gap = update["val/first_ratio_gap"]
-        tolerance = FIRST_RATIO_TOLERANCE[self.config.run.dtype]
-        if gap > tolerance:
-            return [
-                f"ratio differs from 1 by {gap:.3g} on the first minibatch (tolerance {tolerance})"
-            ]
-        return []
-
     def state_dict(self) -> dict[str, Any]:
         """Everything of the learner, beside models and optimizers, that a checkpoint must hold."""
         return {
@@ -393,6 +412,7 @@ class PPOLearner:
             "episodes": self.episodes,
             "kl_controller": self.kl_controller.state_dict(),
             "score_moments": self.score_moments.state_dict(),
+            "token_budget": self.budget.state_dict(),
             **{name: part.state_dict() for name, part in self.roles.checkpointed.items()},
         }
 
@@ -402,5 +422,7 @@ class PPOLearner:
         self.episodes = int(state["episodes"])
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.score_moments.load_state_dict(state["score_moments"])
+        if "token_budget" in state:  # not in checkpoints of before there was one
+            self.budget.load_state_dict(state["token_budget"])
         for name, part in self.roles.checkpointed.items():
             part.load_state_dict(state[name])

@@ -42,11 +42,11 @@ from rlhf_fast.models.vocabulary import vocabulary_head
 from rlhf_fast.ppo.exact_kl import require_exact_kl
 from rlhf_fast.ppo.trunk import require_trunk_head
 from rlhf_fast.stages.adapted import open_trunk
+from rlhf_fast.stages.device_choice import choose_device
 from rlhf_fast.stages.evaluate import choose_prompts
 from rlhf_fast.stages.ppo_checks import check_tokenizers
 from rlhf_fast.stages.shared_roles import check_adapters
 from rlhf_fast.stages.training import (
-    choose_device,
     load_stage_tokenizer,
     require_budget,
     require_settings,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rlhf_fast.engine.dealt_generator import DealtGenerator
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.progress import Progress
 from rlhf_fast.models.adapter_roles import AdapterGenerator
@@ -15,7 +16,8 @@ SECONDS_BETWEEN_REPORTS = 0.25
 
 def engine_of(generator: Generator) -> HybridEngine | None:
     """The engine behind a generator; None if it is of another kind."""
-    inner = generator.generator if isinstance(generator, AdapterGenerator) else generator
+    inner = generator.generator if isinstance(generator, DealtGenerator) else generator
+    inner = inner.generator if isinstance(inner, AdapterGenerator) else inner
     return inner if isinstance(inner, HybridEngine) else None
 
 

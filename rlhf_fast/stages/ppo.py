@@ -23,6 +23,9 @@ from rlhf_fast.data import (
 )
 from rlhf_fast.data.readers import RowSource
 from rlhf_fast.distributed.durable import write_atomically
+from rlhf_fast.distributed.gradients import RankGradients
+from rlhf_fast.distributed.work import WorldSplit
+from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.memory_held import MemoryWatch
 from rlhf_fast.metrics import METRICS_NAME, read_metrics
 from rlhf_fast.models.adapter_files import export_adapter
@@ -42,7 +45,9 @@ from rlhf_fast.stages.generation import (
 from rlhf_fast.stages.memory_report import MemoryReport, memory_report
 from rlhf_fast.stages.messages import say, show_reports
 from rlhf_fast.stages.ppo_checks import check_roles
+from rlhf_fast.stages.ppo_ranks import roles_on_ranks
 from rlhf_fast.stages.ppo_roles import PretrainingBatches, build_roles, critic_to_export
+from rlhf_fast.stages.ranks import alone, joined, require_ranks_can, require_same_data
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.shared_roles import shared_bytes, shared_trunk
 from rlhf_fast.stages.training import (
@@ -55,7 +60,6 @@ from rlhf_fast.stages.training import (
     open_run,
     require_budget,
     require_settings,
-    setup_run,
     train,
     training_bytes,
 )
@@ -121,8 +125,10 @@ class PPOTrainer:
         reward_function: called as fn(prompts=[...], completions=[...], completion_ids=[...],
             **columns), returns a list of numbers, of None to abstain, or of per-token lists.
         pretraining_dataset: rows for the PPO-ptx term.
-        on_step: called after each step with (step, StepOutput); the metrics it returns are logged.
+        on_step: called after each step with (step, StepOutput), on every rank; the metrics it
+            returns are logged.
         quiet: rare plain lines instead of progress bars.
+        world: the ranks that torchrun started, from `joined`; None: this process alone.
     """
 
     def __init__(
@@ -140,6 +146,7 @@ class PPOTrainer:
         pretraining_dataset: RowSource | None = None,
         on_step: OnStep | None = None,
         quiet: bool = False,
+        world: World | None = None,
     ) -> None:
         # Whether there is a reward at all is found by `build_reward`, with the objects at hand.
         given = ["reward"] if pretraining_dataset is None else ["reward", "ptx.data"]
@@ -150,7 +157,9 @@ class PPOTrainer:
         self.config = config
         self.on_step = on_step
         self.quiet = quiet
-        self.device = setup_run(config.run)
+        self.world = alone(config) if world is None else world
+        self.device = self.world.device
+        require_ranks_can(config, self.world)
         self.tokenizer = tokenizer or load_stage_tokenizer(config.actor, config.data)
         options = LoadOptions.from_config(config.data)
         self.data: LoadedData[PromptExample] = load_prompts(
@@ -165,8 +174,9 @@ class PPOTrainer:
             seed=config.run.seed,
             fingerprint=self.data.fingerprint,
         )
+        require_same_data(self.world, prompts=self.data.fingerprint)
         self.pretraining = self._load_pretraining(pretraining_dataset, options)
-        self.roles = build_roles(
+        roles = build_roles(
             config,
             self.tokenizer,
             self.device,
@@ -177,10 +187,12 @@ class PPOTrainer:
             reward_tokenizer=reward_tokenizer,
             reward_function=reward_function,
             pretraining=self.pretraining,
+            ranks=RankGradients.of(self.world),
         )
         longest = max(len(e) for e in self.data.examples)
-        check_roles(self.roles, self.tokenizer, longest, config.sampling.max_new_tokens)
+        check_roles(roles, self.tokenizer, longest, config.sampling.max_new_tokens)
         require_budget(config.microbatch_tokens, longest + config.sampling.max_new_tokens)
+        self.roles = roles_on_ranks(roles, config, self.world)
         self.learner = PPOLearner(config, self.roles)
         self.longest_prompt = longest
         self.memory_watch: MemoryWatch | None = None
@@ -195,11 +207,13 @@ class PPOTrainer:
         source = ptx.data if dataset is None else dataset
         data = load_sft(source, self.tokenizer, options, name="pretraining")
         show_reports(data.report)
+        require_same_data(self.world, pretraining=data.fingerprint)
         sampler = EpochSampler(
             len(data), ptx.batch_size, seed=self.config.run.seed, fingerprint=data.fingerprint
         )
+        split = WorldSplit(self.world)
         return PretrainingBatches(
-            data.examples, sampler, self.config.microbatch_tokens, self.device
+            data.examples, sampler, self.config.microbatch_tokens, self.device, split
         )
 
     def train(self) -> PPOResult:
@@ -215,6 +229,7 @@ class PPOTrainer:
             outputs=(MODEL_NAME, CRITIC_NAME, ADAPTER_NAME, SAMPLES_NAME),
             bytes_needed=self._bytes_needed(),
             quiet=self.quiet,
+            world=self.world,
         )
         with run:
             if run.already_complete:
@@ -246,14 +261,19 @@ class PPOTrainer:
 
     def _train(self, run: Run, state: TrainingState) -> PPOResult:
         config, learner = self.config, self.learner
-        load_training_state(run.checkpoint, state, allow_data_change=config.run.allow_data_change)
+        load_training_state(
+            run.checkpoint,
+            state,
+            allow_data_change=config.run.allow_data_change,
+            world=run.world,
+        )
         if run.checkpoint is not None:
             learner.load_state_dict(state.extra)
         engine = engine_of(self.roles.generator)
         show_generation(engine, lambda progress: run.note(**generation_fields(progress)))
         learner.phase = self.memory_watch.around(run.phase) if self.memory_watch else run.phase
         samples = run.path / SAMPLES_NAME
-        _keep_samples(samples, state.step)
+        run.on_main(lambda: _keep_samples(samples, state.step))
 
         def step() -> dict[str, float]:
             batch = collate_prompts([self.data[i] for i in self.sampler.next_batch()])
@@ -265,7 +285,8 @@ class PPOTrainer:
             if self.on_step is not None:
                 metrics |= self.on_step(done, output) or {}
             self._advise(output, metrics)
-            if done % config.sample_every == 0 or done == config.total_steps:
+            due = done % config.sample_every == 0 or done == config.total_steps
+            if due and self.world.is_main:
                 _append_samples(samples, done, output, self.tokenizer)
             return metrics
 
@@ -282,8 +303,7 @@ class PPOTrainer:
         critic = critic_to_export(self.roles)
         if critic is not None:
             self._save_critic(critic, run.path / CRITIC_NAME)
-        last = read_metrics(run.path / METRICS_NAME)[-1]
-        metrics = {name: float(last[name] or 0.0) for name in _KEPT}
+        metrics = run.on_main(lambda: _kept_metrics(run.path))
         run.mark_complete(state.step, metrics)
         return PPOResult(run.path / MODEL_NAME, state.step, metrics)
 
@@ -303,15 +323,15 @@ class PPOTrainer:
         actor, target = self.roles.actor, Path(directory)
         if isinstance(actor, AdapterActor):
             merge = self.config.lora.merge_on_export
-            export_adapted(actor.adapted, self.tokenizer, target, merge=merge)
+            export_adapted(actor.adapted, self.tokenizer, target, merge=merge, world=self.world)
         else:
-            export_model(actor.module, self.tokenizer, target)
+            export_model(actor.module, self.tokenizer, target, world=self.world)
 
     def _save_critic(self, module: nn.Module, directory: Path) -> None:
         export: Callable[..., Path] = export_model
         if isinstance(module, AdapterModule):
             export = export_adapter
-        export(module, self.tokenizer, directory)
+        export(module, self.tokenizer, directory, world=self.world)
 
     def _advise(self, output: StepOutput, metrics: Mapping[str, float]) -> None:
         """Show warnings, and each health hint once a run."""
@@ -325,9 +345,17 @@ class PPOTrainer:
         return PPOResult(run.path / MODEL_NAME, self.config.total_steps, finished_summary(run))
 
 
-def run_ppo(config: PPOConfig) -> PPOResult:
-    """Stage 3 from the directories that the config names."""
-    return PPOTrainer(config).train()
+def run_ppo(config: PPOConfig, *, world: World | None = None) -> PPOResult:
+    """Stage 3 from the directories that the config names, on `world` or what torchrun started."""
+    require_valid(config)
+    with joined(config, world) as world:
+        return PPOTrainer(config, world=world).train()
+
+
+def _kept_metrics(directory: Path) -> dict[str, float]:
+    """What is kept of the last step."""
+    last = read_metrics(directory / METRICS_NAME)[-1]
+    return {name: float(last[name] or 0.0) for name in _KEPT}
 
 
 def _append_samples(path: Path, step: int, output: StepOutput, tokenizer: Any) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.models.forward import enable_gradient_checkpointing
-from rlhf_fast.optim import GuardedOptimizer
+from rlhf_fast.optim import GradientExchange, GuardedOptimizer
 
 
 def build_optimizer(
@@ -18,6 +18,8 @@ def build_optimizer(
     module: nn.Module,
     name: Literal["actor", "critic"],
     value_head: nn.Module | None = None,
+    *,
+    ranks: GradientExchange | None = None,
 ) -> GuardedOptimizer:
     """Put a module, already on its device, in train mode, and make its optimizer.
 
@@ -26,7 +28,7 @@ def build_optimizer(
     module.train()  # dropout is off in either mode; activations are recomputed in this one only
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module)
-    return guarded_optimizer(config, module, name, value_head)
+    return guarded_optimizer(config, module, name, value_head, ranks=ranks)
 
 
 def guarded_optimizer(
@@ -34,8 +36,13 @@ def guarded_optimizer(
     module: nn.Module,
     name: Literal["actor", "critic"],
     value_head: nn.Module | None = None,
+    *,
+    ranks: GradientExchange | None = None,
 ) -> GuardedOptimizer:
-    """The optimizer of a module's trainable parameters, and of a value head if there is one."""
+    """The optimizer of a module's trainable parameters, and of a value head if there is one.
+
+    `ranks` are those that it steps together with; None: it steps alone.
+    """
     algorithm = config.algorithm
     return GuardedOptimizer(
         module,
@@ -46,6 +53,7 @@ def guarded_optimizer(
         bits=8 if config.memory.optimizer == "adamw8bit" else 32,
         in_backward=config.memory.step_in_backward,
         heads={} if value_head is None else {"value_head": (value_head, config.critic_optim)},
+        ranks=ranks,
     )
 
 

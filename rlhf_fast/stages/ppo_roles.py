@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.data import EpochSampler, pack_sft
+from rlhf_fast.data import EpochSampler, collate_sft, pack_best_fit
 from rlhf_fast.data.examples import SFTExample
+from rlhf_fast.data.packing import share_of
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.settings import engine_settings
 from rlhf_fast.errors import ConfigError
@@ -26,8 +27,9 @@ from rlhf_fast.models.loading import (
 from rlhf_fast.models.offload import round_layer_weights
 from rlhf_fast.models.reward_function import RewardFunction
 from rlhf_fast.models.roles import Actor, Critic, Reference, TrunkCritic
+from rlhf_fast.optim import GradientExchange
 from rlhf_fast.ppo.roles import Roles
-from rlhf_fast.protocols import Reward
+from rlhf_fast.protocols import Alone, Reward, WorkSplit
 from rlhf_fast.stages.ppo_checks import (
     adopt_modules,
     check_tokenizers,
@@ -54,17 +56,24 @@ class PretrainingBatches:
         sampler: EpochSampler,
         token_budget: int,
         device: torch.device,
+        split: WorkSplit | None = None,
     ) -> None:
         self.examples = examples
         self.sampler = sampler
         self.token_budget = token_budget
         self.device = device
+        self.split = Alone() if split is None else split
 
     def next_batch(self) -> list[tuple[PackedSequences, Tensor]]:
-        """One optimizer step's microbatches: (sequences, targets [N])."""
+        """One optimizer step's microbatches, of all those this rank's: (sequences, targets [N])."""
         chosen = [self.examples[i] for i in self.sampler.next_batch()]
-        packs = [pack.to(self.device) for pack in pack_sft(chosen, self.token_budget)]
-        return [(pack.sequences, pack.targets) for pack in packs]
+        lengths = [len(example) for example in chosen]
+        bins = pack_best_fit(lengths, self.token_budget)
+        batch = []
+        for share in share_of(bins, lengths, self.split.rank, self.split.ranks):
+            pack = collate_sft([chosen[i] for i in share.rows]).to(self.device)
+            batch.append((pack.sequences, (pack.idle() if share.idle else pack).targets))
+        return batch
 
 
 def build_critic(
@@ -118,8 +127,11 @@ def build_roles(
     reward_tokenizer: Any = None,
     reward_function: RewardFunction | None = None,
     pretraining: PretrainingBatches | None = None,
+    ranks: GradientExchange | None = None,
 ) -> Roles:
     """All roles and optimizers, on `device`; modules given come before the config's directories.
+
+    `ranks` are those that the optimizers step together with; None: they step alone.
 
     Raises:
         ModelError: as the loaders, and RF3023 if the tokenizers of the directories differ.
@@ -148,7 +160,9 @@ def build_roles(
     if config.lora.rank > 0:
         judge = reward_model if config.lora.reward_adapter else None
         refuse_modules(config, critic=critic, reward_model=judge)
-        return _shared_roles(config, tokenizer, device, actor, reference, reward, pretraining)
+        return _shared_roles(
+            config, tokenizer, device, actor, reference, reward, pretraining, ranks
+        )
     if reference is None:
         reference = copy.deepcopy(actor)
         round_layer_weights(reference)
@@ -156,11 +170,13 @@ def build_roles(
     value_model = build_critic(config, actor, critic=critic, reward=reward_model)
     value_head = value_model.head if isinstance(value_model, TrunkCritic) else None
     engine = build_engine(config, actor, tokenizer, lambda: policy.weight_version)
-    actor_optimizer = build_optimizer(config, actor, "actor", value_head)
+    actor_optimizer = build_optimizer(config, actor, "actor", value_head, ranks=ranks)
     engine.guard(actor_optimizer.optimizer)
     critic_optimizer = None
     if value_model is not None and value_head is None:
-        critic_optimizer = build_optimizer(config, value_model.module.to(device), "critic")
+        critic_optimizer = build_optimizer(
+            config, value_model.module.to(device), "critic", ranks=ranks
+        )
         engine.guard(critic_optimizer.optimizer)
     optimizers = [o for o in (actor_optimizer, critic_optimizer) if o is not None]
     roles = Roles(
@@ -174,6 +190,7 @@ def build_roles(
         pretraining=pretraining,
         on_update=lambda: policy.bump_version(),
         scoring=engine.scoring,
+        halve_rollout=engine.halve_batch,
         checkpointed={"expected_lengths": engine.expected},
         between_updates=between_updates(config, optimizers),
     )
@@ -189,16 +206,17 @@ def _shared_roles(
     reference: nn.Module | None,
     reward: Callable[..., Reward],
     pretraining: PretrainingBatches | None,
+    ranks: GradientExchange | None,
 ) -> Roles:
     """The roles of LoRA mode: `trunk` carries them all, but a reference or reward of its own."""
     shared = share_trunk(config, trunk, device, own_reference=reference is not None)
     policy, value_model = shared.actor, shared.critic
     engine = build_engine(config, policy.trunk.model, tokenizer, lambda: policy.weight_version)
-    actor_optimizer = guarded_optimizer(config, policy.module, "actor")
+    actor_optimizer = guarded_optimizer(config, policy.module, "actor", ranks=ranks)
     engine.guard(actor_optimizer.optimizer)
     critic_optimizer = None
     if value_model is not None:
-        critic_optimizer = guarded_optimizer(config, value_model.module, "critic")
+        critic_optimizer = guarded_optimizer(config, value_model.module, "critic", ranks=ranks)
         engine.guard(critic_optimizer.optimizer)
     optimizers = [o for o in (actor_optimizer, critic_optimizer) if o is not None]
     return Roles(
@@ -214,6 +232,7 @@ def _shared_roles(
         pretraining=pretraining,
         on_update=lambda: policy.bump_version(),
         scoring=engine.scoring,
+        halve_rollout=engine.halve_batch,
         checkpointed={"expected_lengths": engine.expected},
         between_updates=between_updates(config, optimizers),
     )

@@ -10,9 +10,9 @@ demonstrations at zero; it travels in the exported config and is applied whereve
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,13 +26,15 @@ from rlhf_fast.data import (
     LoadOptions,
     PreferenceBatch,
     PreferenceExample,
+    collate_preferences,
     load_preferences,
     load_sft,
     pack_best_fit,
-    pack_preferences,
+    pack_by_tokens,
     warn_overlap,
 )
-from rlhf_fast.errors import NumericalError
+from rlhf_fast.data.packing import Share
+from rlhf_fast.distributed.world import World
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.models.adapter_roles import adapted_last_hidden
 from rlhf_fast.models.adapters import AdapterModule
@@ -42,8 +44,10 @@ from rlhf_fast.models.loading import init_reward_head, load_sequence_classifier
 from rlhf_fast.models.ranking_loss import PairCounts, count_pairs, pair_accuracy, ranking_loss
 from rlhf_fast.models.roles import last_token_hidden
 from rlhf_fast.stages.adapted import ADAPTER_NAME, export_adapted, one_adapter, stage_bytes
+from rlhf_fast.stages.calibration import calibration_of
 from rlhf_fast.stages.held_out import Split, split_by_prompt
 from rlhf_fast.stages.messages import say, show_reports, warn_loudly
+from rlhf_fast.stages.ranks import joined
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.supervised import SupervisedStage
 from rlhf_fast.stages.training import (
@@ -55,7 +59,6 @@ from rlhf_fast.stages.training import (
     prepare_for_training,
     require_budget,
     require_settings,
-    setup_run,
 )
 from rlhf_fast.types import LossOutput, PackedSequences
 
@@ -127,27 +130,32 @@ def _accuracy_text(result: RewardModelResult) -> str:
     )
 
 
-def run_reward_model(config: RewardModelConfig, *, quiet: bool = False) -> RewardModelResult:
+def run_reward_model(
+    config: RewardModelConfig, *, quiet: bool = False, world: World | None = None
+) -> RewardModelResult:
     """Train, evaluate, calibrate and export, or continue where an earlier run stopped.
 
     Args:
         config: the stage's config; `model`, `data.train` and `run.output_dir` are required.
         quiet: rare plain lines instead of progress bars.
+        world: ranks that were joined before; None: those that torchrun started.
 
     Raises:
         RLHFError: any kind; `Preempted` and `Interrupted` after a good checkpoint.
     """
     require_valid(config)
     require_settings(config, "model", "data.train", "run.output_dir")
-    device = setup_run(config.run)
     space = stage_bytes(config.model, config.run.keep_last, config.lora)
     outputs = (MODEL_NAME, ADAPTER_NAME)
-    with open_run(config, "reward_model", outputs=outputs, bytes_needed=space, quiet=quiet) as run:
+    opened = partial(
+        open_run, config, "reward_model", outputs=outputs, bytes_needed=space, quiet=quiet
+    )
+    with joined(config, world) as world, opened(world=world) as run:
         if run.already_complete:
             result = RewardModelResult(**finished_summary(run))
         else:
             with open_metrics(run, config) as metrics:
-                stage = RewardModelStage(config, run, metrics, device)
+                stage = RewardModelStage(config, run, metrics, world.device)
                 stage.train()
                 result = stage.finish()
             run.mark_complete(result.steps, dataclasses.asdict(result))
@@ -235,7 +243,7 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
         prepare_for_training(
             module,
             self.tokenizer,
-            self.device,
+            self.world,
             longest=longest,
             gradient_checkpointing=config.gradient_checkpointing,
         )
@@ -246,9 +254,7 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
 
     def _load_adapted(self, longest: int) -> AdapterModule:
         """An adapter and a new head on the model, which stays as it is."""
-        trunk = one_adapter(
-            self.config, self.tokenizer, self.device, name="reward", longest=longest
-        )
+        trunk = one_adapter(self.config, self.tokenizer, self.world, name="reward", longest=longest)
         module = trunk.role_module("reward", head=True)
         init_reward_head(module, self.config.run.seed)
         return module
@@ -265,9 +271,9 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
         with self.run.phase("data"):
             epoch = self.sampler.epoch + self.sampler.cursor / self.sampler.n
             examples = [self.split.train[i] for i in self.sampler.next_batch()]
-            batches = pack_preferences(examples, self.config.microbatch_tokens)
+            batches = self.pack(examples)
         with self.run.phase("forward_backward"):
-            sums = self.accumulate(batches, len(examples))
+            sums = self.accumulate(examples, batches)
         update = self.update()
         metrics = {
             "loss/train": sums["loss"],
@@ -287,15 +293,25 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
             metrics |= held_out
         return metrics
 
-    def accumulate(self, batches: Sequence[PreferenceBatch], prompts: int) -> dict[str, float]:
+    def pack(self, examples: Sequence[PreferenceExample]) -> list[Share]:
+        """Rows of this rank's microbatches of at most `microbatch_tokens` tokens."""
+        lengths = [len(e) for e in examples]
+        return self.dealt(pack_by_tokens(lengths, self.config.microbatch_tokens), lengths)
+
+    def accumulate(
+        self, examples: Sequence[PreferenceExample], shares: Sequence[Share]
+    ) -> dict[str, float]:
         """Add the gradients of all microbatches; returns means over the step's prompts."""
         totals: dict[str, Tensor] = {}
-        for batch in batches:
-            output = self.loss(batch, prompts)
-            output.loss.backward()
+        for share in shares:
+            batch = collate_preferences([examples[i] for i in share.rows])
+            output = self.loss(batch, len(examples))
+            counts = 0.0 if share.idle else 1.0
+            (counts * output.loss).backward()
             for name, value in output.metrics.items():
-                totals[name] = totals.get(name, torch.zeros_like(value)) + value
-        return {name: float(value) / prompts for name, value in totals.items()}
+                totals[name] = totals.get(name, torch.zeros_like(value)) + counts * value
+        sums = self.work.sum_numbers([float(value) for value in totals.values()])
+        return {name: value / len(examples) for name, value in zip(totals, sums, strict=True)}
 
     def loss(self, batch: PreferenceBatch, prompts: int) -> LossOutput:
         """The batch's share of the loss of a step of `prompts` prompts."""
@@ -305,20 +321,27 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
 
     def evaluate(self, examples: Sequence[PreferenceExample]) -> dict[str, float]:
         """`eval/*` on held-out prompts, with the interval of the accuracy."""
-        sums, correct, pairs = {"loss": 0.0, "margin": 0.0}, [], []
+        sums = {"loss": 0.0, "margin": 0.0}
+        correct, pairs = [0.0] * len(examples), [0.0] * len(examples)
         self.module.eval()
         with torch.no_grad():
-            for batch in pack_preferences(examples, self.config.microbatch_tokens):
+            for share in self.pack(examples):
+                batch = collate_preferences([examples[i] for i in share.rows])
                 scores = self.scores(batch.sequences)
                 margins = batch.margins if self.config.margin else None
                 output = ranking_loss(scores, batch.group_sizes, margins)
+                if share.idle:
+                    continue
                 counts = count_pairs(scores, batch.group_sizes)
-                correct += counts.correct
-                pairs += counts.pairs
+                for i, right, of in zip(share.rows, counts.correct, counts.pairs, strict=True):
+                    correct[i], pairs[i] = right, float(of)
                 for name in sums:
                     sums[name] += float(output.metrics[name].double())
         self.module.train()
-        accuracy = pair_accuracy(PairCounts(correct, pairs))
+        sums = dict(zip(sums, self.work.sum_numbers(list(sums.values())), strict=True))
+        correct = self.work.sum_numbers(correct)
+        pairs = self.work.sum_numbers(pairs)
+        accuracy = pair_accuracy(PairCounts(correct, [int(of) for of in pairs]))
         return {
             "eval/loss": sums["loss"] / len(examples),
             "eval/margin": sums["margin"] / len(examples),
@@ -337,11 +360,12 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
             gain, bias = calibration_of(scores, unit_gain=self.config.unit_gain)
             set_calibration(self.module, gain, bias)
         with self.run.phase("export"):
-            model_dir = self._export(self.run.path / MODEL_NAME)
+            target = self.run.path / MODEL_NAME
+            model_dir = str(self._export(target))
         held_out = self.state.extra.get("eval", {})
         return RewardModelResult(
             output_dir=str(self.run.path),
-            model_dir=str(model_dir),
+            model_dir=model_dir,
             steps=self.state.step,
             train_loss=self.state.extra["train_loss"],
             accuracy=held_out.get("eval/accuracy"),
@@ -361,45 +385,22 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
     def _export(self, directory: Path) -> Path:
         if isinstance(self.module, AdapterModule):
             merge = self.config.lora.merge_on_export
-            return export_adapted(self.module, self.tokenizer, directory, merge=merge)
-        return export_model(self.module, self.tokenizer, directory)
+            return export_adapted(
+                self.module, self.tokenizer, directory, merge=merge, world=self.world
+            )
+        return export_model(self.module, self.tokenizer, directory, world=self.world)
 
     def raw_scores(self, sequences: Sequence[Tensor]) -> Tensor:
         """[K] float64 uncalibrated scores, on the CPU."""
         scores = torch.zeros(len(sequences), dtype=torch.float64)
-        budget = max(self.config.microbatch_tokens, max(s.numel() for s in sequences))
+        lengths = [s.numel() for s in sequences]
+        budget = max(self.config.microbatch_tokens, *lengths)
         self.module.eval()
         with torch.no_grad():
-            for chosen in pack_best_fit([s.numel() for s in sequences], budget):
+            for chosen, idle in self.dealt(pack_best_fit(lengths, budget), lengths):
                 packed = PackedSequences.from_lists([sequences[i] for i in chosen])
                 output = self.scores(packed)
-                scores[torch.tensor(chosen)] = output.double().cpu()
+                if not idle:
+                    scores[torch.tensor(chosen)] = output.double().cpu()
         self.module.train()
-        return scores
-
-
-def calibration_of(scores: Tensor, *, unit_gain: bool) -> tuple[float, float]:
-    """(gain, bias) that put the mean of `scores` at 0 and, with `unit_gain`, their std at 1.
-
-    The bias alone is the rule of Stiennon et al. 2020 and Ouyang et al. 2022, gain and bias that of
-    Ziegler et al. 2019; preferences fix neither, as only differences enter their loss.
-
-    Args:
-        scores: [K] raw scores of the demonstrations.
-        unit_gain: also scale.
-
-    Raises:
-        NumericalError: RF6030 for scores that are not finite, or do not vary under `unit_gain`.
-    """
-    mean = float(scores.double().mean())
-    std = float(scores.double().std(unbiased=False)) if unit_gain else 1.0
-    if not math.isfinite(mean) or not math.isfinite(std) or std == 0.0:
-        raise NumericalError(
-            "RF6030",
-            f"the reward model cannot be calibrated: its scores have mean {mean} and std {std}",
-            where="demonstrations" if unit_gain else "scores after training",
-            expected="finite scores that vary",
-            remedy="look at loss/train; lower optim.lr, or give more demonstrations",
-        )
-    gain = 1.0 / std
-    return gain, -gain * mean
+        return self.work.sum(scores)

@@ -28,25 +28,28 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from rlhf_fast.distributed import checkpoint as checkpoints
+from rlhf_fast import distributed as checkpoints
+from rlhf_fast.distributed.agreement import ALONE
 from rlhf_fast.distributed.durable import (
     make_directories,
     storage_fault,
     unique_suffix,
-    write_atomically,
 )
+from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import CheckpointError, EnvironmentFault, RLHFError
 from rlhf_fast.metrics import METRICS_NAME
 from rlhf_fast.stages.progress import PhaseTimer, ProgressBar, ProgressDisplay
 from rlhf_fast.stages.run_config import ConfigDifference, compare, listed, plain_config
+from rlhf_fast.stages.run_files import read_json, write_json
 from rlhf_fast.stages.run_lock import RunLock
+from rlhf_fast.stages.saves import Saves
 from rlhf_fast.stages.stop_signals import StopSignals
 
 T = TypeVar("T")
@@ -82,6 +85,8 @@ class Run:
         outputs: names of further entries the stage creates in the directory (exports), for
             `overwrite`.
         keep_last: checkpoints to keep, None for all.
+        async_save: write checkpoints in the background; see `rlhf_fast.distributed.background`.
+        world: the ranks of the run, more than one in `RunOnRanks` alone.
         resumable: whether the stage can be continued at all. If not, a run of the same stage, of
             whatever configuration, is done again; the earlier one's files and record stay until
             the stage replaces them (`renew_record`).
@@ -93,6 +98,7 @@ class Run:
         checkpoint: the verified checkpoint to continue from, or None.
         already_complete: the run finished earlier with this configuration; there is nothing to do.
         notices: what the user should know about the start (also logged as warnings).
+        world: the ranks of the run.
 
     Raises (from `__enter__`):
         CheckpointError: directory in use (RF8201), other configuration (RF8202), a run where none
@@ -114,6 +120,8 @@ class Run:
         overwrite: bool = False,
         outputs: Sequence[str] = (),
         keep_last: int | None = 2,
+        async_save: bool = False,
+        world: World = ALONE,
         resumable: bool = True,
         bytes_needed: int = 0,
         quiet: bool = False,
@@ -129,13 +137,15 @@ class Run:
         self._resume_step = resume_step
         self._overwrite = overwrite
         self._owned = (*_OWN_ENTRIES, *outputs)
-        self._keep_last = keep_last
+        self.world = world
+        self._saves = Saves(
+            self.checkpoint_root, keep_last=keep_last, world=world, in_background=async_save
+        )
         self._resumable = resumable
         self._bytes_needed = bytes_needed
         self._signals = StopSignals()
         self._display = ProgressDisplay(quiet=quiet)
         self._timer = PhaseTimer()
-        self._last_saved: Path | None = None
         self._fresh = False
         self._stack = ExitStack()
 
@@ -146,12 +156,8 @@ class Run:
 
     def __enter__(self) -> Run:
         self._check_arguments()
-        try:
-            self._prepare_directory()
-            lock = RunLock(self.path)
-            lock.acquire()
-        except OSError as error:
-            raise storage_fault(error, self.path) from error
+        lock = RunLock(self.path)
+        self.on_main(lambda: self._take(lock))
         with ExitStack() as undo:
             undo.callback(lock.release)
             self._settle()
@@ -164,12 +170,24 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._forget_failed_start()
-        self._stack.close()
+        try:
+            if kind is None:
+                self.finish_save()
+            else:
+                self._saves.abandon()
+                self._forget_failed_start()
+        finally:
+            self._stack.close()
         if kind is None:
             # A signal that came after the last poll must still stop the stages that follow.
-            self.raise_if_stopped(self._last_saved)
+            self.raise_if_stopped(self._saves.last)
+
+    def _take(self, lock: RunLock) -> None:
+        try:
+            self._prepare_directory()
+            lock.acquire()
+        except OSError as error:
+            raise storage_fault(error, self.path) from error
 
     def _forget_failed_start(self) -> None:
         """Leave nothing of a start that failed before its first step.
@@ -177,9 +195,11 @@ class Run:
         Its configuration would otherwise stand in the way of the same command with the mistake
         mended, although there is nothing that could be continued.
         """
+        if not self.world.is_main:
+            return
         metrics = self.path / METRICS_NAME
         stepped = metrics.exists() and metrics.stat().st_size > 0
-        if self._fresh and self._last_saved is None and not stepped:
+        if self._fresh and self._saves.last is None and not stepped:
             with contextlib.suppress(OSError, RLHFError):  # the first error is the one to report
                 self._clear()
 
@@ -190,19 +210,45 @@ class Run:
     def raise_if_stopped(self, saved: Path | None) -> None:
         """Leave the stage if a signal has arrived; call it right after a save.
 
+        A save in the background is finished first.
+
         Raises:
             Preempted: SIGTERM (RF8301, exit code 75).
             Interrupted: Ctrl-C (RF8302, exit code 130).
         """
+        if self.should_stop():
+            saved = self.finish_save() or saved
         self._signals.raise_if_received(saved)
 
-    def save(self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any) -> Path:
-        """Commit a checkpoint of the state after `step` steps; see `rlhf_fast.distributed.save`."""
+    def save(
+        self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any
+    ) -> Path | None:
+        """Commit a checkpoint of the state after `step` steps; see `rlhf_fast.distributed.save`.
+
+        Returns:
+            its directory; None if it is being written in the background.
+        """
         with self.phase("checkpoint"):
-            self._last_saved = checkpoints.save(
-                self.checkpoint_root, step, tensors=tensors, state=state, keep_last=self._keep_last
-            )
-        return self._last_saved
+            return self._saves.save(step, tensors=tensors, state=state)
+
+    def poll_save(self) -> None:
+        """Commit a save in the background if it is written: call it after every step.
+
+        Raises:
+            CheckpointError, EnvironmentFault: it failed; as `rlhf_fast.distributed.save`.
+        """
+        self._saves.poll()
+
+    def finish_save(self) -> Path | None:
+        """Wait for a save in the background, commit it and return its directory; errors as there.
+
+        None if there is none.
+        """
+        return self._saves.finish()
+
+    def on_main(self, call: Callable[[], T]) -> T:
+        """What `call` returns: made once a run, by the rank that owns the directory."""
+        return call()
 
     def mark_complete(self, step: int, summary: Mapping[str, Any] | None = None) -> None:
         """Record that the stage has finished; the same command then says so instead of training.
@@ -211,8 +257,9 @@ class Run:
             step: steps done in all.
             summary: plain values worth keeping with the mark.
         """
+        self.finish_save()
         record = {"stage": self.stage, "step": step, "summary": plain_config(summary or {})}
-        _write_json(self.path / COMPLETE_NAME, record)
+        self.on_main(lambda: write_json(self.path / COMPLETE_NAME, record))
 
     def renew_record(self) -> None:
         """Write this run's stage and configuration to `run.json`.
@@ -221,7 +268,7 @@ class Run:
         it has results to put in the place of the earlier ones.
         """
         record = {"format_version": _RUN_FORMAT, "stage": self.stage, "config": self._config}
-        _write_json(self.path / RUN_NAME, record)
+        self.on_main(lambda: write_json(self.path / RUN_NAME, record))
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Add the duration of a block to `time/<name>`."""
@@ -290,8 +337,8 @@ class Run:
     def _settle(self) -> None:
         """Decide between a fresh start, a resume and nothing to do; refuse everything else."""
         if self._overwrite:
-            self._clear()
-        recorded = _read_json(self.path / RUN_NAME)
+            self.on_main(self._clear)
+        recorded = self.on_main(lambda: read_json(self.path / RUN_NAME))
         if recorded is None:
             self._start_fresh()
             return
@@ -307,7 +354,7 @@ class Run:
         if not self._resumable and self._resume_step is None and self._is_mine(recorded):
             return
         self._refuse_other_run(differences)
-        complete = _read_json(self.path / COMPLETE_NAME)
+        complete = self.on_main(lambda: read_json(self.path / COMPLETE_NAME))
         notices = [f"configuration changed on resume: {item}" for item in differences]
         if complete is not None and not differences and self._resume_step is None:
             self.already_complete = True
@@ -320,23 +367,23 @@ class Run:
         if self.already_complete:
             return
         if complete is not None:
-            (self.path / COMPLETE_NAME).unlink()
+            self.on_main(lambda: (self.path / COMPLETE_NAME).unlink())
         self.renew_record()
 
     def _open_checkpoint(self, notices: list[str]) -> None:
         root = self.checkpoint_root
         if self._resume_step is not None:
-            self.checkpoint = checkpoints.load(root, self._resume_step)
-        elif checkpoints.steps(root):
-            self.checkpoint = checkpoints.load(root)
+            self.checkpoint = checkpoints.load(root, self._resume_step, world=self.world)
+        elif self.on_main(lambda: checkpoints.steps(root)):
+            self.checkpoint = checkpoints.load(root, world=self.world)
         elif not self.already_complete:
             notices.append(f"{self.path} holds a run without a checkpoint: starting at step 0")
         if self.checkpoint is not None:
-            self._last_saved = self.checkpoint.path
+            self._saves.last = self.checkpoint.path
             notices.extend(self.checkpoint.notices)
 
     def _start_fresh(self) -> None:
-        left = [name for name in self._owned if (self.path / name).exists()]
+        left = self.on_main(lambda: [n for n in self._owned if (self.path / n).exists()])
         if self._resume is True or self._resume_step is not None:
             raise CheckpointError(
                 "RF8204",
@@ -403,32 +450,3 @@ class Run:
                         entry.unlink()
         except OSError as error:
             raise storage_fault(error, self.path) from error
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, str(error)) from error
-    if not isinstance(value, dict):
-        raise _unreadable(path, "not a JSON object")
-    return value
-
-
-def _unreadable(path: Path, reason: str) -> RLHFError:
-    return CheckpointError(
-        "RF8206",
-        f"{path.name} cannot be read: {reason}",
-        where=str(path),
-        remedy="restore it from a copy, or start over with run.overwrite=true",
-    )
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    data = json.dumps(value, indent=2, sort_keys=True).encode("utf-8") + b"\n"
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        raise storage_fault(error, path) from error

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,10 +28,11 @@ from rlhf_fast.data import (
     SFTExample,
     collate_sft,
     load_sft,
+    pack_best_fit,
     pack_by_tokens,
-    pack_sft,
     warn_overlap,
 )
+from rlhf_fast.distributed.world import World
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.models.adapter_roles import AdapterActor
 from rlhf_fast.models.export import export_model
@@ -38,6 +40,7 @@ from rlhf_fast.models.loading import load_causal_lm
 from rlhf_fast.models.roles import Actor
 from rlhf_fast.stages.adapted import ADAPTER_NAME, export_adapted, one_adapter, stage_bytes
 from rlhf_fast.stages.messages import show_reports
+from rlhf_fast.stages.ranks import joined
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.supervised import SupervisedStage
 from rlhf_fast.stages.training import (
@@ -49,7 +52,6 @@ from rlhf_fast.stages.training import (
     prepare_for_training,
     require_budget,
     require_settings,
-    setup_run,
 )
 
 
@@ -91,26 +93,27 @@ class SFTResult:
         return "\n".join([*lines, f"  model: {self.model_dir}"])
 
 
-def run_sft(config: SFTConfig, *, quiet: bool = False) -> SFTResult:
+def run_sft(config: SFTConfig, *, quiet: bool = False, world: World | None = None) -> SFTResult:
     """Train, evaluate and export, or continue where an earlier run stopped.
 
     Args:
         config: the stage's config; `model`, `data.train` and `run.output_dir` are required.
         quiet: rare plain lines instead of progress bars.
+        world: ranks that were joined before; None: those that torchrun started.
 
     Raises:
         RLHFError: any kind; `Preempted` and `Interrupted` after a good checkpoint.
     """
     require_valid(config)
     require_settings(config, "model", "data.train", "run.output_dir")
-    device = setup_run(config.run)
     space = stage_bytes(config.model, config.run.keep_last, config.lora)
     outputs = (MODEL_NAME, ADAPTER_NAME)
-    with open_run(config, "sft", outputs=outputs, bytes_needed=space, quiet=quiet) as run:
+    opened = partial(open_run, config, "sft", outputs=outputs, bytes_needed=space, quiet=quiet)
+    with joined(config, world) as world, opened(world=world) as run:
         if run.already_complete:
             return SFTResult(**finished_summary(run))
         with open_metrics(run, config) as metrics:
-            stage = SFTStage(config, run, metrics, device)
+            stage = SFTStage(config, run, metrics, world.device)
             stage.train()
             result = stage.export()
         run.mark_complete(result.steps, dataclasses.asdict(result))
@@ -142,13 +145,13 @@ class SFTStage(SupervisedStage[SFTConfig]):
         config = self.config
         if config.lora.rank > 0:
             return AdapterActor(
-                one_adapter(config, self.tokenizer, self.device, name="actor", longest=longest)
+                one_adapter(config, self.tokenizer, self.world, name="actor", longest=longest)
             )
         return Actor(
             prepare_for_training(
                 load_causal_lm(config.model, dtype=compute_type(config.run)),
                 self.tokenizer,
-                self.device,
+                self.world,
                 longest=longest,
                 gradient_checkpointing=config.gradient_checkpointing,
             )
@@ -171,7 +174,8 @@ class SFTStage(SupervisedStage[SFTConfig]):
             epoch = self.sampler.epoch + self.sampler.cursor / self.sampler.n
             examples = [self.data[i] for i in self.sampler.next_batch()]
             batches = self.pack(examples)
-            loss_tokens = max(1, sum(batch.num_loss_tokens for batch in batches))
+            mine = sum(batch.num_loss_tokens for batch in batches)
+            loss_tokens = max(1, int(self.work.sum_numbers([mine])[0]))
         with self.run.phase("forward_backward"):
             loss = self.accumulate(batches, loss_tokens)
         update = self.update()
@@ -194,12 +198,19 @@ class SFTStage(SupervisedStage[SFTConfig]):
         return metrics
 
     def pack(self, examples: Sequence[SFTExample]) -> list[PackedBatch]:
-        """Microbatches of at most `microbatch_tokens` tokens."""
-        budget = self.config.microbatch_tokens
-        if self.config.packing:
-            return pack_sft(examples, budget)
-        bins = pack_by_tokens([len(e) for e in examples], budget)
-        return [collate_sft([examples[i] for i in b]) for b in bins]
+        """Microbatches of at most `microbatch_tokens` tokens, of all those this rank's."""
+        fill = pack_best_fit if self.config.packing else pack_by_tokens
+        return self._dealt_batches(examples, fill)
+
+    def _dealt_batches(
+        self, examples: Sequence[SFTExample], fill: Callable[[Sequence[int], int], list[list[int]]]
+    ) -> list[PackedBatch]:
+        lengths = [len(e) for e in examples]
+        batches = []
+        for share in self.dealt(fill(lengths, self.config.microbatch_tokens), lengths):
+            batch = collate_sft([examples[i] for i in share.rows])
+            batches.append(batch.idle() if share.idle else batch)
+        return batches
 
     def accumulate(self, batches: Sequence[PackedBatch], loss_tokens: int) -> float:
         """Add the gradients of all microbatches; returns the loss of the step, nats per token."""
@@ -208,18 +219,19 @@ class SFTStage(SupervisedStage[SFTConfig]):
             loss = nll_sum(self.actor, batch) / loss_tokens
             loss.backward()
             total += loss.detach()
-        return float(total)
+        return self.work.sum_numbers([float(total)])[0]
 
     def evaluate(self, examples: Sequence[SFTExample]) -> dict[str, float]:
         """`loss/eval`, `eval/perplexity` and `eval/token_accuracy` over all response tokens."""
-        nll, hits, tokens = 0.0, 0, 0
+        nll, hits, tokens = 0.0, 0.0, 0.0
         self.actor.module.eval()
         with torch.no_grad():
-            for batch in pack_sft(examples, self.config.microbatch_tokens):
+            for batch in self._dealt_batches(examples, pack_best_fit):
                 nll += float(nll_sum(self.actor, batch).double())
                 hits += int(hit_count(self.actor, batch))
                 tokens += batch.num_loss_tokens
         self.actor.module.train()
+        nll, hits, tokens = self.work.sum_numbers([nll, hits, tokens])
         loss = nll / max(1, tokens)
         return {
             "loss/eval": loss,
@@ -230,12 +242,13 @@ class SFTStage(SupervisedStage[SFTConfig]):
     def export(self) -> SFTResult:
         """Write `output_dir/model` and sum up."""
         with self.run.phase("export"):
-            model_dir = self._export(self.run.path / MODEL_NAME)
+            target = self.run.path / MODEL_NAME
+            model_dir = str(self._export(target))
         held_out = self.state.extra.get("eval", {})
         sources = {"train": self.data, "eval": self.eval_data}
         return SFTResult(
             output_dir=str(self.run.path),
-            model_dir=str(model_dir),
+            model_dir=model_dir,
             steps=self.state.step,
             train_loss=self.state.extra["train_loss"],
             eval_loss=held_out.get("loss/eval"),
@@ -246,8 +259,10 @@ class SFTStage(SupervisedStage[SFTConfig]):
     def _export(self, directory: Path) -> Path:
         if isinstance(self.actor, AdapterActor):
             merge = self.config.lora.merge_on_export
-            return export_adapted(self.actor.adapted, self.tokenizer, directory, merge=merge)
-        return export_model(self.actor.module, self.tokenizer, directory)
+            return export_adapted(
+                self.actor.adapted, self.tokenizer, directory, merge=merge, world=self.world
+            )
+        return export_model(self.actor.module, self.tokenizer, directory, world=self.world)
 
 
 def nll_sum(actor: Actor | AdapterActor, batch: PackedBatch) -> Tensor:

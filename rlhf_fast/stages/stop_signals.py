@@ -26,11 +26,17 @@ _HANDLED = (signal.SIGTERM, signal.SIGINT)
 class StopSignals:
     """Handlers from `__enter__` to `__exit__`; none are installed off the main thread.
 
+    Args:
+        once: a second signal is ignored, as who sends it knows to end what does not stop in time.
+        silent: nothing is printed.
+
     Attributes:
         received: the first signal, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, once: bool = False, silent: bool = False) -> None:
+        self._once = once
+        self._silent = silent
         self.received: signal.Signals | None = None
         self._received_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
@@ -75,7 +81,11 @@ class StopSignals:
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = signal.Signals(number), now
-            _say("stopping at the next safe point; a second signal leaves at once")
+            second = "" if self._once else "; a second signal leaves at once"
+            if not self._silent:
+                _say(f"stopping at the next safe point{second}")
+        elif self._once:
+            return
         elif now - self._received_at > _ECHO_SECONDS:
             _say("leaving at once; the last complete checkpoint is intact")
             os._exit(EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED)

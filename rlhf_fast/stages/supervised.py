@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -11,9 +11,14 @@ from torch import nn
 
 from rlhf_fast.config import RewardModelConfig, SFTConfig
 from rlhf_fast.data import EpochSampler
+from rlhf_fast.data.packing import Share, share_of
+from rlhf_fast.distributed.gradients import RankGradients
+from rlhf_fast.distributed.work import WorldSplit
+from rlhf_fast.distributed.world import World
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.stages.adapted import trunk_digest
+from rlhf_fast.stages.ranks import require_same_data
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.training import (
     TrainingState,
@@ -29,6 +34,8 @@ Config = TypeVar("Config", bound=SFTConfig | RewardModelConfig)
 class SupervisedStage(ABC, Generic[Config]):
     """A subclass loads rows and module, calls `begin`, and says what a step is.
 
+    On several ranks all of them hold all rows; forwards are dealt, sums and gradients added up.
+
     Attributes:
         role: name of the module in checkpoints and messages.
         description: of the progress bar.
@@ -41,6 +48,8 @@ class SupervisedStage(ABC, Generic[Config]):
 
     def __init__(self, config: Config, run: Run, device: torch.device) -> None:
         self.config, self.run, self.device = config, run, device
+        self.world = run.world if run.world.size > 1 else World(device)
+        self.work = WorldSplit(self.world)
         self.tokenizer = load_stage_tokenizer(config.model, config.data)
 
     def begin(
@@ -54,7 +63,8 @@ class SupervisedStage(ABC, Generic[Config]):
             rows: training rows.
             fingerprint: of the training data.
         """
-        config = self.config
+        config, world = self.config, self.world
+        require_same_data(world, training=fingerprint)
         self.sampler = EpochSampler(
             rows, config.batch_size, config.run.seed, drop_last=False, fingerprint=fingerprint
         )
@@ -65,6 +75,7 @@ class SupervisedStage(ABC, Generic[Config]):
             self.total_steps,
             max_bad_steps=config.run.max_bad_steps,
             name=self.role,
+            ranks=RankGradients.of(world),
         )
         self.state = TrainingState(
             {self.role: module},
@@ -74,8 +85,15 @@ class SupervisedStage(ABC, Generic[Config]):
             frozen=trunk_digest(module),
         )
         load_training_state(
-            self.run.checkpoint, self.state, allow_data_change=config.run.allow_data_change
+            self.run.checkpoint,
+            self.state,
+            allow_data_change=config.run.allow_data_change,
+            world=self.world,
         )
+
+    def dealt(self, bins: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[Share]:
+        """This rank's forwards of all `bins`."""
+        return share_of(bins, lengths, self.work.rank, self.work.ranks)
 
     @abstractmethod
     def step(self) -> dict[str, float]:

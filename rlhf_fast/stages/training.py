@@ -35,18 +35,25 @@ from rlhf_fast.distributed import (
     rng_state,
     scheduler_state,
 )
-from rlhf_fast.errors import ConfigError, EnvironmentFault
+from rlhf_fast.distributed.agreement import ALONE
+from rlhf_fast.distributed.world import World
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.models.checks import check_positions, check_vocabulary
 from rlhf_fast.models.forward import ComputeDtype, enable_gradient_checkpointing
 from rlhf_fast.models.loading import load_tokenizer
 from rlhf_fast.optim import GuardedOptimizer
+from rlhf_fast.stages.device_choice import choose_device
+from rlhf_fast.stages.placing import place
 from rlhf_fast.stages.run import COMPLETE_NAME, RUN_NAME, Resume, Run
+from rlhf_fast.stages.run_on_ranks import NoMetrics, RunOnRanks
 
 MODEL_NAME = "model"
 
 # What a resumed run may change: none of it enters a number of the run, except through rounding.
-_SOFT_RUN_KEYS = frozenset({"save_every", "keep_last", "max_bad_steps", "sinks", "device"})
+_SOFT_RUN_KEYS = frozenset(
+    {"save_every", "keep_last", "async_save", "max_bad_steps", "sinks", "device"}
+)
 _SOFT_STAGE_KEYS = frozenset(
     {
         "epochs",
@@ -60,6 +67,7 @@ _SOFT_STAGE_KEYS = frozenset(
         "side_by_side",
         "max_batch",
         "engine",
+        "distributed",
     }
 )
 # Where things lie, and when they are read or stepped: the numbers stay the same.
@@ -84,41 +92,6 @@ def setup_run(config: RunConfig) -> torch.device:
     np.random.seed(config.seed % 2**32)  # noqa: NPY002 - user code may draw from the global one
     torch.manual_seed(config.seed)
     return choose_device(config)
-
-
-def choose_device(config: RunConfig) -> torch.device:
-    """The device a config asks for; errors as in `setup_run`."""
-    wanted = config.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    name, _, index = wanted.partition(":")
-    if name not in ("cpu", "cuda") or (index and not index.isdecimal()):
-        raise ConfigError(
-            "RF1030",
-            f"unknown device {config.device!r}",
-            where="run.device",
-            expected="auto, cpu, cuda or cuda:N",
-            remedy="set it to one of these",
-        )
-    if name == "cuda":
-        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if int(index or 0) >= devices:
-            raise EnvironmentFault(
-                "RF7030",
-                f"device {config.device} was asked for, {devices} CUDA devices are usable",
-                where="run.device",
-                expected="a GPU, its driver, and a torch built for it "
-                f"(this torch: {torch.__version__}, CUDA {torch.version.cuda or 'none'})",
-                remedy="run `rlhf-fast env`, or set run.device=cpu",
-            )
-        if config.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
-            raise EnvironmentFault(
-                "RF7031",
-                "this GPU does not compute in bfloat16",
-                where="run.dtype",
-                remedy="set run.dtype=float32",
-            )
-    return torch.device(wanted)
 
 
 def require_settings(config: StageConfig, *keys: str) -> None:
@@ -151,6 +124,7 @@ def open_run(
     resumable: bool = True,
     bytes_needed: int = 0,
     quiet: bool = False,
+    world: World = ALONE,
 ) -> Run:
     """The run directory of a stage, to be entered with `with`.
 
@@ -164,6 +138,7 @@ def open_run(
         resumable: false for a stage that starts from the beginning each time.
         bytes_needed: estimate of what the run will write.
         quiet: rare plain lines instead of progress bars.
+        world: the ranks of the run, of which the first owns the directory.
     """
     require_settings(config, "run.output_dir")
     run, tree = config.run, to_dict(config)
@@ -173,7 +148,8 @@ def open_run(
     resume: Resume = run.resume != "never"
     if run.overwrite or (run.resume == "auto" and not present):
         resume = "auto"
-    return Run(
+    kind = RunOnRanks if world.size > 1 else Run
+    return kind(
         run.output_dir,
         stage=stage,
         config=tree,
@@ -183,6 +159,8 @@ def open_run(
         overwrite=run.overwrite,
         outputs=tuple(outputs),
         keep_last=run.keep_last,
+        async_save=run.async_save == "on",
+        world=world,
         resumable=resumable,
         bytes_needed=bytes_needed,
         quiet=quiet,
@@ -225,17 +203,17 @@ def load_stage_tokenizer(model: str, data: DataConfig) -> Any:
 def prepare_for_training(
     module: nn.Module,
     tokenizer: Any,
-    device: torch.device,
+    world: World,
     *,
     longest: int,
     gradient_checkpointing: bool,
 ) -> nn.Module:
-    """Check a loaded module against tokenizer and data, and put it on the device in train mode.
+    """Check a loaded module against tokenizer and data, and place it on the ranks in train mode.
 
     Args:
         module: as the loaders return it.
         tokenizer: encodes its data.
-        device: where to.
+        world: where to; see `place`.
         longest: tokens of the longest sequence it will read.
         gradient_checkpointing: recompute activations in backward.
 
@@ -244,7 +222,7 @@ def prepare_for_training(
     """
     check_vocabulary(tokenizer, module)
     check_positions(module, longest)
-    module.to(device)
+    place(module, world)
     if gradient_checkpointing:
         enable_gradient_checkpointing(module)
     return module.train()
@@ -307,13 +285,20 @@ class TrainingState:
 
 
 def open_metrics(run: Run, config: StageConfig) -> MetricLogger:
-    """The metric log of a run, with the sinks its config names."""
+    """The metric log of a run, with the sinks its config names; ranks but the first have none."""
+    if not run.world.is_main:
+        return NoMetrics()
     step = run.checkpoint.step if run.checkpoint is not None else None
     return MetricLogger(run.path, config.run.sinks, config=to_dict(config), resume_step=step)
 
 
-def save_training_state(run: Run, state: TrainingState) -> Path:
+def save_training_state(run: Run, state: TrainingState) -> Path | None:
     """Commit a checkpoint of the whole state after `state.step` steps.
+
+    Among several ranks each calls it, at the same step.
+
+    Returns:
+        its directory; None if it is being written in the background.
 
     Raises:
         CheckpointError, EnvironmentFault: as `rlhf_fast.distributed.save`.
@@ -323,14 +308,14 @@ def save_training_state(run: Run, state: TrainingState) -> Path:
         tensors[name], aliases[name] = module_tensors(module)
     for name, guarded in state.optimizers.items():
         tensors[f"{name}_optimizer"], inner = optimizer_state(
-            guarded.optimizer, guarded.named_parameters
+            guarded.optimizer, guarded.named_parameters, guarded.whole_parameters
         )
         optimizers[name] = {
             "optimizer": inner,
             "scheduler": scheduler_state(guarded.scheduler),
             "bad_steps": guarded.bad_steps,
         }
-    tensors["rng"], generators = rng_state()
+    tensors["rng"], generators = rng_state(device=rng_device(run.world))
     return run.save(
         state.step,
         tensors=tensors,
@@ -348,11 +333,16 @@ def save_training_state(run: Run, state: TrainingState) -> Path:
 
 
 def load_training_state(
-    checkpoint: Checkpoint | None, state: TrainingState, *, allow_data_change: bool = False
+    checkpoint: Checkpoint | None,
+    state: TrainingState,
+    *,
+    allow_data_change: bool = False,
+    world: World = ALONE,
 ) -> None:
     """Put `state` back to a checkpoint; None is the beginning, which empties the metric log.
 
-    Weights and optimizer state are copied into the live tensors.
+    Weights and optimizer state are copied into the live tensors. Any number of ranks may have saved
+    the checkpoint.
 
     Raises:
         CheckpointError: the checkpoint belongs to other modules or optimizers (RF8005 to RF8008).
@@ -374,6 +364,7 @@ def load_training_state(
             guarded.named_parameters,
             checkpoint.tensors[f"{name}_optimizer"],
             entry["optimizer"],
+            guarded.whole_parameters,
         )
         load_scheduler_state(guarded.scheduler, entry["scheduler"])
         guarded.follow_schedule()
@@ -382,7 +373,12 @@ def load_training_state(
     state.step = saved["step"]
     state.extra = dict(saved["extra"])
     # Last: nothing above may draw from a generator after its state is back.
-    load_rng_state(checkpoint.tensors["rng"], saved["rng"])
+    load_rng_state(checkpoint.tensors["rng"], saved["rng"], device=rng_device(world))
+
+
+def rng_device(world: World) -> torch.device | None:
+    """The GPU of a rank among several, whose generator alone counts."""
+    return world.device if world.size > 1 and world.device.type == "cuda" else None
 
 
 def train(
@@ -408,12 +404,14 @@ def train(
 
     Raises:
         Preempted, Interrupted: a signal arrived; the state has been saved.
+        CheckpointError, EnvironmentFault: a save failed, be it in the background in earlier steps.
     """
     with run.progress(description, total_steps, start=state.step) as bar:
         while state.step < total_steps:
             metrics = dict(step())
             state.step += 1
             state.metrics.log(state.step, metrics | run.take_phase_times())
+            run.poll_save()
             bar.advance(1, **{label: metrics[name] for label, name in shown.items()})
             due = state.step % save_every == 0 or state.step == total_steps
             if due or run.should_stop():
@@ -427,6 +425,10 @@ def steps_of(epochs: int, max_steps: int, sampler: EpochSampler) -> int:
 
 def finished_summary(run: Run) -> dict[str, Any]:
     """What `mark_complete` stored when the run finished."""
-    record: dict[str, Any] = json.loads((run.path / COMPLETE_NAME).read_text(encoding="utf-8"))
-    summary: dict[str, Any] = record["summary"]
-    return summary
+
+    def read() -> dict[str, Any]:
+        record: dict[str, Any] = json.loads((run.path / COMPLETE_NAME).read_text(encoding="utf-8"))
+        summary: dict[str, Any] = record["summary"]
+        return summary
+
+    return run.on_main(read)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from rlhf_fast.distributed import load, save, staged_directory, steps
-from rlhf_fast.distributed.checkpoint import LATEST_NAME, unfinished
+from rlhf_fast.distributed.checkpoint_directory import LATEST_NAME, unfinished
 from rlhf_fast.distributed.tensor_file import DTYPE_NAMES
 from rlhf_fast.errors import CheckpointError
 

@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from rlhf_fast.distributed import load, save, steps
-from rlhf_fast.distributed.checkpoint import unfinished
+from rlhf_fast.distributed.checkpoint_directory import unfinished
 from rlhf_fast.distributed.durable import FileSystem, write_atomically
 from rlhf_fast.errors import EnvironmentFault, RLHFError
 from tests.forking import in_child

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from rlhf_fast.cli import main
 from rlhf_fast.distributed import load, steps
-from rlhf_fast.distributed.checkpoint import unfinished
+from rlhf_fast.distributed.checkpoint_directory import unfinished
 from tests.robustness.workshop import Workshop, digest, require_refused
 from tests.stages.tiny_runs import metric_lines
 

@@ -61,10 +61,13 @@ def reward_config(source: Path, target: Path) -> RewardModelConfig:
 
 
 def ppo_config(source: Path, target: Path) -> PPOConfig:
-    """Everything that has state: critic, adaptive KL, normalised rewards, PPO-ptx, minibatches."""
+    """Everything that has state: critic, adaptive KL, normalised rewards, PPO-ptx, minibatches.
+
+    Its checkpoints are written in the background.
+    """
     return PPOConfig(
         actor=str(target / "sft" / "model"),
-        run=RunConfig(output_dir=str(target / "ppo"), save_every=2, device="cpu"),
+        run=RunConfig(output_dir=str(target / "ppo"), save_every=2, device="cpu", async_save="on"),
         data=DataConfig(train=str(source / "prompts.jsonl"), max_prompt_length=12, max_length=48),
         rollout=RolloutConfig(prompts=6, samples_per_prompt=2),
         sampling=SamplingConfig(max_new_tokens=6),

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_fast.config import DataConfig, OptimConfig, RewardModelConfig, RunConfig
-from rlhf_fast.data import PreferenceExample, load_preferences, load_sft, pack_preferences
+from rlhf_fast.data import PreferenceExample, load_preferences, load_sft
 from rlhf_fast.errors import ConfigError, DataError, ModelError, NumericalError, Preempted
 from rlhf_fast.models.heads import Calibration, get_calibration, set_calibration
 from rlhf_fast.models.loading import load_sequence_classifier, load_tokenizer
@@ -74,8 +74,8 @@ def stage_for(config: RewardModelConfig, run: Run) -> RewardModelStage:
 def gradients(config: RewardModelConfig, rows: int = 8) -> dict[str, torch.Tensor]:
     with open_run(config, "reward_model", quiet=True) as run:
         stage = stage_for(config, run)
-        batches = pack_preferences(stage.split.train[:rows], config.microbatch_tokens)
-        stage.accumulate(batches, rows)
+        examples = stage.split.train[:rows]
+        stage.accumulate(examples, stage.pack(examples))
         named = stage.module.named_parameters()
         return {n: p.grad.clone() for n, p in named if p.grad is not None}
 

@@ -16,10 +16,10 @@ from rlhf_fast.data import EpochSampler
 from rlhf_fast.errors import CheckpointError, ConfigError, EnvironmentFault
 from rlhf_fast.metrics import MetricLogger, read_metrics
 from rlhf_fast.optim import GuardedOptimizer
+from rlhf_fast.stages.device_choice import choose_device
 from rlhf_fast.stages.messages import say
 from rlhf_fast.stages.training import (
     TrainingState,
-    choose_device,
     load_training_state,
     open_run,
     require_settings,

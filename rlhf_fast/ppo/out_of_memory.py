@@ -1,0 +1,87 @@
+"""What runs out of device memory is done again in halves: the same step, on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from rlhf_fast.errors import EnvironmentFault
+from rlhf_fast.protocols import WorkSplit
+
+
+def fits(call: Callable[[], object], split: WorkSplit) -> bool:
+    """Run `call`; false if memory ran out in it on this rank or another.
+
+    What it had made by then is the caller's to drop. No exception is kept: its frames would hold
+    the tensors that did not fit.
+    """
+    exhausted = False
+    try:
+        call()
+    except torch.OutOfMemoryError:
+        exhausted = True
+    if not split.any(exhausted):
+        return True
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return False
+
+
+class TokenBudget:
+    """Tokens of one forward: as configured, or what was found to fit.
+
+    Args:
+        configured: `microbatch_tokens`.
+
+    Attributes:
+        tokens: of one forward at most.
+    """
+
+    def __init__(self, configured: int) -> None:
+        self.configured = configured
+        self.tokens = configured
+
+    def halve(self, longest: int) -> None:
+        """Half as many from now on, but no fewer than the longest row has.
+
+        Raises:
+            EnvironmentFault: RF7061, that is what there was already.
+        """
+        fewer = max(self.tokens // 2, longest)
+        if fewer >= self.tokens:
+            raise EnvironmentFault(
+                "RF7061",
+                f"out of memory in the update with {self.tokens} tokens in a forward, the longest "
+                f"row has {longest}",
+                where="microbatch_tokens",
+                remedy="set gradient_checkpointing=true, see `rlhf-fast plan` for what else saves "
+                "memory, or shorten sampling.max_new_tokens",
+            )
+        self.tokens = fewer
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint must hold: a resumed run takes the forwards that this one took."""
+        return {"configured": self.configured, "tokens": self.tokens}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint; what was found under another setting does not count."""
+        if state["configured"] == self.configured:
+            self.tokens = int(state["tokens"])
+
+
+def require_smaller_rollout(halve: Callable[[], bool]) -> None:
+    """Have the generator hold half as many samples at a time.
+
+    Raises:
+        EnvironmentFault: RF7062, it cannot.
+    """
+    if not halve():
+        raise EnvironmentFault(
+            "RF7062",
+            "out of memory while responses were drawn, with one sample at a time",
+            where="rollout.max_batch",
+            remedy="lower engine.kv_gb or engine.prefill_tokens, or see `rlhf-fast plan` for what "
+            "saves memory",
+        )

@@ -1,0 +1,100 @@
+"""Rewards over several ranks: a model's forwards are dealt, a user's function runs on one rank."""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf_fast.errors import PeerError, RLHFError
+from rlhf_fast.ppo.layout import token_packs
+from rlhf_fast.protocols import Reward, RewardOutput, SampleReward, WorkSplit
+from rlhf_fast.types import Rollout
+
+
+class DealtReward:
+    """A reward model's samples, dealt over ranks as packs of tokens.
+
+    Args:
+        reward: scores samples by themselves; one forward takes `token_budget` tokens.
+        split: the ranks.
+        token_budget: tokens of one forward.
+    """
+
+    def __init__(self, reward: SampleReward, split: WorkSplit, *, token_budget: int) -> None:
+        self.reward = reward
+        self.split = split
+        self.token_budget = token_budget
+
+    def score(self, rollout: Rollout) -> RewardOutput:
+        """Scores [S] and which were scored, the same on all ranks.
+
+        Raises:
+            RLHFError: of `reward`, on the rank that read the sample.
+            PeerError: on the others.
+        """
+        scores = torch.zeros(len(rollout), device=rollout.responses.device)
+        scored = torch.zeros(len(rollout), dtype=torch.int64, device=scores.device)
+        fault: RLHFError | None = None
+        for pack in token_packs(rollout, range(len(rollout)), self.token_budget, self.split):
+            try:
+                output = self.reward.start(rollout.select(pack.rows), pack.rows)()
+            except RLHFError as error:  # the other ranks go on, and wait for this one
+                fault = fault or error
+                continue
+            if not pack.idle:
+                scores[pack.rows] = output.scores.to(scores.device)
+                scored[pack.rows] = output.scored.to(scores.device, torch.int64)
+        _raise_together(self.split, fault)
+        return RewardOutput(self.split.sum(scores), self.split.sum(scored) > 0)
+
+
+class OneRankReward:
+    """A reward that rank 0 computes and the others are told: a function of the user's.
+
+    It is called once for a rollout, as in a run of one process, whatever it reads, writes or draws.
+
+    Args:
+        reward: made on every rank, asked on rank 0.
+        split: the ranks.
+    """
+
+    def __init__(self, reward: Reward, split: WorkSplit) -> None:
+        self.reward = reward
+        self.split = split
+
+    def score(self, rollout: Rollout) -> RewardOutput:
+        """As the reward's own, the same on all ranks.
+
+        Raises:
+            RLHFError: of `reward`, on rank 0.
+            PeerError: on the others.
+        """
+        device = rollout.responses.device
+        output: RewardOutput | None = None
+        fault: RLHFError | None = None
+        if self.split.rank == 0:
+            try:
+                output = self.reward.score(rollout)
+            except RLHFError as error:
+                fault = error
+        _raise_together(self.split, fault)
+        per_token = self.split.any(output is not None and output.scores.dim() == 2)
+        shape = rollout.responses.shape if per_token else rollout.responses.shape[:1]
+        scores = torch.zeros(shape, device=device)
+        scored = torch.zeros(len(rollout), dtype=torch.int64, device=device)
+        if output is not None:
+            scores, scored = output.scores.to(device), output.scored.to(device, torch.int64)
+        return RewardOutput(self.split.sum(scores), self.split.sum(scored) > 0)
+
+
+def _raise_together(split: WorkSplit, fault: RLHFError | None) -> None:
+    """Leave on every rank if one has a fault, with that rank's exit code.
+
+    Two ranks may have one each: the larger code is the more specific.
+    """
+    codes = [0.0] * split.ranks
+    codes[split.rank] = 0.0 if fault is None else float(fault.exit_code)
+    code = int(max(split.sum_numbers(codes)))
+    if fault is not None:
+        raise fault
+    if code:
+        raise PeerError(code)

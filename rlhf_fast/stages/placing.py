@@ -1,0 +1,40 @@
+"""Where the parameters of a loaded model go: one device, whole copies on all ranks, or shards."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rlhf_fast.distributed.sharding import shard_module
+from rlhf_fast.distributed.world import World
+from rlhf_fast.models.forward import compute_dtype
+
+
+def place(module: nn.Module, world: World) -> None:
+    """Put a loaded model on the devices of a run, before optimizers and generators are made.
+
+    With one shard for each replica every rank holds it whole, with the weights of rank 0; with more
+    it is cut over the ranks of a replica, to which it arrives a block at a time.
+
+    Raises:
+        ModelError: RF3080, an architecture that cannot be cut.
+    """
+    if world.shards > 1:
+        shard_module(module, world, dtype=compute_dtype(module))
+        return
+    module.to(world.device)
+    same_weights(world, module)
+
+
+def same_weights(world: World, module: nn.Module) -> None:
+    """Overwrite parameters and buffers with those of rank 0; what is in host memory is left."""
+    if world.size == 1:
+        return
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.device != world.device:
+                continue
+            sent = tensor.detach().contiguous()
+            world.broadcast([sent])
+            if sent.data_ptr() != tensor.data_ptr():
+                tensor.copy_(sent)

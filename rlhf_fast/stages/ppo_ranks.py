@@ -1,0 +1,47 @@
+"""PPO's roles on several ranks: whole models on each, and the work dealt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rlhf_fast.config import PPOConfig
+from rlhf_fast.distributed.work import WorldSplit
+from rlhf_fast.distributed.world import World
+from rlhf_fast.engine.dealt_generator import DealtGenerator
+from rlhf_fast.models.rewards import SumReward
+from rlhf_fast.ppo.roles import Roles
+from rlhf_fast.ppo.split_rewards import DealtReward, OneRankReward
+from rlhf_fast.protocols import Reward, SampleReward, WorkSplit
+from rlhf_fast.stages.placing import same_weights
+from rlhf_fast.stages.ppo_checks import role_modules
+
+
+def roles_on_ranks(roles: Roles, config: PPOConfig, world: World) -> Roles:
+    """The roles of this rank, as those of all ranks together; one rank keeps its own.
+
+    Weights are made those of rank 0: models that were given may have been made from other seeds.
+    """
+    if world.size == 1:
+        return roles
+    for _, module in role_modules(roles):
+        same_weights(world, module)
+    split = WorldSplit(world)
+    return replace(
+        roles,
+        split=split,
+        reward=shared_reward(roles.reward, split, token_budget=config.microbatch_tokens),
+        generator=DealtGenerator(roles.generator, world),
+    )
+
+
+def shared_reward(reward: Reward, split: WorkSplit, *, token_budget: int) -> Reward:
+    """A reward that all ranks ask together: models read their share, functions run on rank 0."""
+    if isinstance(reward, SumReward):
+        parts = [
+            (weight, shared_reward(part, split, token_budget=token_budget))
+            for weight, part in reward.parts
+        ]
+        return SumReward(parts)
+    if isinstance(reward, SampleReward) and reward.splits:
+        return DealtReward(reward, split, token_budget=token_budget)
+    return OneRankReward(reward, split)
