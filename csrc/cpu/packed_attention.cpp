@@ -33,7 +33,9 @@ struct Scratch {
 // multiplied by `factor`.
 bool soften(const TilePair& pair, int64_t vector, const Scratch& scratch) {
   const int64_t column = vector * kLanes;
-  const KeyRange keys = pair.keys_of(column, column + kLanes - 1);
+  // Of the whole strip where a vector is shorter: products read the strip's weights together.
+  const int64_t first = column / kStrip * kStrip;
+  const KeyRange keys = pair.keys_of(first, first + larger(kStrip, kLanes) - 1);
   const vfloat lowest = splat(-__builtin_inff()), before = load(scratch.best + column);
   float* score = scratch.score + column;
   vfloat top = before;

@@ -38,7 +38,10 @@ def fused_layers(module: nn.Module, attend: Attend) -> FusedLayers:
     config: Any = getattr(module, "config", None)
     family = FUSED_FAMILIES.get(getattr(config, "model_type", ""))
     parameter = next(module.parameters(), None)
-    if family is None or parameter is None or torch.is_autocast_enabled(parameter.device.type):
+    if family is None or parameter is None:
+        return ()
+    # Streamed weights lie on the host while a GPU computes: its autocast counts too.
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return ()
     if any(dispatch.choose(op, None, parameter).impl == "reference" for op in OPS):
         return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -27,13 +28,15 @@ def bf16(name: str, *, masters: bool = True) -> Any:
     return module
 
 
-def gap_to_trainer(module: Any, rollout: Rollout, prompts: list[list[int]], group: int) -> float:
-    """Mean |rollout log-prob - the trainer's|."""
+def gap_to_exact(module: Any, rollout: Rollout, prompts: list[list[int]], group: int) -> float:
+    """Mean |rollout log-prob - that of the same weights in fp64|."""
+    exact = copy.deepcopy(module).double()
+    set_compute_dtype(exact, "float32")
     rows = [[*prompts[s // group], *ids] for s, ids in enumerate(rollout.response_ids())]
     sequences = PackedSequences.from_lists(rows)
     targets = sequences.ids.roll(-1)
     with torch.no_grad():
-        logprobs, _ = Actor(module.eval()).logprobs(
+        logprobs, _ = Actor(exact.eval()).logprobs(
             sequences, targets, temperature=SAMPLING.temperature
         )
     gaps, start = [], 0
@@ -47,13 +50,13 @@ def gap_to_trainer(module: Any, rollout: Rollout, prompts: list[list[int]], grou
 
 @pytest.mark.parametrize("masters", [True, False])
 @pytest.mark.parametrize("name", FUSED)
-def test_no_further_from_the_trainer_than_the_modules(name: str, masters: bool) -> None:
+def test_no_further_from_the_exact_numbers_than_the_modules(name: str, masters: bool) -> None:
     module, prompts = bf16(name, masters=masters), ragged(8)
     gaps = {
-        path: gap_to_trainer(module, run(module, prompts, SAMPLING, group=3, path=path), prompts, 3)
+        path: gap_to_exact(module, run(module, prompts, SAMPLING, group=3, path=path), prompts, 3)
         for path in ("fused", "modules")
     }
-    assert gaps["fused"] <= 1.5 * gaps["modules"] + 2e-3
+    assert gaps["fused"] <= 1.25 * gaps["modules"] + 2e-3
     assert gaps["modules"] > 1e-4  # bf16 was really used
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +28,7 @@ EVERY = (
     pytest.param("cpu", marks=needs_cpu),
     pytest.param("triton", marks=needs_triton),
 )
+ROOT = Path(__file__).resolve().parents[2]
 RAGGED = (5, 0, 35, 1, 64, 67, 0)
 FEW = (5, 0, 35, 1)  # for the interpreter, which takes some 20 ms a program
 
@@ -136,6 +141,30 @@ def test_any_shape(data: st.DataObject) -> None:
         data.draw(st.integers(0, 9)),
     )
     assert_as_good(batch, "cpu", window=data.draw(st.one_of(st.none(), st.integers(1, 150))))
+
+
+EVERY_ISA = """
+import torch
+from tests.kernels.packed_cases import assert_as_good, draw
+for dtype in (torch.float32, torch.bfloat16):
+    for window in (None, 1, 5, 70):
+        assert_as_good(draw((3, 0, 70, 13), (2, 1), 21, dtype), "cpu", window=window)
+"""
+
+
+@needs_cpu
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_other_instruction_sets(isa: str) -> None:
+    """A vector of 4 or 8 lanes meets strips of 8 rows in another way than one of 16."""
+    folders = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_ISA],
+        env={**os.environ, "RLHF_FAST_ISA": isa, "PYTHONPATH": folders},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @needs_cpu

@@ -191,8 +191,9 @@ def test_a_head_that_does_more_goes_through_its_own_module(
     expected, expected_entropy = stock(module, sequences, targets)
     torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
     ours = gradients(module, logprobs, entropy)
+    # Against fp64: fp32 gradients of some parameters are sums of hundreds of terms.
     for key, wanted in gradients(module, expected, expected_entropy).items():
-        torch.testing.assert_close(ours[key], wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours[key], wanted, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("layers", [["lm_head", "q_proj"], ["q_proj"]])
