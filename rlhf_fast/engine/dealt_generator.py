@@ -1,4 +1,4 @@
-"""Prompts dealt to ranks that each hold whole weights; the rollout gathered on all of them."""
+"""Prompts dealt to ranks, or to groups of ranks in step; the rollout on all of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.distributed.world import World
+from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.protocols import FinishedScorer, Generator
 from rlhf_fast.types import PromptBatch, Rollout, SamplingParams
 
@@ -20,18 +21,30 @@ _PER_SAMPLE = ("lengths", "ended")
 class DealtGenerator:
     """A generator on every rank, each of which draws the samples of some prompts.
 
-    Prompt b is drawn by rank b modulo their number. As a sample depends on its prompt, its seed and
-    the weights alone, the rollout is that of one process; ranks run as many decoding steps as their
-    own prompts take.
+    Prompt b is drawn by rank b modulo their number; where the ranks that hold a model between them
+    generate in step, by replica b modulo the number of replicas. As a sample depends on its prompt,
+    its seed and the weights alone, the rollout is that of one process; who does not generate in
+    step runs as many decoding steps as its own prompts take.
 
     Args:
         generator: of this rank; all have the same weights.
         world: the ranks.
+        engine: in `generator`, if there is one: how it sees sharded weights, and the lengths it
+            expects.
     """
 
-    def __init__(self, generator: Generator, world: World) -> None:
+    def __init__(
+        self, generator: Generator, world: World, engine: HybridEngine | None = None
+    ) -> None:
         self.generator = generator
         self.world = world
+        self.engine = engine
+        self._sharded = engine is not None and engine.view is not None
+        in_step = engine is not None and engine.view is not None and engine.view.lockstep
+        self._dealers = world.replicas if in_step else world.size
+        self._dealer = world.replica if in_step else world.rank
+        # One of those in step tells the others of the samples.
+        self._tells = not in_step or world.shard_rank == 0
 
     def generate(
         self,
@@ -50,11 +63,12 @@ class DealtGenerator:
             torch.OutOfMemoryError: on all ranks, if one ran out of memory.
             Other errors as the rank's generator, on that rank.
         """
-        group, ranks = samples_per_prompt, self.world.size
-        mine = list(range(self.world.rank, len(prompts), ranks))
+        group, dealers = samples_per_prompt, self._dealers
+        mine = list(range(self._dealer, len(prompts), dealers))
         rollout, exhausted = None, False
         try:
-            if mine:
+            # Sharded weights are gathered by all ranks together, with or without prompts.
+            if mine or self._sharded:
                 rollout = self.generator.generate(
                     prompts.select(mine),
                     sampling,
@@ -65,8 +79,22 @@ class DealtGenerator:
             exhausted = True
         if self.world.any(exhausted):
             raise torch.OutOfMemoryError("generation ran out of memory on some rank")
-        dealt = [b for rank in range(ranks) for b in range(rank, len(prompts), ranks)]
-        return self._gathered(prompts, sampling, group, rollout, dealt)
+        dealt = [b for dealer in range(dealers) for b in range(dealer, len(prompts), dealers)]
+        if rollout is not None and not self._tells:
+            rollout = None
+        whole = self._gathered(prompts, sampling, group, rollout, dealt)
+        self._observe(whole, sorted(set(range(len(prompts))) - set(mine)))
+        return whole
+
+    def _observe(self, rollout: Rollout, others: Sequence[int]) -> None:
+        """Expect of the next rollout what all ranks have seen: any of them may save the state."""
+        if self.engine is None or not others:
+            return
+        group, lengths = rollout.samples_per_prompt, rollout.lengths.tolist()
+        self.engine.expected.observe(
+            [rollout.prompts.uid[b] for b in others],
+            [n for b in others for n in lengths[b * group : (b + 1) * group]],
+        )
 
     def _gathered(
         self,

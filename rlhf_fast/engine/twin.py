@@ -25,7 +25,7 @@ from rlhf_fast.models.forward import compute_dtype
 _HEAD_NORMS = ("q_norm.weight", "k_norm.weight")
 
 
-def twin_of(module: nn.Module) -> nn.Module:
+def twin_of(module: nn.Module, device: torch.device | None = None) -> nn.Module:
     """A copy of a module's structure with every parameter on the meta device.
 
     Buffers (rotary frequencies) and settings are copied; tied parameters stay tied.
@@ -33,12 +33,16 @@ def twin_of(module: nn.Module) -> nn.Module:
     Args:
         module: a causal LM, or a peft wrapper around one; before it is sharded, whose hooks are of
             no use here.
+        device: where the buffers go; None: where they are.
     """
     memo: dict[int, object] = {}
     for parameter in module.parameters():
         meta = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
         memo[id(parameter)] = meta
     twin = copy.deepcopy(module, memo)
+    for part in twin.modules() if device is not None else ():
+        for key, buffer in part._buffers.items():
+            part._buffers[key] = None if buffer is None else buffer.to(device)
     return twin.eval().requires_grad_(False)
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from rlhf_fast.distributed.sharding import shard_module
 from rlhf_fast.distributed.world import World
+from rlhf_fast.engine.sharded_views import WeightView
+from rlhf_fast.engine.twin import twin_of
+from rlhf_fast.engine.view_choice import choose_view
 from rlhf_fast.models.forward import compute_dtype
 
 
@@ -24,6 +29,33 @@ def place(module: nn.Module, world: World) -> None:
         return
     module.to(world.device)
     same_weights(world, module)
+
+
+def place_generating(
+    module: nn.Module, world: World, wish: str, *, put: Callable[[], None] | None = None
+) -> WeightView | None:
+    """Place a model that is generated from, and say how generation sees it.
+
+    Args:
+        module: as loaded, with the adapters that generate active.
+        world: the ranks.
+        wish: `distributed.weights`.
+        put: places the module; None: `place` does.
+
+    Returns:
+        The view of sharded parameters; None of whole ones, which the engine reads themselves.
+
+    Raises:
+        ModelError: as `place`.
+        GenerationError: RF4037, the view that was asked for cannot run.
+    """
+    # Before the model is cut: what FSDP puts around the layers is for training.
+    twin = twin_of(module, world.device) if world.shards > 1 else None
+    if put is None:
+        place(module, world)
+    else:
+        put()
+    return None if twin is None else choose_view(module, twin, world, wish)
 
 
 def same_weights(world: World, module: nn.Module) -> None:

@@ -23,7 +23,6 @@ from rlhf_fast.data import (
 )
 from rlhf_fast.data.readers import RowSource
 from rlhf_fast.distributed.durable import write_atomically
-from rlhf_fast.distributed.gradients import RankGradients
 from rlhf_fast.distributed.work import WorldSplit
 from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.memory_held import MemoryWatch
@@ -187,7 +186,7 @@ class PPOTrainer:
             reward_tokenizer=reward_tokenizer,
             reward_function=reward_function,
             pretraining=self.pretraining,
-            ranks=RankGradients.of(self.world),
+            world=self.world,
         )
         longest = max(len(e) for e in self.data.examples)
         check_roles(roles, self.tokenizer, longest, config.sampling.max_new_tokens)

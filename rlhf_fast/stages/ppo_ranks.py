@@ -1,4 +1,4 @@
-"""PPO's roles on several ranks: whole models on each, and the work dealt."""
+"""PPO's roles on several ranks: the work dealt, the results told to all."""
 
 from __future__ import annotations
 
@@ -12,25 +12,19 @@ from rlhf_fast.models.rewards import SumReward
 from rlhf_fast.ppo.roles import Roles
 from rlhf_fast.ppo.split_rewards import DealtReward, OneRankReward
 from rlhf_fast.protocols import Reward, SampleReward, WorkSplit
-from rlhf_fast.stages.placing import same_weights
-from rlhf_fast.stages.ppo_checks import role_modules
+from rlhf_fast.stages.generation import engine_of
 
 
 def roles_on_ranks(roles: Roles, config: PPOConfig, world: World) -> Roles:
-    """The roles of this rank, as those of all ranks together; one rank keeps its own.
-
-    Weights are made those of rank 0: models that were given may have been made from other seeds.
-    """
+    """The roles of this rank, as those of all ranks together; one rank keeps its own."""
     if world.size == 1:
         return roles
-    for _, module in role_modules(roles):
-        same_weights(world, module)
     split = WorldSplit(world)
     return replace(
         roles,
         split=split,
         reward=shared_reward(roles.reward, split, token_budget=config.microbatch_tokens),
-        generator=DealtGenerator(roles.generator, world),
+        generator=DealtGenerator(roles.generator, world, engine_of(roles.generator)),
     )
 
 

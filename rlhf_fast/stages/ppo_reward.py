@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from rlhf_fast.config import PPOConfig
+from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.models.loading import (
     load_sequence_classifier,
@@ -20,15 +20,16 @@ from rlhf_fast.models.reward_function import (
     load_reward_function,
 )
 from rlhf_fast.models.rewards import ModelReward, SumReward
-from rlhf_fast.models.roles import RewardModel
+from rlhf_fast.models.roles import RewardModel, freeze
 from rlhf_fast.protocols import Reward
+from rlhf_fast.stages.placing import place
 from rlhf_fast.stages.training import compute_type
 
 
 def build_reward(
     config: PPOConfig,
     tokenizer: Any,
-    device: torch.device,
+    world: World,
     *,
     model: nn.Module | None = None,
     model_tokenizer: Any = None,
@@ -49,8 +50,12 @@ def build_reward(
         round_layer_weights(model)  # ours; one that was given is left as it is
         model_tokenizer = load_tokenizer(settings.model)
     if model is not None:
-        offload = config.memory.reward_model == "offload"
-        judge = RewardModel(model, streamed_to=device) if offload else RewardModel(model.to(device))
+        if config.memory.reward_model == "offload":
+            judge = RewardModel(model, streamed_to=world.device)
+        else:
+            freeze(model)
+            place(model, world)
+            judge = RewardModel(model)
     if judge is not None:
         own = tokenizer if model_tokenizer is None else model_tokenizer
         parts.append(

@@ -14,8 +14,11 @@ from rlhf_fast.config import PPOConfig
 from rlhf_fast.data import EpochSampler, collate_sft, pack_best_fit
 from rlhf_fast.data.examples import SFTExample
 from rlhf_fast.data.packing import share_of
+from rlhf_fast.distributed.gradients import RankGradients
+from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.settings import engine_settings
+from rlhf_fast.engine.sharded_views import WeightView
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.models.adapter_roles import AdapterGenerator
 from rlhf_fast.models.loading import (
@@ -26,10 +29,10 @@ from rlhf_fast.models.loading import (
 )
 from rlhf_fast.models.offload import round_layer_weights
 from rlhf_fast.models.reward_function import RewardFunction
-from rlhf_fast.models.roles import Actor, Critic, Reference, TrunkCritic
-from rlhf_fast.optim import GradientExchange
+from rlhf_fast.models.roles import Actor, Critic, Reference, TrunkCritic, freeze
 from rlhf_fast.ppo.roles import Roles
 from rlhf_fast.protocols import Alone, Reward, WorkSplit
+from rlhf_fast.stages.placing import place, place_generating
 from rlhf_fast.stages.ppo_checks import (
     adopt_modules,
     check_tokenizers,
@@ -127,15 +130,17 @@ def build_roles(
     reward_tokenizer: Any = None,
     reward_function: RewardFunction | None = None,
     pretraining: PretrainingBatches | None = None,
-    ranks: GradientExchange | None = None,
+    world: World | None = None,
 ) -> Roles:
     """All roles and optimizers, on `device`; modules given come before the config's directories.
 
-    `ranks` are those that the optimizers step together with; None: they step alone.
+    On the ranks of `world` every model is whole or cut, as `place` says; None: this process alone.
 
     Raises:
         ModelError: as the loaders, and RF3023 if the tokenizers of the directories differ.
     """
+    world = World(device) if world is None else world
+    ranks = RankGradients.of(world)
     check_tokenizers(
         tokenizer,
         reference="" if reference is not None else config.reference,
@@ -152,7 +157,7 @@ def build_roles(
         round_layer_weights(reference)
     reward = partial(
         build_reward,
-        *(config, tokenizer, device),
+        *(config, tokenizer, world),
         model=reward_model,
         model_tokenizer=reward_tokenizer,
         function=reward_function,
@@ -160,28 +165,27 @@ def build_roles(
     if config.lora.rank > 0:
         judge = reward_model if config.lora.reward_adapter else None
         refuse_modules(config, critic=critic, reward_model=judge)
-        return _shared_roles(
-            config, tokenizer, device, actor, reference, reward, pretraining, ranks
-        )
+        return _shared_roles(config, tokenizer, world, actor, reference, reward, pretraining)
     if reference is None:
         reference = copy.deepcopy(actor)
         round_layer_weights(reference)
-    policy = Actor(actor.to(device))
+    # A critic may be a copy of the actor, which has to be whole for that.
     value_model = build_critic(config, actor, critic=critic, reward=reward_model)
     value_head = value_model.head if isinstance(value_model, TrunkCritic) else None
-    engine = build_engine(config, actor, tokenizer, lambda: policy.weight_version)
+    view = place_generating(actor, world, config.distributed.weights)
+    policy = Actor(actor)
+    engine = build_engine(config, actor, tokenizer, lambda: policy.weight_version, view)
     actor_optimizer = build_optimizer(config, actor, "actor", value_head, ranks=ranks)
     engine.guard(actor_optimizer.optimizer)
     critic_optimizer = None
     if value_model is not None and value_head is None:
-        critic_optimizer = build_optimizer(
-            config, value_model.module.to(device), "critic", ranks=ranks
-        )
+        place(value_model.module, world)
+        critic_optimizer = build_optimizer(config, value_model.module, "critic", ranks=ranks)
         engine.guard(critic_optimizer.optimizer)
     optimizers = [o for o in (actor_optimizer, critic_optimizer) if o is not None]
     roles = Roles(
         actor=policy,
-        reference=frozen_reference(config, reference, device),
+        reference=frozen_reference(config, reference, world),
         critic=value_model,
         reward=reward(),
         generator=engine,
@@ -194,24 +198,25 @@ def build_roles(
         checkpointed={"expected_lengths": engine.expected},
         between_updates=between_updates(config, optimizers),
     )
-    roles.independent = share_nothing(module for _, module in role_modules(roles))
+    roles.independent = world.size == 1 and share_nothing(m for _, m in role_modules(roles))
     return roles
 
 
 def _shared_roles(
     config: PPOConfig,
     tokenizer: Any,
-    device: torch.device,
+    world: World,
     trunk: nn.Module,
     reference: nn.Module | None,
     reward: Callable[..., Reward],
     pretraining: PretrainingBatches | None,
-    ranks: GradientExchange | None,
 ) -> Roles:
     """The roles of LoRA mode: `trunk` carries them all, but a reference or reward of its own."""
-    shared = share_trunk(config, trunk, device, own_reference=reference is not None)
+    ranks = RankGradients.of(world)
+    shared = share_trunk(config, trunk, world, own_reference=reference is not None)
     policy, value_model = shared.actor, shared.critic
-    engine = build_engine(config, policy.trunk.model, tokenizer, lambda: policy.weight_version)
+    model, version = policy.trunk.model, lambda: policy.weight_version
+    engine = build_engine(config, model, tokenizer, version, shared.view)
     actor_optimizer = guarded_optimizer(config, policy.module, "actor", ranks=ranks)
     engine.guard(actor_optimizer.optimizer)
     critic_optimizer = None
@@ -223,7 +228,7 @@ def _shared_roles(
         actor=policy,
         reference=shared.reference
         if reference is None
-        else frozen_reference(config, reference, device),
+        else frozen_reference(config, reference, world),
         critic=value_model,
         reward=reward(judge=shared.reward_model),
         generator=AdapterGenerator(engine, policy.trunk, "actor"),
@@ -239,19 +244,26 @@ def _shared_roles(
 
 
 def build_engine(
-    config: PPOConfig, module: nn.Module, tokenizer: Any, weight_version: Callable[[], int]
+    config: PPOConfig,
+    module: nn.Module,
+    tokenizer: Any,
+    weight_version: Callable[[], int],
+    view: WeightView | None = None,
 ) -> HybridEngine:
-    """The engine that generates from the weights that are trained."""
+    """The engine that generates from the trained weights, or from a view of their shards."""
     return HybridEngine.from_tokenizer(
-        module,
+        module if view is None else view.module,
         tokenizer,
         weight_version=weight_version,
         settings=engine_settings(config.engine, config.rollout.max_batch),
+        view=view,
     )
 
 
-def frozen_reference(config: PPOConfig, module: nn.Module, device: torch.device) -> Reference:
-    """The reference on the device, or in host memory and read a layer at a time."""
+def frozen_reference(config: PPOConfig, module: nn.Module, world: World) -> Reference:
+    """The reference on its ranks, or in host memory and read a layer at a time."""
     if config.memory.reference == "offload":
-        return Reference(module, streamed_to=device)
-    return Reference(module.to(device))
+        return Reference(module, streamed_to=world.device)
+    freeze(module)
+    place(module, world)
+    return Reference(module)

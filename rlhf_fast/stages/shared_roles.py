@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from rlhf_fast.config import PPOConfig
+from rlhf_fast.distributed.world import World
+from rlhf_fast.engine.sharded_views import WeightView
 from rlhf_fast.errors import ConfigError, ModelError
 from rlhf_fast.models.adapter_files import AdapterFile, load_adapter
 from rlhf_fast.models.adapter_roles import (
@@ -20,16 +21,21 @@ from rlhf_fast.models.adapters import SharedTrunk
 from rlhf_fast.ppo.roles import Roles
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.stages.adapted import open_trunk, place_trunk
+from rlhf_fast.stages.placing import place_generating
 
 
 @dataclass(frozen=True)
 class SharedModels:
-    """The models on one trunk; `critic` is None without one, `reward_model` if it is elsewhere."""
+    """The models on one trunk; `critic` is None without one, `reward_model` if it is elsewhere.
+
+    `view`: how generation sees a trunk that is cut over ranks.
+    """
 
     actor: AdapterActor
     reference: AdapterReference
     critic: AdapterCritic | None
     reward_model: AdapterRewardModel | None
+    view: WeightView | None = None
 
 
 def refuse_modules(config: PPOConfig, **modules: nn.Module | None) -> None:
@@ -50,9 +56,9 @@ def refuse_modules(config: PPOConfig, **modules: nn.Module | None) -> None:
 
 
 def share_trunk(
-    config: PPOConfig, trunk: nn.Module, device: torch.device, *, own_reference: bool = False
+    config: PPOConfig, trunk: nn.Module, world: World, *, own_reference: bool = False
 ) -> SharedModels:
-    """Put all adapters on a trunk, and the trunk on its device.
+    """Put all adapters on a trunk, and the trunk on the ranks of `world`.
 
     The actor starts from `lora.actor_adapter`, of which the reference is a frozen copy then, or as
     the trunk itself. The critic starts from the reward adapter and its head where there is one,
@@ -62,7 +68,7 @@ def share_trunk(
     Args:
         config: with `lora.rank` above 0.
         trunk: causal LM as the loaders return it; it becomes the trunk.
-        device: where to.
+        world: where to.
         own_reference: the reference is another model, and needs no adapter here.
 
     Raises:
@@ -88,12 +94,24 @@ def share_trunk(
         add("critic", judge, 2, trainable=True)
     if judge is not None:
         add("reward", judge, 3, trainable=False)
-    place_trunk(shared, device, gradient_checkpointing=config.gradient_checkpointing)
+    with shared.adapter("actor"):
+        view = place_generating(
+            shared.model,
+            world,
+            config.distributed.weights,
+            put=lambda: place_trunk(
+                shared,
+                world.device,
+                gradient_checkpointing=config.gradient_checkpointing,
+                world=world,
+            ),
+        )
     return SharedModels(
         AdapterActor(shared, "actor"),
         AdapterReference(shared, None if copied is None else "reference"),
         AdapterCritic(shared, judge) if with_critic else None,
         None if judge is None else AdapterRewardModel(shared, judge),
+        view,
     )
 
 

@@ -244,7 +244,12 @@ def _write_by_threads(root: Path, step: int, fs: FileSystem) -> list[BaseExcepti
     failures: list[BaseException] = []
 
     def work(rank: int) -> None:
-        world = _Threads(torch.device("cpu"), rank, 2, rank, "threads", barrier, slots)  # type: ignore[arg-type]
+        world = _Threads(
+            *(torch.device("cpu"), rank, 2, rank),
+            mesh="threads",  # type: ignore[arg-type]
+            barrier=barrier,
+            slots=slots,
+        )
         writer = CheckpointWriter(root, step, fs, world=world)
         try:
             writer.begin()
