@@ -247,7 +247,7 @@ def _write_by_threads(root: Path, step: int, fs: FileSystem) -> list[BaseExcepti
         world = _Threads(
             *(torch.device("cpu"), rank, 2, rank),
             mesh="threads",  # type: ignore[arg-type]
-            barrier=barrier,
+            barrier_=barrier,
             slots=slots,
         )
         writer = CheckpointWriter(root, step, fs, world=world)
