@@ -104,7 +104,7 @@ def run_plan(
     advice = None
     if capacity is not None and not sharding.fits(plan, capacity):
         limit = capacity
-        advice = advise(config, predict, lambda found: sharding.fits(found, limit))
+        advice = advise(config, predict, lambda found: sharding.fits(found, limit), gpus=gpus)
     return PlanResult(config, plan, sharding, capacity, advice, (*notes, *plan.notes))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rlhf_fast.config import PPOConfig
@@ -15,6 +16,8 @@ Values = dict[str, Any]
 RANK = 64
 # Keys whose objects may be passed to a trainer, and so need no name in a config that is planned.
 OBJECTS = ("reward", "ptx.data")
+# What several processes refuse (RF1045).
+_ALONE = frozenset({"memory.reference", "memory.reward_model", "memory.step_in_backward"})
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,11 @@ class Advice:
 
 
 def advise(
-    config: PPOConfig, plan: Callable[[PPOConfig], MemoryPlan], fits: Callable[[MemoryPlan], bool]
+    config: PPOConfig,
+    plan: Callable[[PPOConfig], MemoryPlan],
+    fits: Callable[[MemoryPlan], bool],
+    *,
+    gpus: int = 1,
 ) -> Advice:
     """Find changes for a config that does not fit.
 
@@ -45,8 +52,13 @@ def advise(
         config: of the run.
         plan: predicts.
         fits: judges a prediction.
+        gpus: with more than one, changes that are for one process are left out.
     """
-    full = _gather(config, {}, list(_steps(config)), plan, fits)
+
+    def steps(config: PPOConfig) -> list[Callable[[PPOConfig], Values]]:
+        return [partial(_for_ranks, step) if gpus > 1 else step for step in _steps(config)]
+
+    full = _gather(config, {}, steps(config), plan, fits)
     if full.fits or config.lora.rank > 0:
         return full
     start: Values = {"lora.rank": RANK, "lora.alpha": 2.0 * RANK}
@@ -58,7 +70,7 @@ def advise(
         start["memory.reference"] = "resident"
     if violations(with_values(config, start), given=OBJECTS):
         return full
-    adapted = _gather(config, start, list(_steps(with_values(config, start))), plan, fits)
+    adapted = _gather(config, start, steps(with_values(config, start)), plan, fits)
     return adapted if adapted.fits or adapted.plan.least() < full.plan.least() else full
 
 
@@ -116,6 +128,11 @@ def _steps(config: PPOConfig) -> Iterator[Callable[[PPOConfig], Values]]:
         yield lambda now, tokens=tokens: _microbatch(now, tokens)  # type: ignore[misc]
         tokens //= 2
     yield _score_afterwards  # what did not help as long as another phase was the fullest
+
+
+def _for_ranks(step: Callable[[PPOConfig], Values], config: PPOConfig) -> Values:
+    change = step(config)
+    return {} if _ALONE & change.keys() else change
 
 
 def _score_afterwards(config: PPOConfig) -> Values:

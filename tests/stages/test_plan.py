@@ -242,6 +242,10 @@ def test_several_gpus_share_all_but_adapters_and_gathered_blocks(llama, capsys):
     others = lora.plan.resident("update") - adapters
     assert lora.sharding.held(lora.plan, "update") == adapters + others // 8
     assert lora.sharding.generation_weights(lora.plan) == 0
+    tight = run_plan(None, [BF16], model=llama, gpu_memory="24GB", gpus=8)
+    assert tight.advice is not None
+    alone = {"memory.reference", "memory.reward_model", "memory.step_in_backward"}
+    assert not alone & tight.advice.changes.keys()  # several processes refuse them
     assert main(["plan", "--model", llama, "--gpus", "8", "--gpu-memory", "80GB"]) == 0
     assert "8 GPUs, weights view tp" in capsys.readouterr().out
 
