@@ -56,25 +56,30 @@ def put(module: nn.Module, name: str, tensor: Tensor) -> None:
                 part._parameters[key] = replaced
 
 
-def read_types(twin: nn.Module) -> dict[str, torch.dtype]:
+def read_types(twin: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
     """The type in which generation reads every parameter, so that it computes what training does.
 
     Products and what acts on their results are in the type of the computation, all else (embedding,
     norms of the residual stream, adapters) in the type of the parameter. A head that is tied to an
     embedding of another type becomes a parameter of its own in the twin.
+
+    Args:
+        twin: of the trained module.
+        trained: its parameters by name, tied ones under all of theirs.
     """
     compute = COMPUTE[compute_dtype(twin)]
     fused = why_not_fused(twin) is None
     head: Any = unwrapped(twin).get_output_embeddings()
     embedding: Any = unwrapped(twin).get_input_embeddings()
-    if head.weight is embedding.weight and embedding.weight.dtype is not compute:
+    held = {id(p): trained[name].dtype for name, p in twin.named_parameters()}
+    if head.weight is embedding.weight and held[id(embedding.weight)] is not compute:
         head.weight = nn.Parameter(embedding.weight.detach(), requires_grad=False)
     types = {}
-    for name, parameter in twin.named_parameters():
+    for name, _ in twin.named_parameters():
         owner = twin.get_submodule(name.rpartition(".")[0])
         operand = isinstance(owner, nn.Linear | Conv1D) and ".lora_" not in name
         operand = operand or (fused and name.endswith(_HEAD_NORMS))
-        types[name] = compute if operand else parameter.dtype
+        types[name] = compute if operand else trained[name].dtype
     return types
 
 

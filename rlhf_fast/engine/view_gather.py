@@ -59,7 +59,9 @@ class GatherView:
         group = world.shard_mesh.get_group()
         self.gatherer = Gatherer(group, world.shard_rank, world.shards)
         trained = dict(module.named_parameters(remove_duplicate=False))
-        wanted = {name: (trained[name].shape, dtype) for name, dtype in read_types(twin).items()}
+        wanted = {
+            name: (trained[name].shape, dtype) for name, dtype in read_types(twin, trained).items()
+        }
         self.weights = TwinBuffers(twin, wanted, world.device)
         self._buckets = _buckets(module, twin)
 
@@ -103,7 +105,7 @@ class LayerwiseView:
         group = world.shard_mesh.get_group()
         self.gatherer = Gatherer(group, world.shard_rank, world.shards)
         trained = dict(module.named_parameters(remove_duplicate=False))
-        types = read_types(twin)
+        types = read_types(twin, trained)
         blocks = blocks_of(twin)
         inside = {
             name: block for name in types for block, _ in blocks if name.startswith(f"{block}.")

@@ -156,7 +156,7 @@ class TensorParallelView:
         self._local: list[tuple[Tensor, nn.Parameter]] = []
         self._foreign: list[tuple[Tensor, nn.Parameter, int | None]] = []
         trained = dict(module.named_parameters(remove_duplicate=False))
-        types = read_types(twin)
+        types = read_types(twin, trained)
         parts = {name: part_of(trained[name]) for name in types}
         where = {n for n, p in parts.items() if _lies_right(p, slice_of(n, rank), types[n])}
         where -= {n for g in groups(types) if not _side_by_side(g, parts) for n in g}

@@ -296,6 +296,19 @@ def _adapters(world: World) -> list[str]:
         view = choose_view(trained, twin_of(module), world)
         assert_same(drawn_by(engine_over(view)), reference)
         names.append(view.name)
+    # A trunk in bf16 is read where it lies; only its fp32 parts that enter products are copied.
+    trunk = trunk_of("llama", ["all-linear"])
+    set_compute_dtype(trunk.model, "bfloat16")
+    twin = twin_of(trunk.model)
+    trunk.hold_in(torch.bfloat16)
+    low = choose_view(sharded(trunk.model, world), twin, world)
+    reference = drawn_by(_engine(trunk.model))
+    gaps = drawn_by(engine_over(low)).raw_logprobs[:, 0] - reference.raw_logprobs[:, 0]
+    assert float(gaps.abs().max()) < 0.05
+    assert (
+        low.module.get_input_embeddings().weight.dtype
+        is trunk.model.get_input_embeddings().weight.dtype
+    )
     return names
 
 
