@@ -337,7 +337,7 @@ def launch(options: argparse.Namespace, arguments: Sequence[str]) -> int:
                 *("--nproc-per-node", str(ranks), "-m", "bench.distributed.bench_step"),
                 *(*arguments, "--worker", "--json", str(found)),
             ]
-            # torchrun would set it, and say so.
+            # torchrun would set the number of threads, and print that it did.
             done = subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ})
             if done.returncode:
                 print(f"{ranks} ranks failed with {done.returncode}", file=sys.stderr)
@@ -348,8 +348,7 @@ def launch(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="a PPO step on several ranks, phase by phase")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ranks", type=_numbers, default=[1, 2, 4], help="not under torchrun")
@@ -365,7 +364,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU, each rank")
     parser.add_argument("--json", help="write the report to this file")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
     if options.worker or "WORLD_SIZE" in os.environ:
         return work(options)
     return launch(options, arguments)

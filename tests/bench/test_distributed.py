@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from bench.distributed import bench_step
 from bench.distributed.traffic import Traffic
 from rlhf_fast.distributed.collectives import all_gather_rows
 from rlhf_fast.distributed.world import World
@@ -22,6 +23,8 @@ from tests.distributed.ranks import on_ranks
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
 HIDDEN = 8
+SMALLEST = ["--hidden", "32", "--layers", "2", "--vocab", "64", "--new-tokens", "4"]
+SMALLEST += ["--prompts", "4", "--steps", "1"]
 
 
 def _counted(world: World) -> tuple[dict[str, int], dict[str, int]]:
@@ -65,15 +68,41 @@ def test_traffic_of_known_collectives():
         assert set(calls.values()) == {1}
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    found = tmp_path_factory.mktemp("bench") / "step.json"
-    sizes = ["--hidden", "32", "--layers", "2", "--vocab", "64", "--new-tokens", "4"]
-    sizes += ["--prompts", "4", "--steps", "1"]
+def _rows(world: World) -> list[bench_step.Row]:
+    """Of this world, in the views that it has."""
+    views = ["tp", "copies"] if world.size > 1 else ["alone"]
+    return [bench_step.measure(world, view, bench_step.parse(SMALLEST)) for view in views]
+
+
+def test_step_on_one_and_two_ranks():
+    [[alone]], (pair, other) = on_ranks(1, _rows), on_ranks(2, _rows)
+    cut, copies = pair
+    for row in (alone, cut, copies):
+        # Rotary frequencies are held beside the parameters.
+        assert row.parameter_bytes == pytest.approx(row.parameter_formula, rel=5e-3)
+        assert row.seconds["step"] >= row.seconds["update"] > 0
+    assert cut.parameter_formula < 0.51 * alone.parameter_formula
+    assert not any(alone.received.values())
+    assert [row.received for row in pair] == [row.received for row in other]
+    # docs/distributed.md: layers of P parameters in fp32, one microbatch of each of 3 models.
+    layers = 2 * (4 * 32 * 32 + 3 * 32 * 128)
+    tokens = 2 * 20
+    embedding = tokens * (4 * 32 + 8)
+    head = tokens * (8 * 32 + 48)
+    least = 3 * (layers * 4 // 2 + embedding)
+    assert least <= cut.received["score"] <= least + 2 * head
+    # Whole models: gradients of actor and critic, once an optimizer step, of which there are two.
+    gradients = 2 * (2 * layers + 3 * 64 * 32) * 4
+    assert gradients <= copies.received["update"] <= 1.1 * gradients
+
+
+@pytest.mark.slow
+def test_it_starts_torchrun_itself(tmp_path):
+    report = tmp_path / "step.json"
     done = subprocess.run(
         [
             *(sys.executable, "-m", "bench.distributed.bench_step", "--ranks", "1,2"),
-            *("--views", "tp,copies", "--json", str(found), *sizes),
+            *("--views", "gather", "--json", str(report), *SMALLEST),
         ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
@@ -82,30 +111,8 @@ def report(tmp_path_factory):
         timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 ranks, copies" in done.stdout
-    return json.loads(found.read_text())
-
-
-def test_step_on_one_and_two_ranks(report):
-    alone, cut, copies = report["rows"]
-    assert [(r["ranks"], r["view"]) for r in (alone, cut, copies)] == [
-        (1, "alone"),
-        (2, "tp"),
-        (2, "copies"),
-    ]
-    assert report["environment"]["commit"] is not None
-    for row in (alone, cut, copies):
-        # Rotary frequencies are held beside the parameters.
-        assert row["parameter_bytes"] == pytest.approx(row["parameter_formula"], rel=5e-3)
-        assert row["seconds"]["step"] > 0
-    assert not any(alone["received"].values())
-    # docs/distributed.md: layers of P parameters in fp32, one microbatch of each of 3 models.
-    layers = 2 * (4 * 32 * 32 + 3 * 32 * 128)
-    tokens = 2 * 20
-    embedding = tokens * (4 * 32 + 8)
-    head = tokens * (8 * 32 + 48)
-    least = 3 * (layers * 4 // 2 + embedding)
-    assert least <= cut["received"]["score"] <= least + 2 * head
-    # Whole models: gradients of actor and critic, once an optimizer step, of which there are two.
-    gradients = 2 * (2 * layers + 3 * 64 * 32) * 4
-    assert gradients <= copies["received"]["update"] <= 1.1 * gradients
+    assert "1 ranks, alone" in done.stdout
+    assert "2 ranks, gather" in done.stdout
+    found = json.loads(report.read_text())
+    assert found["environment"]["torch"] == torch.__version__
+    assert [(row["ranks"], row["view"]) for row in found["rows"]] == [(1, "alone"), (2, "gather")]
