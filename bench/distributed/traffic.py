@@ -11,6 +11,7 @@ A ring of n ranks is assumed, which is what bandwidth-optimal implementations co
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,11 @@ _COUNTED: dict[str, tuple[Callable[..., Any], float | None]] = {
 }
 
 
+def _group(arguments: tuple[Any, ...], options: dict[str, Any]) -> dist.ProcessGroup | None:
+    given = [x for x in arguments if isinstance(x, dist.ProcessGroup)]
+    return given[0] if given else options.get("group")
+
+
 def _nbytes(tensors: Any) -> int:
     if isinstance(tensors, Tensor):
         return tensors.numel() * tensors.itemsize
@@ -52,6 +58,9 @@ def _nbytes(tensors: Any) -> int:
 
 class Traffic:
     """Bytes received and collectives called, by phase.
+
+    Modules of the engine that keep a collective under a name of their own are counted as well. What
+    PyTorch sends without its Python functions (object collectives, stores, barriers) is not.
 
     Attributes:
         phase: under which name what comes is counted.
@@ -68,14 +77,30 @@ class Traffic:
     @contextmanager
     def counting(self) -> Iterator[None]:
         """While this is entered, collectives of `torch.distributed` are counted."""
-        kept = {name: getattr(dist, name) for name in _COUNTED if hasattr(dist, name)}
-        for name, function in kept.items():
-            setattr(dist, name, self._counted(name, function))
+        originals = {name: getattr(dist, name) for name in _COUNTED if hasattr(dist, name)}
+        places = [(dist, name, name) for name in originals]
+        names = {id(function): name for name, function in originals.items()}
+        for module_name, module in list(sys.modules.items()):
+            if module_name.startswith("rlhf_fast"):
+                places += [
+                    (module, attribute, names[id(value)])
+                    for attribute, value in vars(module).items()
+                    if id(value) in names
+                ]
+        for owner, attribute, name in places:
+            setattr(owner, attribute, self._counted(name, originals[name]))
         try:
             yield
         finally:
-            for name, function in kept.items():
-                setattr(dist, name, function)
+            for owner, attribute, name in places:
+                setattr(owner, attribute, originals[name])
+
+    def take(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes and calls by phase since the last call; starts again from zero."""
+        taken = dict(self.nbytes), dict(self.calls)
+        self.nbytes.clear()
+        self.calls.clear()
+        return taken
 
     def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         which, factor = _COUNTED[name]
@@ -83,7 +108,7 @@ class Traffic:
         def call(*arguments: Any, **options: Any) -> Any:
             if self._inside:  # one name implemented by another
                 return function(*arguments, **options)
-            ranks = dist.get_world_size(options.get("group"))
+            ranks = dist.get_world_size(_group(arguments, options))
             share = 1.0 if factor is None else factor * (ranks - 1) / ranks
             with torch.no_grad():
                 self.nbytes[self.phase] += int(share * _nbytes(which(arguments, options)))

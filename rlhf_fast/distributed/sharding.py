@@ -232,6 +232,22 @@ def shard_module(
     return _Cutter(module, world, torch.bfloat16 if dtype == "bfloat16" else None).cut()
 
 
+def forget_forwards(module: nn.Module) -> None:
+    """After forwards without a backward of a cut model, on all ranks of a shard axis alike.
+
+    FSDP notes every forward until a backward ends. Without this the notes of a model that is only
+    read grow, and the next backward of a trained one gathers a layer too many. A PyTorch before
+    2.13 has no way to drop them; a model that is not cut is left alone.
+    """
+    inside: set[nn.Module] = set()
+    for part in module.modules():
+        if isinstance(part, FSDPModule) and part not in inside:
+            inside.update(part.modules())
+            reset = getattr(part, "reset_iter_state", None)
+            if reset is not None:
+                reset()
+
+
 class _Cutter:
     def __init__(self, module: nn.Module, world: World, compute: torch.dtype | None) -> None:
         model: Any = module

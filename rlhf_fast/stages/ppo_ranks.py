@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from rlhf_fast.config import PPOConfig
+from rlhf_fast.distributed.sharding import forget_forwards
 from rlhf_fast.distributed.work import WorldSplit
 from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.dealt_generator import DealtGenerator
@@ -13,6 +16,8 @@ from rlhf_fast.ppo.roles import Roles
 from rlhf_fast.ppo.split_rewards import DealtReward, OneRankReward
 from rlhf_fast.protocols import Reward, SampleReward, WorkSplit
 from rlhf_fast.stages.generation import engine_of
+from rlhf_fast.stages.ppo_checks import role_modules
+from rlhf_fast.stages.shared_roles import shared_trunk
 
 
 def roles_on_ranks(roles: Roles, config: PPOConfig, world: World) -> Roles:
@@ -20,9 +25,20 @@ def roles_on_ranks(roles: Roles, config: PPOConfig, world: World) -> Roles:
     if world.size == 1:
         return roles
     split = WorldSplit(world)
+    trunk = shared_trunk(roles)
+    read = [module for _, module in role_modules(roles)] + ([] if trunk is None else [trunk.model])
+
+    @contextmanager
+    def scoring() -> Iterator[None]:
+        with roles.scoring():
+            yield
+        for module in read:
+            forget_forwards(module)
+
     return replace(
         roles,
         split=split,
+        scoring=scoring,
         reward=shared_reward(roles.reward, split, token_budget=config.microbatch_tokens),
         generator=DealtGenerator(roles.generator, world, engine_of(roles.generator)),
     )
