@@ -111,9 +111,10 @@ def kernels(op: str) -> ModuleType:
 
 
 def ops_with_kernels() -> tuple[str, ...]:
-    """Names of the modules in `triton_kernels`."""
+    """Names of the modules in `triton_kernels`, without what several of them share (`_name`)."""
     package = importlib.import_module(PACKAGE)
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(package.__path__)))
+    names = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return tuple(sorted(name for name in names if not name.startswith("_")))
 
 
 def launch(

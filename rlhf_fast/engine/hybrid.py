@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rlhf_fast.engine.decode_graphs import CudaRecorder, GraphReport
+from rlhf_fast.engine.decode_graphs import CudaRecorder
+from rlhf_fast.engine.engine_facts import EngineFacts
 from rlhf_fast.engine.expected_lengths import ExpectedLengths
 from rlhf_fast.engine.fused_forward import FusedForward
 from rlhf_fast.engine.fused_support import why_not_fused
@@ -49,7 +50,7 @@ from rlhf_fast.engine.module_forward import (
 from rlhf_fast.engine.overlap import Overlap
 from rlhf_fast.engine.paged_batch import PagedForward
 from rlhf_fast.engine.path_choice import choose_path
-from rlhf_fast.engine.progress import GenerationSummary, Progress, ProgressReports
+from rlhf_fast.engine.progress import Progress, ProgressReports
 from rlhf_fast.engine.requests import (
     Completions,
     Request,
@@ -85,7 +86,7 @@ class Mode(enum.Enum):
     SCORE = "score"
 
 
-class HybridEngine:
+class HybridEngine(EngineFacts):
     """Generation from the weights that training updates, as `rlhf_fast.protocols.Generator`.
 
     Make it when the module is on its device and before its optimizer steps; moving or casting the
@@ -408,34 +409,6 @@ class HybridEngine:
         self.weights.check()
         self.path, self.reason, self.attention = "modules", fault, None
         self._runner = self._make_runner()
-
-    @property
-    def last(self) -> GenerationSummary | None:
-        """What the last rollout took; None before the first."""
-        source = self._padded if self._runner is None else self._runner
-        return None if source is None else source.last
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the pages that exist now; 0 on the paths whose cache ends with a rollout."""
-        cache = self._runner.cache if isinstance(self._runner, Runner) else None
-        return 0 if cache is None else cache.nbytes
-
-    @property
-    def copied_bytes(self) -> int:
-        """Bytes of the fused path's copies of weights and adapters that exist now."""
-        forward = self._runner.forward if isinstance(self._runner, Runner) else None
-        return forward.copied_bytes if isinstance(forward, FusedForward) else 0
-
-    @property
-    def graphs(self) -> GraphReport:
-        """What the CUDA graphs of the last rollout were; none off a GPU."""
-        return self._runner.last_graphs if isinstance(self._runner, Runner) else GraphReport()
-
-    @property
-    def preemptions(self) -> int:
-        """Samples of the last rollout that gave their pages back and were recomputed."""
-        return 0 if self.last is None else self.last.preemptions
 
     def halve_batch(self) -> bool:
         """Decode half as many samples side by side from now on; false if it is one already.

@@ -1,14 +1,11 @@
 """The life of one training stage: its directory, lock, signals, checkpoints and progress.
 
     with Run(output_dir, stage="sft", config=config, hard_keys=["model", "seed"]) as run:
-        if run.already_complete:
-            return
-        if run.checkpoint is not None:
-            ...                                     # restore, start at run.checkpoint.step
+        if run.already_complete: return
+        if run.checkpoint is not None: ...          # restore, start at run.checkpoint.step
         with run.progress("sft", total=steps, start=first) as bar:
             for step in range(first, steps):
-                with run.phase("train"):
-                    ...
+                with run.phase("train"): ...
                 bar.advance(loss=loss)
                 if run.should_stop() or due(step):
                     run.raise_if_stopped(run.save(step + 1, tensors=..., state=...))

@@ -267,7 +267,7 @@ def test_json_has_every_number(llama, capsys):
         total += max(running.values(), default=0)
         assert total == phase["device"]
     several = run_plan(None, [BF16], model=llama, gpu_memory="80GB", gpus=2)
-    assert plan_as_json(several)["sharding"]["available"] is False
+    assert plan_as_json(several)["sharding"]["view"] == "tp"
 
 
 def test_a_config_file_alone_is_enough(llama, tmp_path, capsys):
