@@ -10,15 +10,15 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def all_gather_rows(out: Tensor, rows: Tensor, group: dist.ProcessGroup) -> None:
     """Fill `out` [ranks * n, ...] with the rows [n, ...] of all ranks of the group in order."""
-    _gather(out, rows, group=group)
+    ALL_GATHER(out, rows, group=group)
 
 
 def reduce_scatter_rows(out: Tensor, rows: Tensor, group: dist.ProcessGroup) -> None:
     """Fill `out` [n, ...] with this rank's run of the sum over ranks of `rows` [ranks * n, ...]."""
-    _reduce_scatter(out, rows, group=group)
+    REDUCE_SCATTER(out, rows, group=group)

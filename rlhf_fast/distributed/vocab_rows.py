@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlhf_fast.distributed.collectives import ALL_GATHER as _gather
+from rlhf_fast.distributed.collectives import REDUCE_SCATTER as _scatter
 from rlhf_fast_kernels.linear_arguments import Tokens
 from rlhf_fast_kernels.linear_head import chunk_bounds
 
@@ -202,10 +204,6 @@ class HiddenGradient:
 
 
 # ---- torch's collectives ------------------------------------------------------------------------
-
-# Renamed in torch 2.13.
-_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def all_gather(out: Tensor, own: Tensor, group: Group, *, wait: bool = True) -> Any:

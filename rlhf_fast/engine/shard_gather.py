@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from rlhf_fast.engine.tensor_parallel import gather_in_order
+from rlhf_fast.distributed.collectives import all_gather_rows
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Gatherer:
         for (_, part), piece in zip(pairs, sent.split(sizes), strict=True):
             piece[: part.local.numel()].view(part.local.shape).copy_(part.local)
         received = torch.empty(self.size * total, dtype=dtype, device=sent.device)
-        gather_in_order(received, sent, self.group)
+        all_gather_rows(received, sent, self.group)
         self.gathered_bytes += (self.size - 1) * total * dtype.itemsize
         for rank, row in enumerate(received.view(self.size, total)):
             for (target, part), piece in zip(pairs, row.split(sizes), strict=True):

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlhf_fast.distributed.collectives import all_gather_rows
 from rlhf_fast_kernels import SampleOutput, sample
 
 
@@ -144,17 +145,10 @@ class TensorParallel:
                 told[:count, 0] = drawn.tokens
                 pairs = torch.stack((drawn.logprobs, drawn.raw_logprobs), 1)
                 told[:count, 1] = pairs.view(torch.int64).squeeze(1)
-            gather_in_order(heard, told, self.group)
+            all_gather_rows(heard, told, self.group)
             pairs = heard[:rows, 1:].contiguous().view(torch.float32)
             out.tokens.copy_(heard[:rows, 0])
             out.logprobs.copy_(pairs[:, 0])
             out.raw_logprobs.copy_(pairs[:, 1])
 
         return call
-
-
-def gather_in_order(out: Tensor, part: Tensor, group: dist.ProcessGroup) -> None:
-    """out [n * k, ...] = the parts [k, ...] of the n ranks one below the other."""
-    # The older name warns in releases that have the newer one.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(out, part, group=group)
