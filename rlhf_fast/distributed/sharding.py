@@ -12,7 +12,7 @@ order. `torch.inference_mode` is not for them: a first forward in it leaves FSDP
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -171,21 +171,9 @@ class ShardedModule:
         Raises:
             EnvironmentFault: RF7051, a PyTorch before 2.13, in which FSDP cannot go on.
         """
-        # A unit that was in backward has its gathered parameters in place, and gradients on them.
-        for parameter in (*self._parameters.values(), *self.module.parameters()):
+        for parameter in self._parameters.values():
             parameter.grad = None
-        model: Any = self.module
-        if self.world.mesh is None:
-            return
-        if not hasattr(model.base_model, "reset_iter_state"):
-            raise EnvironmentFault(
-                "RF7051",
-                "a step of a sharded model failed, and this PyTorch cannot start it anew",
-                where=f"torch {torch.__version__}",
-                expected="torch 2.13 or later",
-                remedy="resume from the last checkpoint, or update PyTorch",
-            )
-        model.base_model.reset_iter_state()
+        start_anew(self.module)
 
     @property
     def held_bytes(self) -> int:
@@ -239,13 +227,43 @@ def forget_forwards(module: nn.Module) -> None:
     read grow, and the next backward of a trained one gathers a layer too many. A PyTorch before
     2.13 has no way to drop them; a model that is not cut is left alone.
     """
+    for root in _roots(module):
+        reset = getattr(root, "reset_iter_state", None)
+        if reset is not None:
+            reset()
+
+
+def start_anew(module: nn.Module) -> None:
+    """Go back to shards after a forward or backward of a cut model that raised; drops gradients.
+
+    Every rank has to call it, whichever of them raised. A model that is not cut loses its gradients
+    alone.
+
+    Raises:
+        EnvironmentFault: RF7051, a PyTorch before 2.13, in which FSDP cannot go on.
+    """
+    # A unit that was in backward has its gathered parameters in place, and gradients on them.
+    for parameter in module.parameters():
+        parameter.grad = None
+    for root in _roots(module):
+        if not hasattr(root, "reset_iter_state"):
+            raise EnvironmentFault(
+                "RF7051",
+                "a step of a sharded model failed, and this PyTorch cannot start it anew",
+                where=f"torch {torch.__version__}",
+                expected="torch 2.13 or later",
+                remedy="resume from the last checkpoint, or update PyTorch",
+            )
+        root.reset_iter_state()
+
+
+def _roots(module: nn.Module) -> Iterator[Any]:
+    """The modules that FSDP's units of a model hang under."""
     inside: set[nn.Module] = set()
     for part in module.modules():
         if isinstance(part, FSDPModule) and part not in inside:
             inside.update(part.modules())
-            reset = getattr(part, "reset_iter_state", None)
-            if reset is not None:
-                reset()
+            yield part
 
 
 class _Cutter:

@@ -66,7 +66,7 @@ from rlhf_fast.engine.settings import (
     choose_attention_for,
     padded_slots,
 )
-from rlhf_fast.engine.sharded_views import Weights, WeightView
+from rlhf_fast.engine.sharded_views import Weights, WeightView, require_path
 from rlhf_fast.engine.stopping import Decode, stops_of
 from rlhf_fast.engine.weights import AliasedWeights
 from rlhf_fast.errors import DivergedGeneration, GenerationError
@@ -136,6 +136,7 @@ class HybridEngine(EngineFacts):
         self._in_train_mode: list[nn.Module] = []
         self.expected = ExpectedLengths() if expected is None else expected
         self.path, self.reason = choose_path(module, self.settings.path)
+        require_path(self.view, self.path)
         self.weights: Weights | None = None
         self.attention: AttentionChoice | None = None  # of the fused path
         self._runner: Runner | TransformersRunner | None = None
@@ -303,9 +304,11 @@ class HybridEngine(EngineFacts):
             self._padded.on_progress = self.on_progress
             self._padded.progress_seconds = self.progress_seconds
             with self._in(Mode.GENERATE), self._reading():
-                return self._padded.generate(
+                rollout = self._padded.generate(
                     prompts, sampling, samples_per_prompt=samples_per_prompt, seeds=seeds
                 )
+            self.expected.observe(prompts.uid, rollout.lengths.tolist())
+            return rollout
         version = self._weight_version()
         overlap = None
         if scorer is not None:
@@ -408,6 +411,7 @@ class HybridEngine(EngineFacts):
         assert self.weights is not None
         self.weights.check()
         self.path, self.reason, self.attention = "modules", fault, None
+        require_path(self.view, self.path)
         self._runner = self._make_runner()
 
     def halve_batch(self) -> bool:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.engine.tensor_parallel import TensorParallel
+from rlhf_fast.errors import GenerationError
 
 
 class Weights(Protocol):
@@ -82,3 +83,23 @@ class WeightView(Protocol):
     def agreed(self, number: int) -> int:
         """The least of the ranks' numbers in lockstep, else the number itself."""
         ...
+
+
+def require_path(view: WeightView | None, path: str) -> None:
+    """Refuse a path that would misread a view.
+
+    Slices are summed by the fused forward alone, and ranks take steps together in our runner alone.
+
+    Raises:
+        GenerationError: RF4037.
+    """
+    if view is None:
+        return
+    sliced = view.parallel is not None and path != "fused"
+    if sliced or (view.lockstep and path == "transformers"):
+        raise GenerationError(
+            "RF4037",
+            f"engine.path={path} cannot generate from the weight view {view.name}",
+            where="engine.path, distributed.weights",
+            remedy="use distributed.weights=gather, or engine.path=auto",
+        )

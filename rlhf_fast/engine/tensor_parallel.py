@@ -60,9 +60,10 @@ class TensorParallel:
         return min(self._rows, self.vocabulary - self.first_row)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum over the ranks; in place, and returned."""
-        dist.all_reduce(x, group=self.group)
-        return x
+        """Sum over the ranks, in fp32; in place, and returned."""
+        total = x.float()
+        dist.all_reduce(total, group=self.group)
+        return x if total is x else x.copy_(total)
 
     def embed(self, ids: Tensor, embedding: Tensor, out: Tensor) -> Tensor:
         """Embeddings of the whole vocabulary's ids.

@@ -21,7 +21,9 @@ VIEWS = ("auto", "tp", "gather", "layerwise")
 _GATHER_SHARE = 0.5
 
 
-def choose_view(module: nn.Module, twin: nn.Module, world: World, wish: str = "auto") -> WeightView:
+def choose_view(
+    module: nn.Module, twin: nn.Module, world: World, wish: str = "auto", *, path: str = "auto"
+) -> WeightView:
     """The view asked for, or the first of tp, gather and layerwise that can run.
 
     All ranks call it together and choose alike.
@@ -31,6 +33,7 @@ def choose_view(module: nn.Module, twin: nn.Module, world: World, wish: str = "a
         twin: `twin_of` it before that; taken over by the view.
         world: at least two ranks in a shard group.
         wish: one of VIEWS.
+        path: `engine.path`; slices are for the fused one.
 
     Raises:
         GenerationError: RF4037, no such view, or the one asked for cannot run.
@@ -43,6 +46,8 @@ def choose_view(module: nn.Module, twin: nn.Module, world: World, wish: str = "a
             expected=f"one of {', '.join(VIEWS)}",
         )
     not_parallel = why_not_tensor_parallel(module, twin, world)
+    if path not in ("auto", "fused"):
+        not_parallel = f"engine.path={path} does not sum slices"
     if wish == "tp" and not_parallel is not None:
         raise _cannot(wish, not_parallel)
     if wish == "layerwise" and not blocks_of(twin):

@@ -48,7 +48,8 @@ class Roles:
 
     `split`: the ranks that share forwards; `reward` and `generator` then give all of them the same.
     `halve_rollout`: after the generator ran out of memory, it shall hold half as many samples at a
-    time; false if it cannot.
+    time; false if it cannot. `start_anew`: after a forward or backward that ran out of memory, on
+    all ranks; gradients are gone then.
     """
 
     actor: PolicyModel
@@ -66,6 +67,7 @@ class Roles:
     independent: bool = False
     split: WorkSplit = field(default_factory=Alone)
     halve_rollout: Callable[[], bool] = field(default=lambda: False)
+    start_anew: Callable[[], object] = field(default=lambda: None)
 
     @property
     def rates(self) -> dict[str, float]:

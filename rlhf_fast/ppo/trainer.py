@@ -247,6 +247,7 @@ class PPOLearner:
             accumulate()
         else:
             while not fits(accumulate, roles.split):
+                roles.start_anew()
                 self._drop_gradients()
                 self.budget.halve(longest_sample(experience.scored.rollout))
                 statistics.redo_minibatch()

@@ -22,6 +22,14 @@ def choose_device(config: RunConfig) -> torch.device:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and launched_ranks() > 1:
         wanted = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    elif wanted.startswith("cuda:") and launched_ranks() > 1:
+        raise ConfigError(
+            "RF1030",
+            f"device {wanted!r} for {launched_ranks()} processes",
+            where="run.device",
+            expected="cuda: each process takes the GPU of its local rank",
+            remedy="set run.device=cuda, and CUDA_VISIBLE_DEVICES if some are to be left out",
+        )
     name, _, index = wanted.partition(":")
     if name not in ("cpu", "cuda") or (index and not index.isdecimal()):
         raise ConfigError(

@@ -32,7 +32,12 @@ def place(module: nn.Module, world: World) -> None:
 
 
 def place_generating(
-    module: nn.Module, world: World, wish: str, *, put: Callable[[], None] | None = None
+    module: nn.Module,
+    world: World,
+    wish: str,
+    *,
+    path: str,
+    put: Callable[[], None] | None = None,
 ) -> WeightView | None:
     """Place a model that is generated from, and say how generation sees it.
 
@@ -40,6 +45,7 @@ def place_generating(
         module: as loaded, with the adapters that generate active.
         world: the ranks.
         wish: `distributed.weights`.
+        path: `engine.path`.
         put: places the module; None: `place` does.
 
     Returns:
@@ -55,7 +61,7 @@ def place_generating(
         place(module, world)
     else:
         put()
-    return None if twin is None else choose_view(module, twin, world, wish)
+    return None if twin is None else choose_view(module, twin, world, wish, path=path)
 
 
 def same_weights(world: World, module: nn.Module) -> None:

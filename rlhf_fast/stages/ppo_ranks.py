@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.distributed.sharding import forget_forwards
+from rlhf_fast.distributed.sharding import forget_forwards, start_anew
 from rlhf_fast.distributed.work import WorldSplit
 from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.dealt_generator import DealtGenerator
@@ -35,8 +35,13 @@ def roles_on_ranks(roles: Roles, config: PPOConfig, world: World) -> Roles:
         for module in read:
             forget_forwards(module)
 
+    def anew() -> None:
+        for module in read:
+            start_anew(module)
+
     return replace(
         roles,
+        start_anew=anew,
         split=split,
         scoring=scoring,
         reward=shared_reward(roles.reward, split, token_budget=config.microbatch_tokens),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
@@ -58,9 +59,9 @@ def build_reward(
             judge = RewardModel(model)
     if judge is not None:
         own = tokenizer if model_tokenizer is None else model_tokenizer
-        parts.append(
-            (1.0, ModelReward(judge, tokenizer, own, token_budget=config.microbatch_tokens))
-        )
+        # Ranks are dealt packs, each one forward, however long they are in the judge's tokens.
+        budget = config.microbatch_tokens if world.size == 1 else sys.maxsize
+        parts.append((1.0, ModelReward(judge, tokenizer, own, token_budget=budget)))
     if function is None and settings.function:
         function = load_reward_function(settings.function)
     if function is not None:

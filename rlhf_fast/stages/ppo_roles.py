@@ -172,7 +172,9 @@ def build_roles(
     # A critic may be a copy of the actor, which has to be whole for that.
     value_model = build_critic(config, actor, critic=critic, reward=reward_model)
     value_head = value_model.head if isinstance(value_model, TrunkCritic) else None
-    view = place_generating(actor, world, config.distributed.weights)
+    view = place_generating(actor, world, config.distributed.weights, path=config.engine.path)
+    if value_head is not None:
+        value_head.to(device)
     policy = Actor(actor)
     engine = build_engine(config, actor, tokenizer, lambda: policy.weight_version, view)
     actor_optimizer = build_optimizer(config, actor, "actor", value_head, ranks=ranks)

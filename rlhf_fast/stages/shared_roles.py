@@ -99,6 +99,7 @@ def share_trunk(
             shared.model,
             world,
             config.distributed.weights,
+            path=config.engine.path,
             put=lambda: place_trunk(
                 shared,
                 world.device,

@@ -197,7 +197,8 @@ def test_peak_memory_sees_temporaries_and_not_what_is_returned(size: int) -> Non
     extra = harness.extra_memory(run)
     if extra is None:
         pytest.skip("this system has no clear_refs")
-    slack = 1.0
+    # A large page of the system, where the allocator's memory came to lie in such pages.
+    slack = 2.1
     assert extra == pytest.approx(2 * size / MIB, abs=slack)
     assert harness.extra_memory(run, returned_bytes=size) == pytest.approx(size / MIB, abs=slack)
 

@@ -322,6 +322,14 @@ def _refusals(world: World) -> None:
     for wish, why in (("tp", "no fused forward for gpt2"), ("zero", "no weight view")):
         with pytest.raises(GenerationError, match=f"RF4037[\\s\\S]*{why}"):
             choose_view(trained, twin_of(module), world, wish)
+    sliced = llama()
+    parts = sharded(sliced, world)
+    view = choose_view(parts, twin_of(sliced), world)
+    for path in ("modules", "padded"):
+        with pytest.raises(GenerationError, match="RF4037"):
+            engine_over(view, path=path)
+    whole = choose_view(parts, twin_of(sliced), world, path="modules")
+    assert (whole.name, engine_over(whole, path="modules").path) == ("gather", "modules")
 
 
 def test_a_view_that_cannot_run_is_refused_with_the_reason() -> None:
