@@ -67,6 +67,14 @@ def decoder_layers(trunk: nn.Module) -> nn.ModuleList | None:
     return lists[sizes.index(max(sizes))] if lists and max(sizes) > 0 else None
 
 
+def why_not_by_layers(layers: nn.ModuleList | None) -> str:
+    """Empty if a model can be taken apart into `decoder_layers`, otherwise why not."""
+    if layers is None:
+        return "it has no list of decoder layers"
+    of_layers = [p for layer in layers for p in layer.parameters()]
+    return "two of its layers share weights" if len(set(of_layers)) != len(of_layers) else ""
+
+
 def blocks_to_shard(module: nn.Module) -> nn.ModuleList:
     """The decoder layers of a model that can be sharded.
 
@@ -75,13 +83,7 @@ def blocks_to_shard(module: nn.Module) -> nn.ModuleList:
     """
     model: Any = module
     layers = decoder_layers(model.base_model)
-    problem = ""
-    if layers is None:
-        problem = "it has no list of decoder layers"
-    else:
-        of_layers = [p for layer in layers for p in layer.parameters()]
-        if len(set(of_layers)) != len(of_layers):
-            problem = "two of its layers share weights"
+    problem = why_not_by_layers(layers)
     if layers is None or problem:
         raise ModelError(
             "RF3080",

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.distributed.placement import decoder_layers
 from rlhf_fast.distributed.world import World
-from rlhf_fast.engine.module_forward import unwrapped
 from rlhf_fast.engine.shard_gather import Gatherer, part_of
 from rlhf_fast.engine.sharded_views import Weights
 from rlhf_fast.engine.tensor_parallel import TensorParallel
@@ -20,21 +20,12 @@ _ALIGNMENT = 256  # bytes: parameters of one block begin where any kernel likes 
 
 
 def blocks_of(twin: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The decoder blocks by name: the longest list of modules of one class."""
-    lists = [
-        (name, part)
-        for name, part in unwrapped(twin).named_modules(prefix=_prefix(twin))
-        if isinstance(part, nn.ModuleList) and len({type(block) for block in part}) == 1
-    ]
-    if not lists:
+    """The decoder blocks by name."""
+    layers = decoder_layers(twin)
+    if layers is None:
         return []
-    name, longest = max(lists, key=lambda entry: len(entry[1]))
-    return [(f"{name}.{i}", block) for i, block in enumerate(longest)]
-
-
-def _prefix(twin: nn.Module) -> str:
-    inner = unwrapped(twin)
-    return next(name for name, part in twin.named_modules() if part is inner)
+    name = next(name for name, part in twin.named_modules() if part is layers)
+    return [(f"{name}.{i}", block) for i, block in enumerate(layers)]
 
 
 class GatherView:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.distributed.placement import decoder_layers
+from rlhf_fast.distributed.placement import decoder_layers, why_not_by_layers
 from rlhf_fast.errors import ModelError
 from rlhf_fast.models.forward import compute_dtype, set_device
 
@@ -302,13 +302,7 @@ def round_layer_weights(module: nn.Module) -> None:
 def _decoder_layers(module: nn.Module, trunk: nn.Module) -> nn.ModuleList:
     """The list of decoder layers: of all lists in the trunk the one with the most weights."""
     layers = decoder_layers(trunk)
-    problem = ""
-    if layers is None:
-        problem = "it has no list of decoder layers"
-    else:
-        of_layers = [p for layer in layers for p in layer.parameters()]
-        if len(set(of_layers)) != len(of_layers):
-            problem = "two of its layers share weights"
+    problem = why_not_by_layers(layers)
     if any(p.requires_grad for p in module.parameters()):
         problem = "it is trained"
     if layers is None or problem:

@@ -58,7 +58,11 @@ class TaskReward:
         )
 
 
-def config_for(beta: float, seed: int) -> PPOConfig:
+# The rate at which a third of the steps tells a mutated learner from the true one.
+MUTANT_LR = 3e-3
+
+
+def config_for(beta: float, seed: int, *, lr: float = 2e-3) -> PPOConfig:
     return PPOConfig(
         run=RunConfig(seed=seed),
         rollout=RolloutConfig(prompts=PROMPTS, max_batch=PROMPTS),
@@ -67,7 +71,7 @@ def config_for(beta: float, seed: int) -> PPOConfig:
         reward=RewardConfig(normalize=False, clip=0.0, missing_eos="none", function="-"),
         kl=KLConfig(coef=beta),
         algorithm=AlgorithmConfig(ppo_epochs=4, value_clip_eps=0.0),
-        actor_optim=OptimConfig(lr=2e-3),
+        actor_optim=OptimConfig(lr=lr),
         critic_optim=OptimConfig(lr=5e-3),
         microbatch_tokens=1 << 20,
         total_steps=STEPS,
@@ -101,11 +105,15 @@ def build_learner(
 
 
 def train(
-    beta: float, seed: int, steps: int = STEPS, kind: type[PPOLearner] = PPOLearner
+    beta: float,
+    seed: int,
+    steps: int = STEPS,
+    kind: type[PPOLearner] = PPOLearner,
+    **changes: float,
 ) -> Summary:
     """Run PPO and compare the policy with the closed form."""
     task = ExactTask.from_seed(seed)
-    learner = build_learner(config_for(beta, seed), task, kind)
+    learner = build_learner(config_for(beta, seed, **changes), task, kind)
     prompts = PromptBatch(
         PackedSequences.from_lists([[BOS]] * PROMPTS),
         tuple(range(PROMPTS)),
@@ -157,12 +165,12 @@ class LastTokenMasked(PPOLearner):
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", [AdvantagesLate, KLOfWrongSign, LastTokenMasked])
 def test_a_mutated_learner_falls_far_behind_in_a_third_of_the_steps(mutant: type[PPOLearner]):
-    assert train(1.0, 1, MUTANT_STEPS, mutant).gain < 0.45
+    assert train(1.0, 1, MUTANT_STEPS, mutant, lr=MUTANT_LR).gain < 0.3
 
 
 @pytest.mark.slow
 def test_the_true_learner_is_on_its_way_in_a_third_of_the_steps():
-    assert train(1.0, 1, MUTANT_STEPS).gain > 0.75
+    assert train(1.0, 1, MUTANT_STEPS, lr=MUTANT_LR).gain > 0.65
 
 
 @pytest.mark.slow
