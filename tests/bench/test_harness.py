@@ -180,7 +180,7 @@ def test_time_on_the_cpu_is_a_mean_over_the_turn() -> None:
     assert sample.cpu_seconds is not None
 
 
-@pytest.mark.parametrize("size", [3 * MIB, 64 * MIB])
+@pytest.mark.parametrize("size", [12 * MIB, 64 * MIB])
 def test_peak_memory_sees_temporaries_and_not_what_is_returned(size: int) -> None:
     def run(_: int) -> torch.Tensor:
         temporary = torch.ones(size, dtype=torch.uint8)
@@ -197,8 +197,9 @@ def test_peak_memory_sees_temporaries_and_not_what_is_returned(size: int) -> Non
     extra = harness.extra_memory(run)
     if extra is None:
         pytest.skip("this system has no clear_refs")
-    # A large page of the system, where the allocator's memory came to lie in such pages.
-    slack = 2.1
+    # The system's large pages (2 MiB): either buffer may reach into one more than it fills. Far less
+    # than the temporary, which is what a wrong measure would miss or count twice.
+    slack = 4.2
     assert extra == pytest.approx(2 * size / MIB, abs=slack)
     assert harness.extra_memory(run, returned_bytes=size) == pytest.approx(size / MIB, abs=slack)
 
