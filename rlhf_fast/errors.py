@@ -91,6 +91,10 @@ class EnvironmentFault(RLHFError):
     exit_code = EXIT_ENVIRONMENT
 
 
+class LoneOutOfMemory(EnvironmentFault):
+    """Memory ran out on one rank in work that the others cannot finish without it (RF7063)."""
+
+
 class CheckpointError(RLHFError):
     """Run directory, checkpoint, resume (RF8xxx)."""
 

@@ -77,6 +77,10 @@ class RewardOutput(NamedTuple):
     scored: Tensor
 
 
+# Launches forwards; what it returns waits for the scores.
+Start = Callable[[], Callable[[], RewardOutput]]
+
+
 @runtime_checkable
 class Reward(Protocol):
     """Scores finished responses: a model, a function over texts, or a sum of both."""
@@ -98,11 +102,12 @@ class SampleReward(Reward, Protocol):
         """Whether a sample's score depends on that sample alone, and is one number."""
         ...
 
-    def start(self, rollout: Rollout, samples: Sequence[int]) -> Callable[[], RewardOutput]:
-        """Launch the scoring of K samples; what is returned waits for the scores [K].
+    def prepare(self, rollout: Rollout, samples: Sequence[int], *, at_once: bool = False) -> Start:
+        """Check and encode K samples, without any forward.
 
-        An accelerator is not waited for before that. `samples` are the K numbers that messages call
-        them by.
+        What is returned launches the forwards, and returns in turn what waits for the scores [K]:
+        an accelerator is not waited for before that. `samples` are the K numbers that messages call
+        them by. `at_once`: in one forward, however long; else as many as the reward sees fit.
         """
         ...
 
@@ -177,6 +182,14 @@ class WorkSplit(Protocol):
         """Whether the flag is set on some rank."""
         ...
 
+    def exhausted(self, flag: bool) -> bool:
+        """Whether memory ran out on some rank, which then broke off forwards or backwards.
+
+        Raises:
+            LoneOutOfMemory: on a rank with the flag, if the others cannot come out of them.
+        """
+        ...
+
 
 class Alone:
     """`WorkSplit` of a single rank: everything is its own."""
@@ -193,5 +206,9 @@ class Alone:
         return list(numbers)
 
     def any(self, flag: bool) -> bool:
+        """The flag itself."""
+        return flag
+
+    def exhausted(self, flag: bool) -> bool:
         """The flag itself."""
         return flag

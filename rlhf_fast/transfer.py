@@ -15,3 +15,9 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def release_cached() -> None:
+    """Give the device memory that the allocator keeps back, for blocks of other sizes."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

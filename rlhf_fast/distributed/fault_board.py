@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
@@ -38,6 +39,7 @@ class FaultBoard:
         self._store = store
         self._rank = rank
         self._size = size
+        self._meetings = 0
 
     def note(self, doing: str) -> None:
         """Say what this rank is doing now."""
@@ -56,6 +58,29 @@ class FaultBoard:
                     text = self._store.get(key).decode("utf-8", errors="replace")
             found.append(text)
         return found
+
+    def come(self, wait_seconds: float = 0.0) -> bool:
+        """Come to the next meeting of all ranks; whether all others came within the time.
+
+        Every rank has to call it as often as any other. Who does not wait is told false.
+        """
+        self._meetings += 1
+        if self._store is None:
+            return True
+        with _unless_gone():
+            self._store.set(self._meeting(self._meetings, self._rank), "here")
+            # Who came to this one is past the last: nobody asks for it any more.
+            if self._meetings > 1:
+                self._store.delete_key(self._meeting(self._meetings - 1, self._rank))
+            if wait_seconds > 0:
+                others = [self._meeting(self._meetings, rank) for rank in range(self._size)]
+                self._store.wait(others, timedelta(seconds=wait_seconds))
+                return True
+        return False
+
+    @staticmethod
+    def _meeting(number: int, rank: int) -> str:
+        return f"{_PREFIX}/meeting/{number}/{rank}"
 
     def failures(self) -> int:
         """How many ranks have reported that they failed."""

@@ -37,3 +37,7 @@ class WorldSplit:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank."""
         return self.world.any(flag)
+
+    def exhausted(self, flag: bool) -> bool:
+        """See `WorkSplit`; where every rank holds whole models, none waits for another."""
+        return self.world.any_exhausted(flag) if self.world.shards > 1 else self.world.any(flag)

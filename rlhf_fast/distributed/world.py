@@ -21,10 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import Store, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.rendezvous import rendezvous
 
 from rlhf_fast.distributed.fault_board import FaultBoard
-from rlhf_fast.errors import EnvironmentFault
+from rlhf_fast.errors import EnvironmentFault, LoneOutOfMemory
 
 REPLICATE, SHARD = "replicate", "shard"
 
@@ -40,6 +41,8 @@ class World:
         local_rank: of this process on its machine.
         mesh: [replicas, shards] with the axes `replicate` and `shard`; None for one rank.
         board: notes of what ranks do, and of who failed first.
+        patience_seconds: how long a rank that ran out of memory waits for the others to come out of
+            the same work; longer than what is left of one forward and backward.
     """
 
     device: torch.device
@@ -48,6 +51,7 @@ class World:
     local_rank: int = 0
     mesh: DeviceMesh | None = None
     board: FaultBoard = field(default_factory=lambda: FaultBoard(None, 0, 1))
+    patience_seconds: float = 60.0
 
     @classmethod
     def join(
@@ -84,15 +88,17 @@ class World:
             )
         if size == 1:
             return cls(device)
+        timeout = timedelta(seconds=timeout_seconds)
+        store = _store_of_attempt(timeout) if store is None else store
         gpu = device.type == "cuda"
         if gpu:  # FSDP and NCCL work on the current device, whatever they are given
             torch.cuda.set_device(device)
         dist.init_process_group(
             "nccl" if gpu else "gloo",
-            timeout=timedelta(seconds=timeout_seconds),
+            timeout=timeout,
             store=store,
-            rank=-1 if store is None else rank,
-            world_size=-1 if store is None else size,
+            rank=rank,
+            world_size=size,
             device_id=device if gpu else None,
         )
         ranks = torch.arange(size).view(replicas, size // replicas)
@@ -100,9 +106,17 @@ class World:
         board = FaultBoard(_get_default_store(), rank, size)
         return cls(device, rank, size, local_rank, mesh, board)
 
-    def leave(self) -> None:
-        """Destroy the process groups; does nothing in a world of one, or a second time."""
-        if self.mesh is not None and dist.is_initialized():
+    def leave(self, *, failed: bool = False) -> None:
+        """Destroy the process groups; does nothing in a world of one, or a second time.
+
+        Args:
+            failed: other ranks may be stuck in a collective, which is not waited for.
+        """
+        if self.mesh is None or not dist.is_initialized():
+            return
+        if failed and self.device.type == "cuda":
+            dist.distributed_c10d._abort_process_group()  # of NCCL alone; gloo never waits
+        else:
             dist.destroy_process_group()
 
     @property
@@ -164,6 +178,27 @@ class World:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return bool(found)
 
+    def any_exhausted(self, flag: bool) -> bool:
+        """Whether memory ran out on some rank, in work with collectives that it then broke off.
+
+        The others may be waiting for it inside that work, where nothing reaches them.
+
+        Raises:
+            LoneOutOfMemory: RF7063, on a rank with the flag: they are. The job has to end.
+        """
+        if self.mesh is None:
+            return flag
+        if not self.board.come(self.patience_seconds if flag else 0.0) and flag:
+            raise LoneOutOfMemory(
+                "RF7063",
+                f"out of memory on rank {self.rank}, while other ranks wait for it in the same "
+                "forward or backward",
+                where=f"rank {self.rank} of {self.size}",
+                remedy="the same command goes on from the last checkpoint with half the batch; "
+                "torchrun --max-restarts N does so by itself",
+            )
+        return self.any(flag)
+
     def gather_rows(self, rows: Tensor) -> list[Tensor]:
         """The tensors [n_r, ...] of all ranks in their order; only n_r may differ."""
         if self.mesh is None:
@@ -187,3 +222,13 @@ class World:
         """Wait until every rank is here."""
         if self.mesh is not None:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+
+def _store_of_attempt(timeout: timedelta) -> Store:
+    """The store that torchrun serves, for this attempt alone.
+
+    It outlives the ranks that `--max-restarts` starts again, which would else look for each other
+    at the addresses of those that are gone.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    return PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -41,6 +41,7 @@ class DealtGenerator:
         self.engine = engine
         self._sharded = engine is not None and engine.view is not None
         in_step = engine is not None and engine.view is not None and engine.view.lockstep
+        self._in_step = in_step
         self._dealers = world.replicas if in_step else world.size
         self._dealer = world.replica if in_step else world.rank
         # One of those in step tells the others of the samples.
@@ -61,6 +62,7 @@ class DealtGenerator:
 
         Raises:
             torch.OutOfMemoryError: on all ranks, if one ran out of memory.
+            LoneOutOfMemory: on that rank, if the others cannot come out of a decoding step.
             Other errors as the rank's generator, on that rank.
         """
         group, dealers = samples_per_prompt, self._dealers
@@ -77,7 +79,9 @@ class DealtGenerator:
                 )
         except torch.OutOfMemoryError:
             exhausted = True
-        if self.world.any(exhausted):
+        # Who decodes in step waits for the others in every layer, all else go on by themselves.
+        agreed = self.world.any_exhausted if self._in_step else self.world.any
+        if agreed(exhausted):
             raise torch.OutOfMemoryError("generation ran out of memory on some rank")
         dealt = [b for dealer in range(dealers) for b in range(dealer, len(prompts), dealers)]
         if rollout is not None and not self._tells:

@@ -100,6 +100,17 @@ class Gatherer:
                 window = target.narrow(part.dim, *part.span(part.dim, rank, self.size))
                 window.copy_(piece[: window.numel()].view(window.shape))
 
+    def take_room(self, pairs: Sequence[tuple[Tensor, Part]]) -> None:
+        """Take the memory that `whole` needs beside its targets, and give it back.
+
+        Raises:
+            torch.OutOfMemoryError: there is not so much.
+        """
+        cut = [(target, part) for target, part in pairs if part.dim is not None]
+        for dtype in dict.fromkeys(target.dtype for target, _ in cut):
+            total = sum(part.largest(self.size) for t, part in cut if t.dtype is dtype)
+            torch.empty((self.size + 1) * total, dtype=dtype, device=cut[0][0].device)
+
     @torch.no_grad()
     def slices(self, targets: Sequence[tuple[Tensor, Part, int | None]]) -> None:
         """Write this rank's pieces along other dims than the parts are cut along.

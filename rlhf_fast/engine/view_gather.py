@@ -64,13 +64,28 @@ class GatherView:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """See `WeightView`."""
-        self.weights.restore()
         try:
+            self._make_room()
             for bucket in self._buckets:
                 self.gatherer.whole([(target, part_of(p)) for target, p in bucket])
             yield
         finally:
             self.weights.release()
+
+    def _make_room(self) -> None:
+        """Memory for the weights and for gathering each bucket, on all ranks or on none.
+
+        A rank without it would leave the others in the first all-gather.
+        """
+        exhausted = False
+        try:
+            self.weights.restore()
+            for bucket in self._buckets:
+                self.gatherer.take_room([(target, part_of(p)) for target, p in bucket])
+        except torch.OutOfMemoryError:
+            exhausted = True
+        if self.gatherer.least(0 if exhausted else 1) == 0:
+            raise torch.OutOfMemoryError("no room for the gathered weights on some rank")
 
     def agreed(self, number: int) -> int:
         """See `WeightView`."""

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from rlhf_fast.errors import RewardError
 from rlhf_fast.models.checks import check_same_tokenizer, max_positions
-from rlhf_fast.models.roles import DEFAULT_TOKEN_BUDGET, RewardModel
-from rlhf_fast.protocols import Reward, RewardOutput, SampleReward
+from rlhf_fast.models.roles import DEFAULT_TOKEN_BUDGET, RewardModel, require_tokens
+from rlhf_fast.protocols import Reward, RewardOutput, SampleReward, Start
+from rlhf_fast.transfer import release_cached
 from rlhf_fast.types import PackedSequences, Rollout
 
 Render = Callable[[str, str], str]
@@ -62,21 +63,36 @@ class ModelReward:
         """Scores [S] float32 on the rollout's device; every row is scored.
 
         Raises:
-            RewardError: a sample is longer than the reward model's positions, or its score is not
-                finite; the row is named.
+            RewardError: a sample is empty or longer than the reward model's positions, or its score
+                is not finite; the row is named.
         """
-        return self.start(rollout, range(len(rollout)))()
+        start = self.prepare(rollout, range(len(rollout)))
+        while True:
+            try:
+                return start()()
+            except torch.OutOfMemoryError:
+                if self.token_budget <= 1:
+                    raise
+            self.token_budget //= 2
+            release_cached()
 
-    def start(self, rollout: Rollout, samples: Sequence[int]) -> Callable[[], RewardOutput]:
-        """As `score`, of a rollout whose rows are called `samples`; see `SampleReward.start`."""
+    def prepare(self, rollout: Rollout, samples: Sequence[int], *, at_once: bool = False) -> Start:
+        """As `score`, of a rollout whose rows are called `samples`; see `SampleReward.prepare`."""
         sequences = self._retokenized(rollout) if self.retokenize else rollout.sequences()
         self._require_fitting(sequences, samples)
-        scores = self.reward_model.score_sequences(sequences, token_budget=self.token_budget)
-        return functools.partial(_finite, scores, samples, rollout.responses.device)
+        tokens = max(1, sequences.ids.numel())
+
+        def start() -> Callable[[], RewardOutput]:
+            budget = tokens if at_once else self.token_budget
+            scores = self.reward_model.score_sequences(sequences, token_budget=budget)
+            return functools.partial(_finite, scores, samples, rollout.responses.device)
+
+        return start
 
     def _require_fitting(self, sequences: PackedSequences, samples: Sequence[int]) -> None:
         limit = max_positions(self.reward_model.module)
         lengths = sequences.lengths.tolist()
+        require_tokens(lengths, samples)
         long = [s for s, n in enumerate(lengths) if limit is not None and n > limit]
         if long:
             raise RewardError(
@@ -149,12 +165,17 @@ class SumReward:
         """Whether every part may be asked for some samples before others."""
         return all(isinstance(part, SampleReward) and part.splits for _, part in self.parts)
 
-    def start(self, rollout: Rollout, samples: Sequence[int]) -> Callable[[], RewardOutput]:
-        """As `score`, if `splits`; see `SampleReward.start`."""
+    def prepare(self, rollout: Rollout, samples: Sequence[int], *, at_once: bool = False) -> Start:
+        """As `score`, if `splits`; see `SampleReward.prepare`."""
         parts = [part for _, part in self.parts if isinstance(part, SampleReward)]
         assert len(parts) == len(self.parts), "a part of the sum cannot be split"
-        started = [part.start(rollout, samples) for part in parts]
-        return lambda: self._sum([finish() for finish in started], rollout)
+        prepared = [part.prepare(rollout, samples, at_once=at_once) for part in parts]
+
+        def start() -> Callable[[], RewardOutput]:
+            started = [begin() for begin in prepared]
+            return lambda: self._sum([finish() for finish in started], rollout)
+
+        return start
 
     def _sum(self, found: Sequence[RewardOutput], rollout: Rollout) -> RewardOutput:
         outputs = [(weight, out) for (weight, _), out in zip(self.parts, found, strict=True)]

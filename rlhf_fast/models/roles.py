@@ -7,7 +7,7 @@ mode too: with it the PPO ratio is not 1 on the first minibatch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -251,13 +251,7 @@ class RewardModel:
             RewardError: a segment has no token.
         """
         lengths = sequences.lengths.tolist()
-        if 0 in lengths:
-            raise RewardError(
-                "RF5001",
-                "a sequence to score is empty",
-                where=f"sequence {lengths.index(0)}",
-                expected="at least one token",
-            )
+        require_tokens(lengths, range(len(lengths)))
         scores = torch.zeros(len(sequences), device=device_of(self.module))
         for chosen in microbatches(lengths, token_budget):
             part = sequences.select(chosen)
@@ -268,6 +262,21 @@ class RewardModel:
 
     def _last_hidden(self, sequences: PackedSequences) -> Tensor:
         return last_token_hidden(self.module, sequences)
+
+
+def require_tokens(lengths: Sequence[int], names: Sequence[int]) -> None:
+    """Refuse a sequence without any token.
+
+    Raises:
+        RewardError: RF5001 with the first one's name.
+    """
+    if 0 in lengths:
+        raise RewardError(
+            "RF5001",
+            "a sequence to score is empty",
+            where=f"sequence {names[lengths.index(0)]}",
+            expected="at least one token",
+        )
 
 
 def _weights_of(

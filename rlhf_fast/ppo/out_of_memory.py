@@ -7,25 +7,53 @@ from typing import Any
 
 import torch
 
-from rlhf_fast.errors import EnvironmentFault
+from rlhf_fast.errors import EnvironmentFault, LoneOutOfMemory
 from rlhf_fast.protocols import WorkSplit
+from rlhf_fast.transfer import release_cached
 
 
-def fits(call: Callable[[], object], split: WorkSplit) -> bool:
-    """Run `call`; false if memory ran out in it on this rank or another.
+def in_halves(
+    call: Callable[[], object],
+    split: WorkSplit,
+    *,
+    halve: Callable[[], object],
+    start_anew: Callable[[], object] = lambda: None,
+) -> int:
+    """Run `call` until its memory suffices on all ranks; returns how often it was done again.
 
-    What it had made by then is the caller's to drop. No exception is kept: its frames would hold
+    What an attempt had made is the caller's to drop. No exception is kept: its frames would hold
     the tensors that did not fit.
+
+    Args:
+        call: takes what `halve` left. No collective in it but those inside of forwards and
+            backwards, and those before the first: a rank that breaks off joins none that follow.
+        split: the ranks.
+        halve: makes the next attempt smaller on every rank, or raises.
+        start_anew: before that; see `Roles`.
+
+    Raises:
+        LoneOutOfMemory: of this rank alone, and the others are stuck; the next run is to start with
+            what was halved.
     """
-    exhausted = False
+    redone = 0
+    while True:
+        try:
+            if not split.exhausted(_exhausts(call)):
+                return redone
+        except LoneOutOfMemory:
+            halve()
+            raise
+        release_cached()
+        start_anew()
+        halve()
+        redone += 1
+
+
+def _exhausts(call: Callable[[], object]) -> bool:
     try:
         call()
     except torch.OutOfMemoryError:
-        exhausted = True
-    if not split.any(exhausted):
         return True
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
     return False
 
 
@@ -53,8 +81,8 @@ class TokenBudget:
         if fewer >= self.tokens:
             raise EnvironmentFault(
                 "RF7061",
-                f"out of memory in the update with {self.tokens} tokens in a forward, the longest "
-                f"row has {longest}",
+                f"out of memory with {self.tokens} tokens in a forward; the longest row has "
+                f"{longest}",
                 where="microbatch_tokens",
                 remedy="set gradient_checkpointing=true, see `rlhf-fast plan` for what else saves "
                 "memory, or shorten sampling.max_new_tokens",

@@ -17,10 +17,11 @@ from rlhf_fast.types import PackedSequences
 class PretrainingSource(Protocol):
     """Batches for the PPO-ptx term."""
 
-    def next_batch(self) -> list[tuple[PackedSequences, Tensor]]:
+    def next_batch(self, tokens: int) -> list[tuple[PackedSequences, Tensor]]:
         """One optimizer step's microbatches: (sequences, targets [N] with IGNORE_INDEX).
 
-        On several ranks those of this rank, as many as any other has.
+        None has more than so many tokens, unless one example has. On several ranks those of this
+        rank, as many as any other has.
         """
         ...
 

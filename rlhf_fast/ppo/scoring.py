@@ -13,8 +13,8 @@ from rlhf_fast.config import PPOConfig
 from rlhf_fast.data.packing import Share
 from rlhf_fast.ppo.anchors import checked_samples, logprob_gap
 from rlhf_fast.ppo.exact_kl import read_both
-from rlhf_fast.ppo.layout import ResponseSlots, response_slots, token_packs
-from rlhf_fast.ppo.out_of_memory import TokenBudget
+from rlhf_fast.ppo.layout import ResponseSlots, longest_sample, response_slots, token_packs
+from rlhf_fast.ppo.out_of_memory import TokenBudget, in_halves
 from rlhf_fast.ppo.roles import Roles
 from rlhf_fast.ppo.side_by_side import SideBySide
 from rlhf_fast.ppo.trunk import row_logprobs
@@ -100,20 +100,25 @@ class Scoring:
         rollout = rollout.to(self._device)
         rest = sorted(set(range(len(rollout))) - set(early.samples))
         self.early_fraction = len(early.samples) / max(len(rollout), 1)
-        packs = [self._pack(rollout, pack) for pack in self._packs(rollout, rest)]
+        packs: list[_Pack] = []
         rewards: list[RewardOutput] = []
-        # A model reads one pack after another: while it does, its attention is switched.
-        calls: list[Callable[[], None]] = [
-            partial(_read_all, read, packs) for read in self._reads()
-        ]
-        if isinstance(self.roles.reward, SampleReward) and self.roles.reward.splits:
-            calls.insert(0, lambda: rewards.append(self._reward(rollout, rest, early)))
-        else:  # a function of the user's, which may do anything
-            rewards.append(self._reward(rollout, rest, early))
-        self._side_by_side.run(calls, self._device)
-        packs = early.packs + packs
+
+        def reward() -> None:
+            if not rewards:  # whatever becomes of the other models
+                rewards.append(self._reward(rollout, rest, early))
+
+        def read_rest() -> None:
+            packs[:] = [self._pack(rollout, pack) for pack in self._packs(rollout, rest)]
+            # A model reads one pack after another: while it does, its attention is switched.
+            calls = [partial(_read_all, read, packs) for read in self._reads()]
+            self._side_by_side.run([reward, *calls] if splits else calls, self._device)
+
+        splits = isinstance(self.roles.reward, SampleReward) and self.roles.reward.splits
+        if not splits:  # a function of the user's, which may do anything
+            reward()
+        self._in_halves(read_rest, rollout)
         scores, scored = rewards[0]
-        found = _padded(packs, rollout, self.roles.split)
+        found = _padded(early.packs + packs, rollout, self.roles.split)
         old, gap = self._anchors(rollout, step) if self._anchored else (found["old_logprobs"], None)
         return ScoredRollout(
             *(rollout, scores.to(self._device), scored.to(self._device)),
@@ -122,6 +127,15 @@ class Scoring:
             values=found["values"],
             exact_kl=found.get("exact_kl"),
             anchor_gap=gap,
+        )
+
+    def _in_halves(self, forwards: Callable[[], None], rollout: Rollout) -> None:
+        """Make forwards; with half the tokens in each, on all ranks, if memory runs out on one."""
+        in_halves(
+            forwards,
+            self.roles.split,
+            halve=lambda: self.budget.halve(longest_sample(rollout)),
+            start_anew=self.roles.start_anew,
         )
 
     def read(self, rollout: Rollout, samples: Sequence[int]) -> _Pack:
@@ -197,7 +211,7 @@ class Scoring:
         assert isinstance(reward, SampleReward)
         scores = torch.zeros(len(rollout), device=rollout.responses.device)
         scored = torch.zeros(len(rollout), dtype=torch.bool, device=scores.device)
-        last = [(rest, reward.start(rollout.select(rest), rest))] if rest else []
+        last = [(rest, reward.prepare(rollout.select(rest), rest)())] if rest else []
         for samples, finish in [*early.rewards, *last]:
             output, index = finish(), torch.as_tensor(samples, device=scores.device)
             scores[index] = output.scores.to(scores.device)
@@ -219,10 +233,14 @@ class Scoring:
     def _recomputed(self, rollout: Rollout, samples: Sequence[int]) -> Tensor:
         """[S, R] log-probs by the actor of some samples, 0 elsewhere."""
         out = torch.zeros(rollout.responses.shape, device=rollout.responses.device)
-        for pack in self._packs(rollout, samples):
-            slots = response_slots(rollout, pack.rows, idle=pack.idle)
-            targets = slots.targets(rollout.response_mask)
-            slots.to_padded(self._actor_logprobs(slots.sequences, targets), out)
+
+        def recompute() -> None:
+            for pack in self._packs(rollout, samples):
+                slots = response_slots(rollout, pack.rows, idle=pack.idle)
+                targets = slots.targets(rollout.response_mask)
+                slots.to_padded(self._actor_logprobs(slots.sequences, targets), out)
+
+        self._in_halves(recompute, rollout)
         return self.roles.split.sum(out)
 
 
@@ -251,7 +269,7 @@ class EarlyScores:
         slots = replace(pack.slots, rows=index[pack.slots.rows])
         reward = self._scoring.roles.reward
         if isinstance(reward, SampleReward) and reward.splits:
-            self.rewards.append((samples, reward.start(rollout, samples)))
+            self.rewards.append((samples, reward.prepare(rollout, samples)()))
         self.packs.append(replace(pack, slots=slots))
         self.samples += samples
 

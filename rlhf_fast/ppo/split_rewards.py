@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from rlhf_fast.data.packing import Share
 from rlhf_fast.errors import PeerError, RLHFError
-from rlhf_fast.ppo.layout import token_packs
-from rlhf_fast.protocols import Reward, RewardOutput, SampleReward, WorkSplit
+from rlhf_fast.ppo.layout import longest_sample, token_packs
+from rlhf_fast.ppo.out_of_memory import TokenBudget, in_halves
+from rlhf_fast.protocols import Reward, RewardOutput, SampleReward, Start, WorkSplit
 from rlhf_fast.types import Rollout
 
 
@@ -16,16 +20,27 @@ class DealtReward:
     Args:
         reward: scores samples by themselves; one forward takes `token_budget` tokens.
         split: the ranks.
-        token_budget: tokens of one forward.
+        token_budget: tokens of one forward, as the rollout counts them.
+        start_anew: see `Roles`.
     """
 
-    def __init__(self, reward: SampleReward, split: WorkSplit, *, token_budget: int) -> None:
+    def __init__(
+        self,
+        reward: SampleReward,
+        split: WorkSplit,
+        *,
+        token_budget: int,
+        start_anew: Callable[[], object] = lambda: None,
+    ) -> None:
         self.reward = reward
         self.split = split
-        self.token_budget = token_budget
+        self.budget = TokenBudget(token_budget)
+        self.start_anew = start_anew
 
     def score(self, rollout: Rollout) -> RewardOutput:
         """Scores [S] and which were scored, the same on all ranks.
+
+        What runs out of memory is read again with half the tokens in a forward.
 
         Raises:
             RLHFError: of `reward`, on the rank that read the sample.
@@ -33,18 +48,47 @@ class DealtReward:
         """
         scores = torch.zeros(len(rollout), device=rollout.responses.device)
         scored = torch.zeros(len(rollout), dtype=torch.int64, device=scores.device)
-        fault: RLHFError | None = None
-        for pack in token_packs(rollout, range(len(rollout)), self.token_budget, self.split):
-            try:
-                output = self.reward.start(rollout.select(pack.rows), pack.rows)()
-            except RLHFError as error:  # the other ranks go on, and wait for this one
-                fault = fault or error
-                continue
-            if not pack.idle:
-                scores[pack.rows] = output.scores.to(scores.device)
-                scored[pack.rows] = output.scored.to(scores.device, torch.int64)
-        _raise_together(self.split, fault)
+        faults: list[RLHFError] = []
+
+        def read() -> None:
+            faults.clear()
+            scores.zero_()
+            scored.zero_()
+            for pack, start in self._prepared(rollout):
+                try:
+                    output = start()()
+                except RLHFError as error:  # of the scores: the forward is done
+                    faults.append(error)
+                    continue
+                if not pack.idle:
+                    scores[pack.rows] = output.scores.to(scores.device)
+                    scored[pack.rows] = output.scored.to(scores.device, torch.int64)
+
+        in_halves(
+            read,
+            self.split,
+            start_anew=self.start_anew,
+            halve=lambda: self.budget.halve(longest_sample(rollout)),
+        )
+        _raise_together(self.split, next(iter(faults), None))
         return RewardOutput(self.split.sum(scores), self.split.sum(scored) > 0)
+
+    def _prepared(self, rollout: Rollout) -> list[tuple[Share, Start]]:
+        """This rank's packs, ready to be read; if a sample is refused, every rank raises.
+
+        That is before any forward: in those of a model that is cut, the others would wait for ever.
+        """
+        prepared: list[tuple[Share, Start]] = []
+        fault: RLHFError | None = None
+        for pack in token_packs(rollout, range(len(rollout)), self.budget.tokens, self.split):
+            chosen = rollout.select(pack.rows)
+            try:
+                # A second forward of a pack would be one that the other ranks do not make.
+                prepared.append((pack, self.reward.prepare(chosen, pack.rows, at_once=True)))
+            except RLHFError as error:
+                fault = fault or error
+        _raise_together(self.split, fault)
+        return prepared
 
 
 class OneRankReward:

@@ -19,7 +19,7 @@ from rlhf_fast.ppo.exact_kl import require_exact_kl
 from rlhf_fast.ppo.kl_control import KLController
 from rlhf_fast.ppo.layout import build_microbatch, longest_sample, response_slots, token_packs
 from rlhf_fast.ppo.losses import linear_policy_loss, policy_loss, value_loss
-from rlhf_fast.ppo.out_of_memory import TokenBudget, fits, require_smaller_rollout
+from rlhf_fast.ppo.out_of_memory import TokenBudget, in_halves, require_smaller_rollout
 from rlhf_fast.ppo.rewards import RunningMoments, shape_scores
 from rlhf_fast.ppo.roles import PretrainingSource, Roles
 from rlhf_fast.ppo.scoring import Scoring
@@ -110,6 +110,7 @@ class PPOLearner:
         self.episodes = 0
         self.sampling = sampling_params(config.sampling)
         self._rollouts_redone = 0
+        self.rollout_halvings = 0
 
     def step(self, prompts: PromptBatch) -> StepOutput:
         """One rollout batch: sample, score, estimate advantages, update both models."""
@@ -145,12 +146,17 @@ class PPOLearner:
 
         What runs out of memory is drawn again, half as many samples at a time: the same samples.
         """
-        self._rollouts_redone = 0
         drawn: list[Rollout] = []
-        while not fits(lambda: drawn.append(self._drawn(prompts)), self.roles.split):
-            require_smaller_rollout(self.roles.halve_rollout)
-            self._rollouts_redone += 1
+        self._rollouts_redone = in_halves(
+            lambda: drawn.append(self._drawn(prompts)),
+            self.roles.split,
+            halve=self._halve_rollout,
+        )
         return drawn[-1]
+
+    def _halve_rollout(self) -> None:
+        require_smaller_rollout(self.roles.halve_rollout)
+        self.rollout_halvings += 1
 
     def _drawn(self, prompts: PromptBatch) -> Rollout:
         group = self.config.rollout.samples_per_prompt
@@ -242,15 +248,21 @@ class PPOLearner:
                 )
                 self._backward(microbatch, statistics)
 
+        def start_anew() -> None:
+            roles.start_anew()
+            self._drop_gradients()
+            statistics.redo_minibatch()
+
         statistics.begin_minibatch()
         if self.config.memory.step_in_backward:  # has stepped by the time memory runs out
             accumulate()
         else:
-            while not fits(accumulate, roles.split):
-                roles.start_anew()
-                self._drop_gradients()
-                self.budget.halve(longest_sample(experience.scored.rollout))
-                statistics.redo_minibatch()
+            in_halves(
+                accumulate,
+                roles.split,
+                halve=lambda: self.budget.halve(longest_sample(experience.scored.rollout)),
+                start_anew=start_anew,
+            )
         statistics.agree(roles.split)
         if algorithm.target_kl > 0 and statistics.minibatch_kl() > algorithm.target_kl:
             self._drop_gradients()
@@ -344,7 +356,7 @@ class PPOLearner:
 
     def _pretraining_backward(self, source: PretrainingSource) -> float:
         """Add the gradient of coef * mean cross-entropy of one batch; returns the mean."""
-        batch = source.next_batch()
+        batch = source.next_batch(self.budget.tokens)
         found = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in batch)
         tokens = max(1, int(self.roles.split.sum_numbers([found])[0]))
         total = 0.0

@@ -35,6 +35,7 @@ from rlhf_fast.models.reward_function import RewardFunction
 from rlhf_fast.ppo.health import hints
 from rlhf_fast.ppo.trainer import PPOLearner, StepOutput
 from rlhf_fast.stages.adapted import ADAPTER_NAME, export_adapted, trunk_digest
+from rlhf_fast.stages.found_to_fit import remembering
 from rlhf_fast.stages.generation import (
     engine_of,
     generation_fields,
@@ -289,15 +290,16 @@ class PPOTrainer:
                 _append_samples(samples, done, output, self.tokenizer)
             return metrics
 
-        train(
-            run,
-            state,
-            step,
-            total_steps=config.total_steps,
-            save_every=config.run.save_every,
-            description="PPO",
-            shown=_SHOWN,
-        )
+        with remembering(run, learner):
+            train(
+                run,
+                state,
+                step,
+                total_steps=config.total_steps,
+                save_every=config.run.save_every,
+                description="PPO",
+                shown=_SHOWN,
+            )
         self.save_model(run.path / MODEL_NAME)
         critic = critic_to_export(self.roles)
         if critic is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -44,19 +44,21 @@ def roles_on_ranks(roles: Roles, config: PPOConfig, world: World) -> Roles:
         start_anew=anew,
         split=split,
         scoring=scoring,
-        reward=shared_reward(roles.reward, split, token_budget=config.microbatch_tokens),
+        reward=shared_reward(roles.reward, split, config.microbatch_tokens, anew),
         generator=DealtGenerator(roles.generator, world, engine_of(roles.generator)),
     )
 
 
-def shared_reward(reward: Reward, split: WorkSplit, *, token_budget: int) -> Reward:
+def shared_reward(
+    reward: Reward, split: WorkSplit, token_budget: int, start_anew: Callable[[], object]
+) -> Reward:
     """A reward that all ranks ask together: models read their share, functions run on rank 0."""
     if isinstance(reward, SumReward):
         parts = [
-            (weight, shared_reward(part, split, token_budget=token_budget))
+            (weight, shared_reward(part, split, token_budget, start_anew))
             for weight, part in reward.parts
         ]
         return SumReward(parts)
     if isinstance(reward, SampleReward) and reward.splits:
-        return DealtReward(reward, split, token_budget=token_budget)
+        return DealtReward(reward, split, token_budget=token_budget, start_anew=start_anew)
     return OneRankReward(reward, split)

@@ -67,11 +67,16 @@ class PretrainingBatches:
         self.device = device
         self.split = Alone() if split is None else split
 
-    def next_batch(self) -> list[tuple[PackedSequences, Tensor]]:
-        """One optimizer step's microbatches, of all those this rank's: (sequences, targets [N])."""
+    def next_batch(self, tokens: int) -> list[tuple[PackedSequences, Tensor]]:
+        """One optimizer step's microbatches, of all those this rank's: (sequences, targets [N]).
+
+        Raises:
+            DataError: RF2060, an example is longer than the configured budget.
+        """
         chosen = [self.examples[i] for i in self.sampler.next_batch()]
         lengths = [len(example) for example in chosen]
-        bins = pack_best_fit(lengths, self.token_budget)
+        budget = min(self.token_budget, max(tokens, *lengths))
+        bins = pack_best_fit(lengths, budget)
         batch = []
         for share in share_of(bins, lengths, self.split.rank, self.split.ranks):
             pack = collate_sft([chosen[i] for i in share.rows]).to(self.device)

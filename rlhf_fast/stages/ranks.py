@@ -85,6 +85,7 @@ def on_ranks_of(world: World, section: DistributedConfig) -> Iterator[None]:
             yield
     except BaseException as error:
         told = _told_once(error, world, section)
+        world.leave(failed=True)
         if told is error:
             raise
         raise told from error

@@ -56,10 +56,11 @@ Resume = Literal["auto"] | bool
 RUN_NAME = "run.json"
 COMPLETE_NAME = "complete.json"
 CHECKPOINTS_NAME = "checkpoints"
+OUT_OF_MEMORY_NAME = "out_of_memory.json"
 
 _RUN_FORMAT = 1
 _OWN_ENTRIES = (
-    *(CHECKPOINTS_NAME, METRICS_NAME, RUN_NAME, COMPLETE_NAME),
+    *(CHECKPOINTS_NAME, METRICS_NAME, RUN_NAME, COMPLETE_NAME, OUT_OF_MEMORY_NAME),
     *("tensorboard", "wandb_run_id"),
 )
 _logger = logging.getLogger(__name__)

@@ -197,8 +197,8 @@ def test_peak_memory_sees_temporaries_and_not_what_is_returned(size: int) -> Non
     extra = harness.extra_memory(run)
     if extra is None:
         pytest.skip("this system has no clear_refs")
-    # The system's large pages (2 MiB): either buffer may reach into one more than it fills. Far less
-    # than the temporary, which is what a wrong measure would miss or count twice.
+    # The system's large pages (2 MiB): either buffer may reach into one more than it fills. Far
+    # less than the temporary, which is what a wrong measure would miss or count twice.
     slack = 4.2
     assert extra == pytest.approx(2 * size / MIB, abs=slack)
     assert harness.extra_memory(run, returned_bytes=size) == pytest.approx(size / MIB, abs=slack)

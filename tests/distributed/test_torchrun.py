@@ -29,6 +29,30 @@ REPOSITORY = Path(__file__).parents[2]
 # Of one job on a busy machine; each takes seconds.
 LIMIT_SECONDS = 240
 
+# A reward function whose module makes the second rank run out of memory, once, in its third step.
+FULL = """
+import os
+import torch
+from rlhf_fast.ppo.trainer import PPOLearner
+
+backward = PPOLearner._backward
+
+
+def exhausted(learner, microbatch, statistics):
+    if learner.steps == 2 and os.environ["RANK"] == "1":
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            object.__setattr__(learner.roles.split.world, "patience_seconds", 1.0)
+            raise torch.OutOfMemoryError("as a device says it")
+    return backward(learner, microbatch, statistics)
+
+
+PPOLearner._backward = exhausted
+
+
+def full(completions, **columns):
+    return [float(len(text)) for text in completions]
+"""
+
 pytestmark = pytest.mark.slow
 
 
@@ -42,10 +66,11 @@ def base(tmp_path_factory):
     (folder / "boom.py").write_text(
         "def boom(completions, **columns):\n    raise ValueError('no such thing')\n"
     )
+    (folder / "full.py").write_text(FULL)
     return folder
 
 
-def start(command: str, config, *changes: str) -> subprocess.Popen:
+def start(command: str, config, *changes: str, restarts: int = 0) -> subprocess.Popen:
     folder = Path(config.run.output_dir).parent
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config))
@@ -53,7 +78,8 @@ def start(command: str, config, *changes: str) -> subprocess.Popen:
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "-m", "rlhf_fast", command),
+            *("--nproc-per-node", "2", "--max-restarts", str(restarts)),
+            *("-m", "rlhf_fast", command),
             *("--config", str(folder / "config.yaml"), *changes),
         ],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
@@ -92,6 +118,20 @@ def test_a_reward_function_that_raises_is_told_once(base):
     assert "RF9001" not in printed
     assert "PeerError" not in printed
     assert ours.count("to do:") == 1
+
+
+def test_torchrun_starts_again_with_half_of_what_one_rank_had_no_memory_for(base):
+    config = ppo_config(base, base / "full")
+    job = start(
+        *("ppo", config, f"actor={base / 'base'}", "reward.model=", "total_steps=4"),
+        *(f"reward.function={base / 'full.py'}:full", "run.save_every=1"),
+        restarts=1,
+    )
+    printed, _ = job.communicate(timeout=LIMIT_SECONDS)
+    assert job.returncode == 0, printed
+    assert printed.count("RF7063: out of memory on rank 1") == 1
+    assert "an earlier run ran out of memory: 64 tokens in a forward" in printed
+    assert [line["step"] for line in metric_lines(base / "full" / "ppo")] == [1, 2, 3, 4]
 
 
 def constant(base: Path, out: Path, steps: int) -> SFTConfig:

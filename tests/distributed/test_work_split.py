@@ -39,7 +39,7 @@ class Pretraining:
     def __init__(self, split):
         self.split = split
 
-    def next_batch(self):
+    def next_batch(self, tokens):
         texts = [[1, 2, 3, 4], [5, 6, 7], [8, 9]]
         mine = [
             dealt[self.split.rank] for dealt in deal([[0], [1], [2]], [4, 3, 2], self.split.ranks)
@@ -207,7 +207,9 @@ class _Judge:
         self.bad = bad
         self.seen = []
 
-    def start(self, rollout, samples):
+    def prepare(self, rollout, samples, *, at_once=False):
+        assert at_once
+
         def finish():
             self.seen.append(list(samples))
             if self.bad in samples:
@@ -215,7 +217,7 @@ class _Judge:
             scores = rollout.responses.sum(1).float()
             return RewardOutput(scores, torch.ones(len(scores), dtype=torch.bool))
 
-        return finish
+        return lambda: finish
 
 
 class _Function:

@@ -34,13 +34,13 @@ class SplitReward(FixedReward):
         self.asked = []
 
     def score(self, rollout):
-        return self.start(rollout, range(len(rollout)))()
+        return self.prepare(rollout, range(len(rollout)))()()
 
-    def start(self, rollout, samples):
+    def prepare(self, rollout, samples, *, at_once=False):
         self.asked.append(list(samples))
         scores = super().score(rollout).scores
         scored = torch.tensor([ids[0] % 4 != 0 for ids in rollout.response_ids()])
-        return lambda: RewardOutput(torch.where(scored, scores, 0.0), scored)
+        return lambda: lambda: RewardOutput(torch.where(scored, scores, 0.0), scored)
 
 
 def model_reward(seed=7):
@@ -230,10 +230,10 @@ class FailsOnce(SplitReward):
         super().__init__()
         self.action = action
 
-    def start(self, rollout, samples):
+    def prepare(self, rollout, samples, *, at_once=False):
         action, self.action = self.action, lambda: None
         action()
-        return super().start(rollout, samples)
+        return super().prepare(rollout, samples)
 
 
 @pytest.mark.parametrize("path", ["fused", "modules"])
@@ -256,11 +256,11 @@ def test_an_exception_inside_scoring_leaves_training_usable(path):
 
 def test_what_a_failed_rollout_was_scored_is_in_no_other():
     class FailsSecond(SplitReward):
-        def start(self, rollout, samples):
+        def prepare(self, rollout, samples, *, at_once=False):
             if len(self.asked) == 1:
                 self.asked.append([])
                 raise RewardError("RF5000", "in the middle")
-            return super().start(rollout, samples)
+            return super().prepare(rollout, samples)
 
     ppo, other = learner(config_for("on"), reward=FailsSecond()), learner(config_for("off"))
     with pytest.raises(RewardError, match="in the middle"):

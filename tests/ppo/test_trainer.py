@@ -128,7 +128,7 @@ def test_a_batch_in_which_every_row_abstains_leaves_the_weights_alone():
 
 
 class OnePretrainingBatch:
-    def next_batch(self):
+    def next_batch(self, tokens):
         sequences = PackedSequences.from_lists([[1, 2, 3, 4], [5, 6]])
         targets = torch.tensor([2, 3, 4, IGNORE_INDEX, 6, IGNORE_INDEX])
         return [(sequences, targets)]
