@@ -190,7 +190,7 @@ def test_each_code_belongs_to_one_kind_of_its_family() -> None:
         "4": {"GenerationError", "DivergedGeneration"},
         "5": {"RewardError"},
         "6": {"NumericalError"},
-        "7": {"EnvironmentFault"},
+        "7": {"EnvironmentFault", "LoneOutOfMemory"},
         "8": {"CheckpointError", "Preempted", "Interrupted"},
         "9": set(),
     }

@@ -73,7 +73,8 @@ class World:
             store, rank, size: in the place of the environment's.
 
         Raises:
-            EnvironmentFault: RF7050, the number of ranks is no multiple of `replicas`.
+            EnvironmentFault: RF7050, the number of ranks is no multiple of `replicas`; RF7054, the
+                ranks do not find each other.
         """
         rank = int(os.environ.get("RANK", 0)) if rank is None else rank
         size = int(os.environ.get("WORLD_SIZE", 1)) if size is None else size
@@ -88,19 +89,29 @@ class World:
             )
         if size == 1:
             return cls(device)
-        timeout = timedelta(seconds=timeout_seconds)
-        store = _store_of_attempt(timeout) if store is None else store
         gpu = device.type == "cuda"
         if gpu:  # FSDP and NCCL work on the current device, whatever they are given
             torch.cuda.set_device(device)
-        dist.init_process_group(
-            "nccl" if gpu else "gloo",
-            timeout=timeout,
-            store=store,
-            rank=rank,
-            world_size=size,
-            device_id=device if gpu else None,
-        )
+        timeout = timedelta(seconds=timeout_seconds)
+        try:
+            dist.init_process_group(
+                "nccl" if gpu else "gloo",
+                timeout=timeout,
+                store=_store_of_attempt(timeout) if store is None else store,
+                rank=rank,
+                world_size=size,
+                device_id=device if gpu else None,
+            )
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            raise EnvironmentFault(
+                "RF7054",
+                f"rank {rank} of {size} did not find the others: {error}",
+                where=f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
+                expected="the processes of one torchrun, all alive, that reach each other",
+                remedy="see that all machines were started with the same --rdzv-endpoint, that it "
+                "can be reached, and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME where there are "
+                "several networks",
+            ) from error
         ranks = torch.arange(size).view(replicas, size // replicas)
         mesh = DeviceMesh(device.type, ranks, mesh_dim_names=(REPLICATE, SHARD))
         board = FaultBoard(_get_default_store(), rank, size)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.hybrid import HybridEngine
+from rlhf_fast.engine.progress import GenerationSummary
 from rlhf_fast.protocols import FinishedScorer, Generator
 from rlhf_fast.types import PromptBatch, Rollout, SamplingParams
 
@@ -31,6 +32,9 @@ class DealtGenerator:
         world: the ranks.
         engine: in `generator`, if there is one: how it sees sharded weights, and the lengths it
             expects.
+
+    Attributes:
+        last: what the last rollout took, all ranks together; None without an engine.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class DealtGenerator:
         self._dealer = world.replica if in_step else world.rank
         # One of those in step tells the others of the samples.
         self._tells = not in_step or world.shard_rank == 0
+        self.last: GenerationSummary | None = None
 
     def generate(
         self,
@@ -84,9 +89,10 @@ class DealtGenerator:
         if agreed(exhausted):
             raise torch.OutOfMemoryError("generation ran out of memory on some rank")
         dealt = [b for dealer in range(dealers) for b in range(dealer, len(prompts), dealers)]
-        if rollout is not None and not self._tells:
-            rollout = None
-        whole = self._gathered(prompts, sampling, group, rollout, dealt)
+        spent = self._spent() if rollout is not None else [-1, 0, 0, -1]
+        whole = self._gathered(
+            prompts, sampling, group, rollout if self._tells else None, dealt, spent
+        )
         self._observe(whole, sorted(set(range(len(prompts))) - set(mine)))
         return whole
 
@@ -107,13 +113,19 @@ class DealtGenerator:
         group: int,
         mine: Rollout | None,
         dealt: Sequence[int],
+        spent: Sequence[int],
     ) -> Rollout:
-        """The ranks' rollouts as one: `dealt` are the prompts in the order of the ranks' rows."""
+        """The ranks' rollouts as one: `dealt` are the prompts in the order of the ranks' rows.
+
+        What the ranks have spent becomes `last`.
+        """
         home = prompts.sequences.ids.device
         if mine is None:  # more ranks than prompts
             mine = _empty(prompts.select([]), sampling, group)
-        facts = torch.tensor([[mine.responses.shape[1], mine.weight_version]])
-        columns, version = self._all_rows(facts, home).amax(0).tolist()
+        facts = torch.tensor([[mine.responses.shape[1], mine.weight_version, *spent]])
+        told = self._all_rows(facts, torch.device("cpu"))
+        columns, version, *_ = told.amax(0).tolist()
+        self.last = self._summary(told[:, 2:])
         order = torch.tensor([b * group + g for b in dealt for g in range(group)])
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order))
@@ -129,6 +141,25 @@ class DealtGenerator:
     @property
     def _device(self) -> torch.device:
         return self.world.device
+
+    def _spent(self) -> list[int]:
+        """Tokens this rank drew for all, microseconds, preemptions, millionths of cache used."""
+        last = None if self.engine is None else self.engine.last
+        if last is None:
+            return [-1, 0, 0, -1]
+        tokens, preemptions = (last.tokens, last.preemptions) if self._tells else (0, 0)
+        peak = -1.0 if last.peak_cache_use is None else last.peak_cache_use
+        return [tokens, round(1e6 * last.seconds), preemptions, round(1e6 * peak)]
+
+    @staticmethod
+    def _summary(spent: Tensor) -> GenerationSummary | None:
+        """Of what all ranks have spent [ranks, 4]; the slowest sets the time."""
+        if int(spent[:, 0].amax()) < 0:
+            return None
+        tokens, _, preemptions, _ = spent.clamp_min(0).sum(0).tolist()
+        _, microseconds, _, peak = spent.amax(0).tolist()
+        use = None if peak < 0 else peak / 1e6
+        return GenerationSummary(tokens, microseconds / 1e6, preemptions, use)
 
     def _all_rows(self, rows: Tensor, home: torch.device) -> Tensor:
         """Rows of all ranks, one rank after another."""

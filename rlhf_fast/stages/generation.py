@@ -51,9 +51,10 @@ def generation_fields(progress: Progress) -> dict[str, object]:
     }
 
 
-def generation_metrics(engine: HybridEngine | None) -> dict[str, float]:
-    """`rollout/...` of the engine's last call; see docs/metrics.md."""
-    last = None if engine is None else engine.last
+def generation_metrics(generator: Generator) -> dict[str, float]:
+    """`rollout/...` of the generator's last call, on all ranks together; see docs/metrics.md."""
+    source = generator if isinstance(generator, DealtGenerator) else engine_of(generator)
+    last = None if source is None else source.last
     if last is None:
         return {}
     metrics = {

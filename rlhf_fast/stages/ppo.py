@@ -281,7 +281,7 @@ class PPOTrainer:
             state.extra = learner.state_dict()
             done = state.step + 1
             # In a step without any update, which target_kl forbade, these are all there is.
-            metrics = self.roles.rates | output.metrics | generation_metrics(engine)
+            metrics = self.roles.rates | output.metrics | generation_metrics(self.roles.generator)
             if self.on_step is not None:
                 metrics |= self.on_step(done, output) or {}
             self._advise(output, metrics)

@@ -38,7 +38,7 @@ def joined(
     joined before is handed on, and stays.
 
     Raises:
-        EnvironmentFault: RF7050, or RF7052, another rank died or did not come.
+        EnvironmentFault: RF7050, RF7054, or RF7052, another rank died or did not come.
         PeerError: what is to be said of a fault is said by another rank.
         Other errors as `setup_run`.
     """

@@ -1,5 +1,7 @@
 """Ranks, axes and collectives; what one returns is the same everywhere."""
 
+import socket
+
 import pytest
 import torch
 
@@ -65,3 +67,16 @@ def test_one_rank_needs_no_process_group() -> None:
 def test_replicas_must_divide_the_ranks() -> None:
     with pytest.raises(EnvironmentFault, match="RF7050"):
         World.join(torch.device("cpu"), replicas=2, rank=0, size=3)
+
+
+def test_a_rank_that_finds_no_other_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EnvironmentFault, match=r"RF7054.*rank 1 of 2"):
+        World.join(torch.device("cpu"), timeout_seconds=1.0)
+    assert not torch.distributed.is_initialized()

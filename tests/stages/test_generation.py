@@ -55,20 +55,21 @@ def test_a_report_costs_nothing_before_it_is_due(monkeypatch: pytest.MonkeyPatch
 
 
 def test_metrics_of_a_rollout(tokenizer: Any, tmp_path: Path) -> None:
-    assert generation_metrics(None) == {}
+    assert generation_metrics(NoGenerator()) == {}
     assert engine_of(NoGenerator()) is None
-    engine = engine_of(trainer(tmp_path, tokenizer).roles.generator)
+    generator = trainer(tmp_path, tokenizer).roles.generator
+    engine = engine_of(generator)
     assert isinstance(engine, HybridEngine)
-    assert generation_metrics(engine) == {}
+    assert generation_metrics(generator) == {}
     assert engine._runner is not None
     engine._runner.last = GenerationSummary(300, 2.0, 3, 0.5)
-    assert generation_metrics(engine) == {
+    assert generation_metrics(generator) == {
         "rollout/tokens_per_second": 150.0,
         "rollout/preemptions": 3.0,
         "rollout/peak_kv_use": 0.5,
     }
     engine._runner.last = GenerationSummary(300, 2.0)
-    assert "rollout/peak_kv_use" not in generation_metrics(engine)
+    assert "rollout/peak_kv_use" not in generation_metrics(generator)
 
 
 @pytest.fixture
