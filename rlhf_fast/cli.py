@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides = [*options.overrides, *late]
         unknown = [word for word in unknown if word not in late]
     if unknown:
-        _fail(f"RF1006: unknown option {unknown[0]}\n  to do:    see rlhf-fast --help")
+        _fail_once(f"RF1006: unknown option {unknown[0]}\n  to do:    see rlhf-fast --help")
         return 2
     _show_notices()
     try:
@@ -66,10 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RLHFError as error:
         if options.debug:
             traceback.print_exc()
-        _fail(str(error))
+        _fail_once(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        _fail("RF8099: interrupted before there was anything to save")
+        _fail_once("RF8099: interrupted before there was anything to save")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output left (`| head`): not an error of this program.
@@ -80,7 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             traceback.print_exc()
-        _fail(
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            _fail_once(
+                f"RF7064: out of device memory: {error}\n"
+                "  to do:    see `rlhf-fast plan` for what fits and what saves memory"
+            )
+            return EXIT_ENVIRONMENT
+        _fail_once(
             f"RF9001: internal error: {type(error).__name__}: {error}\n"
             "  to do:    run again with --debug and report the traceback"
         )
@@ -126,6 +132,16 @@ def _fail(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def _fail_once(message: str) -> None:
+    """Say why this process ends; of several ranks that have not joined yet, one says it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from rlhf_fast.distributed.first_word import another_spoke_first
+
+        if another_spoke_first():
+            return
+    _fail(message)
+
+
 def _os_fault(error: OSError, debug: bool) -> int:
     if debug:
         traceback.print_exc()
@@ -133,7 +149,7 @@ def _os_fault(error: OSError, debug: bool) -> int:
     what = "the disk is full" if full else f"{error.strerror or error}"
     remedy = "free some space and run again; the last checkpoint is intact" if full else ""
     lines = [f"RF7001: {what}", f"  where:    {error.filename or 'a file of the run'}"]
-    _fail("\n".join([*lines, f"  to do:    {remedy}"] if remedy else lines))
+    _fail_once("\n".join([*lines, f"  to do:    {remedy}"] if remedy else lines))
     return EXIT_ENVIRONMENT
 
 
@@ -141,7 +157,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with its mistakes in the project's one-message form."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        _fail(f"RF1006: {message}\n  to do:    see {self.prog} --help")
+        _fail_once(f"RF1006: {message}\n  to do:    see {self.prog} --help")
         raise SystemExit(2)
 
 
@@ -240,7 +256,10 @@ def _stage(options: argparse.Namespace) -> int:
         from rlhf_fast.stages.check import check_stage
 
         check_stage(config)
-    text = _run_stage(config)
+    from rlhf_fast.stages.stop_signals import ending_at_once
+
+    with ending_at_once():
+        text = _run_stage(config)
     if os.environ.get("RANK", "0") == "0":
         print(text)
     return EXIT_OK

@@ -31,6 +31,8 @@ class RLHFError(Exception):
     """
 
     exit_code = EXIT_USAGE
+    # The rank that had it says so; of another rank, which was told of it, nobody needs to hear.
+    of_another_rank = False
 
     def __init__(
         self, code: str, what: str, *, where: str = "", expected: str = "", remedy: str = ""
@@ -103,6 +105,10 @@ class Preempted(RLHFError):
     """SIGTERM arrived and a good checkpoint has been written (RF8xxx)."""
 
     exit_code = EXIT_PREEMPTED
+
+
+class StoppedEarly(Preempted):
+    """SIGTERM arrived before there was a run that could be saved (RF8303)."""
 
 
 class Interrupted(RLHFError):

@@ -191,7 +191,7 @@ def test_each_code_belongs_to_one_kind_of_its_family() -> None:
         "5": {"RewardError"},
         "6": {"NumericalError"},
         "7": {"EnvironmentFault", "LoneOutOfMemory"},
-        "8": {"CheckpointError", "Preempted", "Interrupted"},
+        "8": {"CheckpointError", "Preempted", "Interrupted", "StoppedEarly"},
         "9": set(),
     }
     for code, kinds in codes_in_source().items():

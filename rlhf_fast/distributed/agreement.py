@@ -63,12 +63,15 @@ def _to_dict(error: Exception) -> dict[str, str]:
 
 def _from_dict(rank: int, entry: dict[str, str]) -> RLHFError:
     kind, what = entry["kind"], entry["what"]
-    if "code" not in entry:
-        return CheckpointError(
+    if "code" in entry:
+        raised: type[RLHFError] = getattr(errors, kind, CheckpointError)
+        texts = {name: entry[name] for name in ("where", "expected", "remedy")}
+        error = raised(entry["code"], f"rank {rank}: {what}", **texts)
+    else:
+        error = CheckpointError(
             "RF8010",
-            f"rank {rank} could not take part in a checkpoint: {kind}: {what}",
+            f"rank {rank} could not do its part: {kind}: {what}",
             remedy=f"see what rank {rank} says; checkpoints that were complete before are intact",
         )
-    raised: type[RLHFError] = getattr(errors, kind, CheckpointError)
-    texts = {name: entry[name] for name in ("where", "expected", "remedy")}
-    return raised(entry["code"], f"rank {rank}: {what}", **texts)
+    error.of_another_rank = True
+    return error

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from rlhf_fast.distributed.fault_board import FaultBoard
+from rlhf_fast.distributed.first_word import attempt_store, note_joined
 from rlhf_fast.errors import EnvironmentFault, LoneOutOfMemory
 
 REPLICATE, SHARD = "replicate", "shard"
@@ -97,7 +97,7 @@ class World:
             dist.init_process_group(
                 "nccl" if gpu else "gloo",
                 timeout=timeout,
-                store=_store_of_attempt(timeout) if store is None else store,
+                store=attempt_store(timeout) if store is None else store,
                 rank=rank,
                 world_size=size,
                 device_id=device if gpu else None,
@@ -115,6 +115,7 @@ class World:
         ranks = torch.arange(size).view(replicas, size // replicas)
         mesh = DeviceMesh(device.type, ranks, mesh_dim_names=(REPLICATE, SHARD))
         board = FaultBoard(_get_default_store(), rank, size)
+        note_joined()
         return cls(device, rank, size, local_rank, mesh, board)
 
     def leave(self, *, failed: bool = False) -> None:
@@ -233,13 +234,3 @@ class World:
         """Wait until every rank is here."""
         if self.mesh is not None:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
-
-
-def _store_of_attempt(timeout: timedelta) -> Store:
-    """The store that torchrun serves, for this attempt alone.
-
-    It outlives the ranks that `--max-restarts` starts again, which would else look for each other
-    at the addresses of those that are gone.
-    """
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
-    return PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -131,7 +131,7 @@ class FunctionReward:
     def _guarded(self, arguments: dict[str, Any]) -> Any:
         try:
             return self.function(**arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RewardError(
                 "RF5004",
                 f"the reward function raised {type(error).__name__}: {error}",

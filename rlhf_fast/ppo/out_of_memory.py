@@ -85,7 +85,7 @@ class TokenBudget:
                 f"{longest}",
                 where="microbatch_tokens",
                 remedy="set gradient_checkpointing=true, see `rlhf-fast plan` for what else saves "
-                "memory, or shorten sampling.max_new_tokens",
+                "memory, or shorten the rows (sampling.max_new_tokens)",
             )
         self.tokens = fewer
 

@@ -7,23 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from rlhf_fast.optim import GuardedOptimizer
+from rlhf_fast.ppo.pretraining import PretrainingSource
 from rlhf_fast.protocols import Alone, Generator, PolicyModel, Reward, ValueModel, WorkSplit
-from rlhf_fast.types import PackedSequences
-
-
-class PretrainingSource(Protocol):
-    """Batches for the PPO-ptx term."""
-
-    def next_batch(self, tokens: int) -> list[tuple[PackedSequences, Tensor]]:
-        """One optimizer step's microbatches: (sequences, targets [N] with IGNORE_INDEX).
-
-        None has more than so many tokens, unless one example has. On several ranks those of this
-        rank, as many as any other has.
-        """
-        ...
 
 
 class Checkpointed(Protocol):

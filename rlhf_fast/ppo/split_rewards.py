@@ -99,11 +99,15 @@ class OneRankReward:
     Args:
         reward: made on every rank, asked on rank 0.
         split: the ranks.
+        note: told what this rank does, for whoever waits too long for it.
     """
 
-    def __init__(self, reward: Reward, split: WorkSplit) -> None:
+    def __init__(
+        self, reward: Reward, split: WorkSplit, note: Callable[[str], object] = lambda _: None
+    ) -> None:
         self.reward = reward
         self.split = split
+        self.note = note
 
     def score(self, rollout: Rollout) -> RewardOutput:
         """As the reward's own, the same on all ranks.
@@ -115,12 +119,14 @@ class OneRankReward:
         device = rollout.responses.device
         output: RewardOutput | None = None
         fault: RLHFError | None = None
+        self.note("the reward function" if self.split.rank == 0 else "waiting for rank 0's reward")
         if self.split.rank == 0:
             try:
                 output = self.reward.score(rollout)
             except RLHFError as error:
                 fault = error
         _raise_together(self.split, fault)
+        self.note("score")
         per_token = self.split.any(output is not None and output.scores.dim() == 2)
         shape = rollout.responses.shape if per_token else rollout.responses.shape[:1]
         scores = torch.zeros(shape, device=device)

@@ -21,7 +21,7 @@ from rlhf_fast.ppo.layout import build_microbatch, longest_sample, response_slot
 from rlhf_fast.ppo.losses import linear_policy_loss, policy_loss, value_loss
 from rlhf_fast.ppo.out_of_memory import TokenBudget, in_halves, require_smaller_rollout
 from rlhf_fast.ppo.rewards import RunningMoments, shape_scores
-from rlhf_fast.ppo.roles import PretrainingSource, Roles
+from rlhf_fast.ppo.roles import Roles
 from rlhf_fast.ppo.scoring import Scoring
 from rlhf_fast.ppo.side_by_side import SideBySide
 from rlhf_fast.ppo.statistics import UpdateStatistics, rollout_metrics
@@ -30,7 +30,6 @@ from rlhf_fast.ppo.warnings import anchor_warnings, first_ratio_warnings
 from rlhf_fast.protocols import TrunkValueModel
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import (
-    IGNORE_INDEX,
     Experience,
     HeadRows,
     LossOutput,
@@ -234,6 +233,10 @@ class PPOLearner:
             advantages = advantages.clone()
             advantages[rows] = whitened(advantages[rows], mask, unbiased=algorithm.whiten_unbiased)
         tokens = int(mask.sum())
+        ptx, texts = self.config.ptx, None
+        pretraining_loss: list[float] = []
+        if roles.pretraining is not None:
+            texts = roles.pretraining.next_batch()
 
         def accumulate() -> None:
             for pack in self._packs(experience.scored.rollout, minibatch):
@@ -247,6 +250,9 @@ class PPOLearner:
                     idle=pack.idle,
                 )
                 self._backward(microbatch, statistics)
+            if texts is not None:
+                part = texts.backward(roles.actor, budget=self.budget.tokens, coef=ptx.coef)
+                pretraining_loss[:] = [part]
 
         def start_anew() -> None:
             roles.start_anew()
@@ -257,18 +263,13 @@ class PPOLearner:
         if self.config.memory.step_in_backward:  # has stepped by the time memory runs out
             accumulate()
         else:
-            in_halves(
-                accumulate,
-                roles.split,
-                halve=lambda: self.budget.halve(longest_sample(experience.scored.rollout)),
-                start_anew=start_anew,
-            )
+            self._in_halves(accumulate, experience.scored.rollout, start_anew)
         statistics.agree(roles.split)
         if algorithm.target_kl > 0 and statistics.minibatch_kl() > algorithm.target_kl:
             self._drop_gradients()
             return False
-        if self.roles.pretraining is not None:
-            statistics.add_pretraining(self._pretraining_backward(self.roles.pretraining))
+        for part in pretraining_loss:
+            statistics.add_pretraining(roles.split.sum_numbers([part])[0])
         rates, stepped = roles.rates, roles.actor_optimizer.step()
         statistics.add_step("policy", rates["lr"], stepped)
         roles.on_update()
@@ -354,19 +355,6 @@ class PPOLearner:
         kl = self.config.kl
         return kl.estimator == "exact" and kl.placement == placement
 
-    def _pretraining_backward(self, source: PretrainingSource) -> float:
-        """Add the gradient of coef * mean cross-entropy of one batch; returns the mean."""
-        batch = source.next_batch(self.budget.tokens)
-        found = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in batch)
-        tokens = max(1, int(self.roles.split.sum_numbers([found])[0]))
-        total = 0.0
-        for sequences, targets in batch:
-            logprobs, _ = self.roles.actor.logprobs(sequences, targets)
-            loss = -logprobs.sum() / tokens
-            (self.config.ptx.coef * loss).backward()
-            total += float(loss.detach())
-        return self.roles.split.sum_numbers([total])[0]
-
     @torch.no_grad()
     def _bootstrap(self, rollout: Rollout) -> Tensor | None:
         """[S] value of the state after the last token of truncated rows, 0 for ended ones."""
@@ -375,12 +363,26 @@ class PPOLearner:
             return None
         out = torch.zeros(len(rollout), device=rollout.responses.device)
         truncated = torch.nonzero(~rollout.ended).flatten().tolist()
-        for pack in self._packs(rollout, truncated):
-            slots = response_slots(rollout, pack.rows)
-            values = critic.values(slots.sequences)[slots.last]
-            if not pack.idle:
-                out[torch.as_tensor(pack.rows, device=out.device)] = values
+
+        def read() -> None:
+            for pack in self._packs(rollout, truncated):
+                slots = response_slots(rollout, pack.rows)
+                values = critic.values(slots.sequences)[slots.last]
+                if not pack.idle:
+                    out[torch.as_tensor(pack.rows, device=out.device)] = values
+
+        self._in_halves(read, rollout, self.roles.start_anew)
         return self.roles.split.sum(out)
+
+    def _in_halves(
+        self, forwards: Callable[[], None], rollout: Rollout, start_anew: Callable[[], object]
+    ) -> None:
+        in_halves(
+            forwards,
+            self.roles.split,
+            halve=lambda: self.budget.halve(longest_sample(rollout)),
+            start_anew=start_anew,
+        )
 
     def _packs(self, rollout: Rollout, samples: Sequence[int]) -> Iterator[Share]:
         """This rank's forwards over samples of a rollout."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf_fast.errors import LoneOutOfMemory
+from rlhf_fast.ppo.out_of_memory import TokenBudget
 from rlhf_fast.ppo.trainer import PPOLearner
 from rlhf_fast.stages.messages import say
 from rlhf_fast.stages.run import OUT_OF_MEMORY_NAME, Run
@@ -19,36 +20,38 @@ from rlhf_fast.stages.run_files import read_json, write_json
 
 
 @contextmanager
-def remembering(run: Run, learner: PPOLearner) -> Iterator[None]:
-    """Start with what an earlier run found to fit; write down what is found now."""
+def remembering(run: Run, budget: TokenBudget, learner: PPOLearner | None = None) -> Iterator[None]:
+    """Start with what an earlier run found to fit; write down what is found now.
+
+    Args:
+        run: the open run.
+        budget: tokens of a forward.
+        learner: whose rollouts may have been too large.
+    """
     path = run.path / OUT_OF_MEMORY_NAME
-    _recall(run, path, learner)
+    _recall(run, path, budget, learner)
     try:
         yield
     except LoneOutOfMemory:
-        write_json(
-            path,
-            {
-                "token_budget": learner.budget.state_dict(),
-                "rollout_halvings": learner.rollout_halvings,
-            },
-        )
+        halvings = 0 if learner is None else learner.rollout_halvings
+        write_json(path, {"token_budget": budget.state_dict(), "rollout_halvings": halvings})
         raise
 
 
-def _recall(run: Run, path: Path, learner: PPOLearner) -> None:
+def _recall(run: Run, path: Path, budget: TokenBudget, learner: PPOLearner | None) -> None:
     found = run.on_main(lambda: read_json(path))
     if found is None:
         return
-    budget = found["token_budget"]
-    fewest = min(budget["tokens"], learner.budget.tokens)  # a checkpoint may know of less still
-    learner.budget.load_state_dict(budget | {"tokens": fewest})
-    for _ in range(int(found["rollout_halvings"])):
-        learner.roles.halve_rollout()
-    learner.rollout_halvings = int(found["rollout_halvings"])
+    before = found["token_budget"]
+    fewest = min(before["tokens"], budget.tokens)  # a checkpoint may know of less still
+    budget.load_state_dict(before | {"tokens": fewest})
+    if learner is not None:
+        learner.rollout_halvings = int(found["rollout_halvings"])
+        for _ in range(learner.rollout_halvings):
+            learner.roles.halve_rollout()
     say(
         [
-            f"an earlier run ran out of memory: {learner.budget.tokens} tokens in a forward, "
-            f"rollouts halved {learner.rollout_halvings} times ({path})"
+            f"an earlier run ran out of memory: {budget.tokens} tokens in a forward, rollouts "
+            f"halved {found['rollout_halvings']} times ({path})"
         ]
     )

@@ -290,7 +290,7 @@ class PPOTrainer:
                 _append_samples(samples, done, output, self.tokenizer)
             return metrics
 
-        with remembering(run, learner):
+        with remembering(run, learner.budget, learner):
             train(
                 run,
                 state,

@@ -14,7 +14,7 @@ from rlhf_fast.engine.dealt_generator import DealtGenerator
 from rlhf_fast.models.rewards import SumReward
 from rlhf_fast.ppo.roles import Roles
 from rlhf_fast.ppo.split_rewards import DealtReward, OneRankReward
-from rlhf_fast.protocols import Reward, SampleReward, WorkSplit
+from rlhf_fast.protocols import Reward, SampleReward
 from rlhf_fast.stages.generation import engine_of
 from rlhf_fast.stages.ppo_checks import role_modules
 from rlhf_fast.stages.shared_roles import shared_trunk
@@ -44,21 +44,22 @@ def roles_on_ranks(roles: Roles, config: PPOConfig, world: World) -> Roles:
         start_anew=anew,
         split=split,
         scoring=scoring,
-        reward=shared_reward(roles.reward, split, config.microbatch_tokens, anew),
+        reward=shared_reward(roles.reward, world, config.microbatch_tokens, anew),
         generator=DealtGenerator(roles.generator, world, engine_of(roles.generator)),
     )
 
 
 def shared_reward(
-    reward: Reward, split: WorkSplit, token_budget: int, start_anew: Callable[[], object]
+    reward: Reward, world: World, token_budget: int, start_anew: Callable[[], object]
 ) -> Reward:
     """A reward that all ranks ask together: models read their share, functions run on rank 0."""
+    split = WorldSplit(world)
     if isinstance(reward, SumReward):
         parts = [
-            (weight, shared_reward(part, split, token_budget, start_anew))
+            (weight, shared_reward(part, world, token_budget, start_anew))
             for weight, part in reward.parts
         ]
         return SumReward(parts)
     if isinstance(reward, SampleReward) and reward.splits:
         return DealtReward(reward, split, token_budget=token_budget, start_anew=start_anew)
-    return OneRankReward(reward, split)
+    return OneRankReward(reward, split, world.board.note)

@@ -30,6 +30,7 @@ from rlhf_fast.models.loading import (
 from rlhf_fast.models.offload import round_layer_weights
 from rlhf_fast.models.reward_function import RewardFunction
 from rlhf_fast.models.roles import Actor, Critic, Reference, TrunkCritic, freeze
+from rlhf_fast.ppo.pretraining import PretrainingBatch
 from rlhf_fast.ppo.roles import Roles
 from rlhf_fast.protocols import Alone, Reward, WorkSplit
 from rlhf_fast.stages.placing import place, place_generating
@@ -67,21 +68,25 @@ class PretrainingBatches:
         self.device = device
         self.split = Alone() if split is None else split
 
-    def next_batch(self, tokens: int) -> list[tuple[PackedSequences, Tensor]]:
-        """One optimizer step's microbatches, of all those this rank's: (sequences, targets [N]).
+    def next_batch(self) -> PretrainingBatch:
+        """See `PretrainingSource`.
 
         Raises:
-            DataError: RF2060, an example is longer than the configured budget.
+            DataError: RF2060, from `microbatches`: an example is longer than the configured budget.
         """
         chosen = [self.examples[i] for i in self.sampler.next_batch()]
         lengths = [len(example) for example in chosen]
-        budget = min(self.token_budget, max(tokens, *lengths))
-        bins = pack_best_fit(lengths, budget)
-        batch = []
-        for share in share_of(bins, lengths, self.split.rank, self.split.ranks):
-            pack = collate_sft([chosen[i] for i in share.rows]).to(self.device)
-            batch.append((pack.sequences, (pack.idle() if share.idle else pack).targets))
-        return batch
+        tokens = sum(int(example.loss_mask[1:].sum()) for example in chosen)
+
+        def microbatches(budget: int) -> list[tuple[PackedSequences, Tensor]]:
+            bins = pack_best_fit(lengths, min(self.token_budget, max(budget, *lengths)))
+            batch = []
+            for share in share_of(bins, lengths, self.split.rank, self.split.ranks):
+                pack = collate_sft([chosen[i] for i in share.rows]).to(self.device)
+                batch.append((pack.sequences, (pack.idle() if share.idle else pack).targets))
+            return batch
+
+        return PretrainingBatch(tokens, microbatches)
 
 
 def build_critic(

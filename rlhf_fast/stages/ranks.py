@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import torch
 
-from rlhf_fast.config import PPOConfig, RewardModelConfig, SFTConfig
+from rlhf_fast.config import PPOConfig, RewardModelConfig, SFTConfig, StageConfig, to_dict
 from rlhf_fast.config_distributed import DistributedConfig
+from rlhf_fast.distributed.agreement import share
 from rlhf_fast.distributed.fault_board import collective_fault
 from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import (
@@ -22,8 +23,11 @@ from rlhf_fast.errors import (
     Interrupted,
     PeerError,
     Preempted,
+    RLHFError,
+    StoppedEarly,
 )
 from rlhf_fast.stages.device_choice import launched_ranks
+from rlhf_fast.stages.run_config import SHOWN, compare, plain_config
 from rlhf_fast.stages.run_on_ranks import Nowhere, exit_code_of
 from rlhf_fast.stages.training import setup_run
 
@@ -52,6 +56,7 @@ def joined(
     section = config.distributed
     world = World.join(device, replicas=section.replicas, timeout_seconds=section.timeout_seconds)
     with on_ranks_of(world, section):
+        require_same_config(world, config)
         yield world
 
 
@@ -97,7 +102,10 @@ def _told_once(error: BaseException, world: World, section: DistributedConfig) -
     """The error that this rank leaves with: its own, or a silent one if another rank was first."""
     if isinstance(error, PeerError):
         return error
-    if isinstance(error, Preempted | Interrupted):  # agreed by all
+    if isinstance(error, RLHFError) and error.of_another_rank:
+        return PeerError(error.exit_code)
+    if isinstance(error, Preempted | Interrupted) and not isinstance(error, StoppedEarly):
+        # Agreed by all.
         return error if world.is_main else PeerError(error.exit_code)
     if not world.board.report_failure():
         return PeerError(exit_code_of(error))
@@ -112,12 +120,35 @@ def _told_once(error: BaseException, world: World, section: DistributedConfig) -
     doing = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(world.board.doing()))
     remedy = (
         "see which rank was in another phase than the rest; raise distributed.timeout_seconds if "
-        "it was slow, not stuck. The same command goes on from the last checkpoint"
+        "it was slow, not stuck: a reward function has to fit into it. The same command goes on "
+        "from the last checkpoint"
         if kind == "timeout"
         else "see what torchrun says of it (killed? out of memory?). The same command goes on from "
         "the last checkpoint"
     )
     return EnvironmentFault("RF7052", what, where=f"at work on: {doing}", remedy=remedy)
+
+
+def require_same_config(world: World, config: StageConfig) -> None:
+    """Refuse ranks with different settings: a file that is old on one machine.
+
+    Raises:
+        ConfigError: RF1046, on every rank.
+    """
+    found = share(world, plain_config(to_dict(config)))
+    for rank, other in enumerate(found):
+        differences = compare(found[0], other, ())
+        if differences:
+            raise ConfigError(
+                "RF1046",
+                f"rank 0 and rank {rank} were given different settings",
+                where="\n            ".join(
+                    f"{d.key}: {d.before} on rank 0, {d.after} on rank {rank}"
+                    for d in differences[:SHOWN]
+                ),
+                expected="the same config on every rank",
+                remedy="give all machines the same file and the same overrides",
+            )
 
 
 def require_same_data(world: World, **fingerprints: str) -> None:

@@ -186,23 +186,25 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
     ) -> None:
         super().__init__(config, run, device)
         self.reports: dict[str, Any] = {}
-        self.split, fingerprint = self._load_data()
+        self.fingerprints: dict[str, str] = {}
+        self.split = self._load_data()
         self.demonstrations = self._load_demonstrations()
         self.module = self._load_module()
-        self.begin(self.module, metrics, rows=len(self.split.train), fingerprint=fingerprint)
+        self.begin(self.module, metrics, rows=len(self.split.train), fingerprints=self.fingerprints)
 
-    def _load_data(self) -> tuple[Split, str]:
+    def _load_data(self) -> Split:
         config, source = self.config, self.config.data
         options = LoadOptions.from_config(source)
         data = load_preferences(source.train, self.tokenizer, options, split=source.split)
         self.reports["train"] = data.report.to_dict()
+        self.fingerprints["training"] = data.fingerprint
         show_reports(data.report)
         if source.eval:
-            return Split(list(data.examples), self._load_eval(data, options)), data.fingerprint
+            return Split(list(data.examples), self._load_eval(data, options))
         split = split_by_prompt(data.examples, config.eval_fraction, config.run.seed)
         self.reports["train"]["held_out"] = len(split.held_out)
         say([f"  held out by prompt: {len(split.held_out)} of {len(data)} rows"])
-        return split, data.fingerprint
+        return split
 
     def _load_eval(
         self, data: LoadedData[PreferenceExample], options: LoadOptions
@@ -213,6 +215,7 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
         )
         warn_overlap(data, held_out)
         self.reports["eval"] = held_out.report.to_dict()
+        self.fingerprints["evaluation"] = held_out.fingerprint
         show_reports(held_out.report)
         return list(held_out.examples)
 
@@ -223,6 +226,7 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
         options = LoadOptions.from_config(self.config.data)
         data = load_sft(self.config.demonstrations, self.tokenizer, options, name="demonstrations")
         self.reports["demonstrations"] = data.report.to_dict()
+        self.fingerprints["demonstration"] = data.fingerprint
         show_reports(data.report)
         return [example.ids for example in data.examples]
 
@@ -271,9 +275,8 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
         with self.run.phase("data"):
             epoch = self.sampler.epoch + self.sampler.cursor / self.sampler.n
             examples = [self.split.train[i] for i in self.sampler.next_batch()]
-            batches = self.pack(examples)
         with self.run.phase("forward_backward"):
-            sums = self.accumulate(examples, batches)
+            sums = self.accumulate(examples)
         update = self.update()
         metrics = {
             "loss/train": sums["loss"],
@@ -296,20 +299,23 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
     def pack(self, examples: Sequence[PreferenceExample]) -> list[Share]:
         """Rows of this rank's microbatches of at most `microbatch_tokens` tokens."""
         lengths = [len(e) for e in examples]
-        return self.dealt(pack_by_tokens(lengths, self.config.microbatch_tokens), lengths)
+        return self.dealt(pack_by_tokens(lengths, max([self.budget.tokens, *lengths])), lengths)
 
-    def accumulate(
-        self, examples: Sequence[PreferenceExample], shares: Sequence[Share]
-    ) -> dict[str, float]:
+    def accumulate(self, examples: Sequence[PreferenceExample]) -> dict[str, float]:
         """Add the gradients of all microbatches; returns means over the step's prompts."""
         totals: dict[str, Tensor] = {}
-        for share in shares:
-            batch = collate_preferences([examples[i] for i in share.rows])
-            output = self.loss(batch, len(examples))
-            counts = 0.0 if share.idle else 1.0
-            (counts * output.loss).backward()
-            for name, value in output.metrics.items():
-                totals[name] = totals.get(name, torch.zeros_like(value)) + counts * value
+
+        def microbatches() -> None:
+            totals.clear()
+            for share in self.pack(examples):
+                batch = collate_preferences([examples[i] for i in share.rows])
+                output = self.loss(batch, len(examples))
+                counts = 0.0 if share.idle else 1.0
+                (counts * output.loss).backward()
+                for name, value in output.metrics.items():
+                    totals[name] = totals.get(name, torch.zeros_like(value)) + counts * value
+
+        self.in_halves(microbatches, max(len(e) for e in examples))
         sums = self.work.sum_numbers([float(value) for value in totals.values()])
         return {name: value / len(examples) for name, value in zip(totals, sums, strict=True)}
 

@@ -16,7 +16,7 @@ from typing import Any
 from rlhf_fast.metrics import redact
 
 _ABSENT = "(absent)"
-_SHOWN = 20
+SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def compare(
 
 def listed(differences: Sequence[ConfigDifference]) -> str:
     """The differences in one line each, the first twenty of them."""
-    lines = [str(difference) for difference in differences[:_SHOWN]]
-    if len(differences) > _SHOWN:
-        lines.append(f"... and {len(differences) - _SHOWN} more")
+    lines = [str(difference) for difference in differences[:SHOWN]]
+    if len(differences) > SHOWN:
+        lines.append(f"... and {len(differences) - SHOWN} more")
     return "\n            ".join(lines)
 
 

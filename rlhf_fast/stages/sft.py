@@ -137,9 +137,10 @@ class SFTStage(SupervisedStage[SFTConfig]):
         longest = max(d.report.longest for d in sources)
         require_budget(config.microbatch_tokens, longest)
         self.actor = self._load_actor(longest)
-        self.begin(
-            self.actor.module, metrics, rows=len(self.data), fingerprint=self.data.fingerprint
-        )
+        fingerprints = {"training": self.data.fingerprint}
+        if self.eval_data is not None:
+            fingerprints["evaluation"] = self.eval_data.fingerprint
+        self.begin(self.actor.module, metrics, rows=len(self.data), fingerprints=fingerprints)
 
     def _load_actor(self, longest: int) -> Actor | AdapterActor:
         config = self.config
@@ -173,11 +174,9 @@ class SFTStage(SupervisedStage[SFTConfig]):
         with self.run.phase("data"):
             epoch = self.sampler.epoch + self.sampler.cursor / self.sampler.n
             examples = [self.data[i] for i in self.sampler.next_batch()]
-            batches = self.pack(examples)
-            mine = sum(batch.num_loss_tokens for batch in batches)
-            loss_tokens = max(1, int(self.work.sum_numbers([mine])[0]))
+            loss_tokens = max(1, sum(int(e.loss_mask[1:].sum()) for e in examples))
         with self.run.phase("forward_backward"):
-            loss = self.accumulate(batches, loss_tokens)
+            loss = self.accumulate(examples, loss_tokens)
         update = self.update()
         metrics = {
             "loss/train": loss,
@@ -200,25 +199,33 @@ class SFTStage(SupervisedStage[SFTConfig]):
     def pack(self, examples: Sequence[SFTExample]) -> list[PackedBatch]:
         """Microbatches of at most `microbatch_tokens` tokens, of all those this rank's."""
         fill = pack_best_fit if self.config.packing else pack_by_tokens
-        return self._dealt_batches(examples, fill)
+        return self._dealt_batches(examples, fill, self.budget.tokens)
 
     def _dealt_batches(
-        self, examples: Sequence[SFTExample], fill: Callable[[Sequence[int], int], list[list[int]]]
+        self,
+        examples: Sequence[SFTExample],
+        fill: Callable[[Sequence[int], int], list[list[int]]],
+        budget: int,
     ) -> list[PackedBatch]:
         lengths = [len(e) for e in examples]
         batches = []
-        for share in self.dealt(fill(lengths, self.config.microbatch_tokens), lengths):
+        for share in self.dealt(fill(lengths, max([budget, *lengths])), lengths):
             batch = collate_sft([examples[i] for i in share.rows])
             batches.append(batch.idle() if share.idle else batch)
         return batches
 
-    def accumulate(self, batches: Sequence[PackedBatch], loss_tokens: int) -> float:
+    def accumulate(self, examples: Sequence[SFTExample], loss_tokens: int) -> float:
         """Add the gradients of all microbatches; returns the loss of the step, nats per token."""
         total = torch.zeros((), device=self.device)
-        for batch in batches:
-            loss = nll_sum(self.actor, batch) / loss_tokens
-            loss.backward()
-            total += loss.detach()
+
+        def microbatches() -> None:
+            total.zero_()
+            for batch in self.pack(examples):
+                loss = nll_sum(self.actor, batch) / loss_tokens
+                loss.backward()
+                total.add_(loss.detach())
+
+        self.in_halves(microbatches, max(len(e) for e in examples))
         return self.work.sum_numbers([float(total)])[0]
 
     def evaluate(self, examples: Sequence[SFTExample]) -> dict[str, float]:
@@ -226,7 +233,7 @@ class SFTStage(SupervisedStage[SFTConfig]):
         nll, hits, tokens = 0.0, 0.0, 0.0
         self.actor.module.eval()
         with torch.no_grad():
-            for batch in self._dealt_batches(examples, pack_best_fit):
+            for batch in self._dealt_batches(examples, pack_best_fit, self.budget.tokens):
                 nll += float(nll_sum(self.actor, batch).double())
                 hits += int(hit_count(self.actor, batch))
                 tokens += batch.num_loss_tokens

@@ -12,15 +12,53 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rlhf_fast.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Interrupted, Preempted
+from rlhf_fast.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    Interrupted,
+    Preempted,
+    StoppedEarly,
+)
 
 # Wrappers (make, timeout, job managers) often pass a signal on that the terminal has already sent.
 _ECHO_SECONDS = 0.25
 _HANDLED = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """SIGTERM raises, until `StopSignals` takes over: while models load there is nothing to save.
+
+    Raises:
+        StoppedEarly: RF8303, where the signal arrives.
+    """
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        # What is raised within a destructor or a callback of C code goes nowhere.
+        _early.append(signal.Signals(number))
+        raise StoppedEarly(
+            "RF8303",
+            "SIGTERM: the run stopped before its first step",
+            remedy="start the same command again",
+        )
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+        _early.clear()
+
+
+_early: list[signal.Signals] = []
 
 
 class StopSignals:
@@ -45,6 +83,7 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in _HANDLED:
                 self._previous[number] = signal.signal(number, self._handle)
+            self.received = _early[0] if _early else self.received
         return self
 
     def __exit__(self, *_: object) -> None:

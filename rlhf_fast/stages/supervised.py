@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -13,11 +13,14 @@ from rlhf_fast.config import RewardModelConfig, SFTConfig
 from rlhf_fast.data import EpochSampler
 from rlhf_fast.data.packing import Share, share_of
 from rlhf_fast.distributed.gradients import RankGradients
+from rlhf_fast.distributed.sharding import start_anew as start_anew_of
 from rlhf_fast.distributed.work import WorldSplit
 from rlhf_fast.distributed.world import World
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.optim import GuardedOptimizer
+from rlhf_fast.ppo.out_of_memory import TokenBudget, in_halves
 from rlhf_fast.stages.adapted import trunk_digest
+from rlhf_fast.stages.found_to_fit import remembering
 from rlhf_fast.stages.ranks import require_same_data
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.training import (
@@ -37,6 +40,7 @@ class SupervisedStage(ABC, Generic[Config]):
     On several ranks all of them hold all rows; forwards are dealt, sums and gradients added up.
 
     Attributes:
+        budget: tokens of a forward of training.
         role: name of the module in checkpoints and messages.
         description: of the progress bar.
         shown: label beside the bar -> metric.
@@ -50,10 +54,16 @@ class SupervisedStage(ABC, Generic[Config]):
         self.config, self.run, self.device = config, run, device
         self.world = run.world if run.world.size > 1 else World(device)
         self.work = WorldSplit(self.world)
+        self.budget = TokenBudget(config.microbatch_tokens)
         self.tokenizer = load_stage_tokenizer(config.model, config.data)
 
     def begin(
-        self, module: nn.Module, metrics: MetricLogger, *, rows: int, fingerprint: str
+        self,
+        module: nn.Module,
+        metrics: MetricLogger,
+        *,
+        rows: int,
+        fingerprints: Mapping[str, str],
     ) -> None:
         """Make sampler and optimizer, and put all to the run's checkpoint, if it has one.
 
@@ -61,12 +71,20 @@ class SupervisedStage(ABC, Generic[Config]):
             module: what is trained, on its device.
             metrics: log of the run.
             rows: training rows.
-            fingerprint: of the training data.
+            fingerprints: of all data by name; those of the `training` data make the run.
+
+        Raises:
+            DataError: RF2064, ranks read different data; RF2062, they changed since the checkpoint.
         """
         config, world = self.config, self.world
-        require_same_data(world, training=fingerprint)
+        require_same_data(world, **fingerprints)
+        self.module = module
         self.sampler = EpochSampler(
-            rows, config.batch_size, config.run.seed, drop_last=False, fingerprint=fingerprint
+            rows,
+            config.batch_size,
+            config.run.seed,
+            drop_last=False,
+            fingerprint=fingerprints["training"],
         )
         self.total_steps = steps_of(config.epochs, config.max_steps, self.sampler)
         self.optimizer = GuardedOptimizer(
@@ -90,6 +108,28 @@ class SupervisedStage(ABC, Generic[Config]):
             allow_data_change=config.run.allow_data_change,
             world=self.world,
         )
+        if "token_budget" in self.state.extra:  # not in checkpoints of before there was one
+            self.budget.load_state_dict(self.state.extra["token_budget"])
+
+    def in_halves(self, accumulate: Callable[[], None], longest: int) -> None:
+        """Accumulate gradients; with half the tokens in a forward if memory runs out on a rank.
+
+        Args:
+            accumulate: packs by `self.budget` and adds up gradients; no sums over ranks in it.
+            longest: tokens of the longest of what is packed.
+        """
+
+        def start_anew() -> None:
+            start_anew_of(self.module)
+            self.optimizer.zero_grad()
+
+        in_halves(
+            accumulate,
+            self.work,
+            halve=lambda: self.budget.halve(longest),
+            start_anew=start_anew,
+        )
+        self.state.extra["token_budget"] = self.budget.state_dict()
 
     def dealt(self, bins: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[Share]:
         """This rank's forwards of all `bins`."""
@@ -101,15 +141,16 @@ class SupervisedStage(ABC, Generic[Config]):
 
     def train(self) -> None:
         """All steps that are left."""
-        train(
-            self.run,
-            self.state,
-            self.step,
-            total_steps=self.total_steps,
-            save_every=self.config.run.save_every,
-            description=self.description,
-            shown=self.shown,
-        )
+        with remembering(self.run, self.budget):
+            train(
+                self.run,
+                self.state,
+                self.step,
+                total_steps=self.total_steps,
+                save_every=self.config.run.save_every,
+                description=self.description,
+                shown=self.shown,
+            )
 
     def update(self) -> dict[str, float]:
         """Apply the accumulated gradients; returns the metrics of that."""

@@ -15,10 +15,17 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from rlhf_fast.config import EngineConfig, PPOConfig
 from rlhf_fast.config_distributed import DistributedConfig
+from rlhf_fast.distributed.agreement import on_main
 from rlhf_fast.distributed.world import World
-from rlhf_fast.errors import ConfigError, RewardError, RLHFError
-from rlhf_fast.stages.ranks import on_ranks_of, require_ranks_can, require_same_data
+from rlhf_fast.errors import ConfigError, RewardError, RLHFError, StoppedEarly
+from rlhf_fast.stages.ranks import (
+    on_ranks_of,
+    require_ranks_can,
+    require_same_config,
+    require_same_data,
+)
 from rlhf_fast.stages.sft import SFTStage, run_sft
+from rlhf_fast.stages.stop_signals import StopSignals, ending_at_once
 from rlhf_fast.stages.training import open_run
 from tests.distributed.ranks import on_ranks
 from tests.stages.killed_runs import sft_config
@@ -61,6 +68,76 @@ def test_of_a_rank_that_raises_only_its_own_error_is_told():
     assert [code for _, code, _ in found][1] == 2
     assert "rank 0 speaks" in found[0][2]
     assert "speaks" not in found[1][2] + found[2][2]
+
+
+def _main_fails(world: World):
+    def work():
+        on_main(world, lambda: b"\xff".decode())
+
+    try:
+        return _left_with(world, work)[:2]
+    except UnicodeDecodeError as error:
+        return type(error).__name__
+
+
+def test_what_rank_0_met_for_all_is_told_by_rank_0():
+    assert on_ranks(2, _main_fails) == ["UnicodeDecodeError", ("RF7059", 2)]
+
+
+def _stopped_alone(world: World):
+    def work():
+        with ending_at_once():
+            if world.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            world.barrier()
+
+    return _left_with(world, work)[:2]
+
+
+def test_a_stop_signal_while_models_load_is_told_by_the_rank_that_got_it():
+    waited, stopped = on_ranks(2, _stopped_alone)
+    assert stopped == ("RF8303", 75)
+    assert waited[0] == "RF7059"
+
+
+def test_a_stop_signal_whose_error_got_lost_stops_the_run():
+    with ending_at_once():
+        with contextlib.suppress(StoppedEarly):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with StopSignals(silent=True) as signals:
+            assert signals.received == signal.SIGTERM
+    with StopSignals(silent=True) as signals:
+        assert signals.received is None
+
+
+def _differ(world: World, base: str):
+    config = sft_config(Path(base), Path(base))
+    rates = dataclasses.replace(config.optim, lr=1e-3 * (1 + world.rank))
+    other = dataclasses.replace(config, optim=rates)
+    held_out = dataclasses.replace(config.data, eval=f"{base}/eval{world.rank}.jsonl")
+    out = dataclasses.replace(config.run, output_dir=f"{base}/differ")
+    found = []
+    for work in (
+        lambda: require_same_config(world, config),
+        lambda: require_same_config(world, other),
+        lambda: run_sft(
+            dataclasses.replace(config, data=held_out, run=out), quiet=True, world=world
+        ),
+    ):
+        try:
+            work()
+        except RLHFError as error:
+            found.append(str(error))
+    return found
+
+
+def test_ranks_with_other_settings_or_held_out_data_are_refused(base):
+    write_rows(base / "eval0.jsonl", demonstrations(6, seed=1))
+    write_rows(base / "eval1.jsonl", demonstrations(6, seed=2))
+    for settings, data in on_ranks(2, _differ, str(base)):
+        assert settings.startswith("RF1046")
+        assert "optim.lr: 0.001 on rank 0, 0.002 on rank 1" in settings
+        assert data.startswith("RF2064: rank 0 and rank 1 read different evaluation data")
 
 
 def _hangs(world: World):

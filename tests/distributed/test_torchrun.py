@@ -53,6 +53,16 @@ def full(completions, **columns):
     return [float(len(text)) for text in completions]
 """
 
+# One whose module takes long to load.
+SLOW = """
+import os
+import time
+from pathlib import Path
+
+Path(__file__).with_name(f"loading.{os.environ['RANK']}").touch()
+time.sleep(60)
+"""
+
 pytestmark = pytest.mark.slow
 
 
@@ -67,6 +77,7 @@ def base(tmp_path_factory):
         "def boom(completions, **columns):\n    raise ValueError('no such thing')\n"
     )
     (folder / "full.py").write_text(FULL)
+    (folder / "slow.py").write_text(SLOW)
     return folder
 
 
@@ -103,6 +114,30 @@ def wait_for_steps(job: subprocess.Popen, metrics: Path, steps: int) -> None:
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.02)
     raise AssertionError("the job does not get on")
+
+
+def test_a_fault_before_the_ranks_have_joined_is_told_once(base):
+    config = ppo_config(base, base / "early")
+    job = start("ppo", config, f"actor={base / 'base'}", "distributed.replicas=3")
+    printed, _ = job.communicate(timeout=LIMIT_SECONDS)
+    assert job.returncode == 1
+    assert printed.count("RF7050: 2 ranks cannot be 3 replicas") == 1
+
+
+def test_a_stop_signal_while_ranks_load_is_told_once(base):
+    config = ppo_config(base, base / "loading")
+    job = start(
+        *("ppo", config, f"actor={base / 'base'}", "reward.model="),
+        f"reward.function={base / 'slow.py'}:slow",
+    )
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while len(list(base.glob("loading.*"))) < 2:
+        assert time.monotonic() < deadline
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.02)
+    job.send_signal(signal.SIGTERM)
+    printed, _ = job.communicate(timeout=LIMIT_SECONDS)
+    assert printed.count("RF8303: SIGTERM: the run stopped before its first step") == 1
 
 
 def test_a_reward_function_that_raises_is_told_once(base):

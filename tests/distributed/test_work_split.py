@@ -15,6 +15,7 @@ from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import PeerError, RewardError
 from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.ppo.layout import token_packs
+from rlhf_fast.ppo.pretraining import PretrainingBatch
 from rlhf_fast.ppo.split_rewards import DealtReward, OneRankReward
 from rlhf_fast.protocols import Alone, RewardOutput
 from rlhf_fast.types import IGNORE_INDEX, PackedSequences
@@ -39,7 +40,10 @@ class Pretraining:
     def __init__(self, split):
         self.split = split
 
-    def next_batch(self, tokens):
+    def next_batch(self):
+        return PretrainingBatch(6, self._microbatches)
+
+    def _microbatches(self, budget):
         texts = [[1, 2, 3, 4], [5, 6, 7], [8, 9]]
         mine = [
             dealt[self.split.rank] for dealt in deal([[0], [1], [2]], [4, 3, 2], self.split.ranks)

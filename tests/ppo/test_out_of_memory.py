@@ -5,10 +5,13 @@ import dataclasses
 import pytest
 import torch
 
+from rlhf_fast.config import PtxConfig
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.errors import EnvironmentFault
+from rlhf_fast.ppo.pretraining import PretrainingBatch
 from rlhf_fast.seeds import derive_seed
+from rlhf_fast.types import IGNORE_INDEX, PackedSequences
 from tests.ppo.synthetic import learner, random_rollout, small_config, tiny_actor
 
 
@@ -69,6 +72,65 @@ def test_one_row_that_does_not_fit_ends_the_run():
     for a, b in zip(before, ppo.roles.actor.module.parameters(), strict=True):
         assert torch.equal(a, b)
         assert b.grad is None
+
+
+class Texts:
+    """Two texts for PPO-ptx; a forward of both runs out of memory."""
+
+    def __init__(self, fits):
+        self.fits, self.forwards, self.drawn = fits, [], 0
+
+    def next_batch(self):
+        self.drawn += 1
+        rows = [[1, 2, 3, 4] * 4, [5, 6, 7, 8] * 4]
+
+        def microbatches(budget):
+            packs = [rows] if budget >= 32 else [[row] for row in rows]
+            return [self._forward(PackedSequences.from_lists(pack)) for pack in packs]
+
+        return PretrainingBatch(30, microbatches)
+
+    def _forward(self, sequences):
+        self.forwards.append(sequences.ids.numel())
+        if self.forwards[-1] > self.fits:
+            raise torch.OutOfMemoryError("as a device says it")
+        targets = sequences.ids.roll(-1)
+        targets[sequences.cu_seqlens[1:].long() - 1] = IGNORE_INDEX
+        return sequences, targets
+
+
+def test_texts_of_ppo_ptx_that_do_not_fit_are_read_again_with_the_minibatch():
+    found = []
+    for fits in (100, 16):
+        ppo = with_budget(48)
+        ppo.config = dataclasses.replace(ppo.config, ptx=PtxConfig(coef=0.5, data="-"))
+        ppo.roles.pretraining = texts = Texts(fits)
+        found.append((*updated(ppo), texts))
+    (expected, weights, whole), (metrics, halved, texts) = found
+    assert whole.drawn == texts.drawn == 4
+    assert texts.forwards == [32] + [16, 16] * 4
+    assert (expected.pop("policy/redone_minibatches"), ppo.budget.tokens) == (0.0, 24)
+    assert metrics.pop("policy/redone_minibatches") == 1.0
+    assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    for a, b in zip(halved, weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_values_of_truncated_rows_are_read_again_in_halves():
+    ppo = with_budget(96, bootstrap_truncated=True)
+    rollout = random_rollout(5, 2)
+    rollout = dataclasses.replace(rollout, ended=torch.zeros_like(rollout.ended))
+    expected = ppo._bootstrap(rollout)
+    values = ppo.roles.critic.values
+
+    def limited(sequences):
+        if sequences.ids.numel() > 24:
+            raise torch.OutOfMemoryError("as a device says it")
+        return values(sequences)
+
+    ppo.roles.critic.values = limited
+    torch.testing.assert_close(ppo._bootstrap(rollout), expected, rtol=1e-5, atol=1e-6)
+    assert ppo.budget.tokens == 24
 
 
 class Exhausted:

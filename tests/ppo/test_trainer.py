@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlhf_fast.config import KLConfig
+from rlhf_fast.ppo.pretraining import PretrainingBatch
 from rlhf_fast.ppo.statistics import rollout_metrics
 from rlhf_fast.protocols import RewardOutput
 from rlhf_fast.types import IGNORE_INDEX, PackedSequences
@@ -128,17 +129,18 @@ def test_a_batch_in_which_every_row_abstains_leaves_the_weights_alone():
 
 
 class OnePretrainingBatch:
-    def next_batch(self, tokens):
+    def next_batch(self):
         sequences = PackedSequences.from_lists([[1, 2, 3, 4], [5, 6]])
         targets = torch.tensor([2, 3, 4, IGNORE_INDEX, 6, IGNORE_INDEX])
-        return [(sequences, targets)]
+        return PretrainingBatch(4, lambda tokens: [(sequences, targets)])
 
 
 def test_ptx_adds_coef_times_the_gradient_of_the_mean_cross_entropy():
     config = small_config()
     config = dataclasses.replace(config, ptx=dataclasses.replace(config.ptx, coef=2.0, data="-"))
     ppo = learner(config)
-    loss = ppo._pretraining_backward(OnePretrainingBatch())
+    batch = OnePretrainingBatch().next_batch()
+    loss = batch.backward(ppo.roles.actor, budget=64, coef=ppo.config.ptx.coef)
     module = ppo.roles.actor.module
     found = [p.grad.clone() for p in module.parameters()]
     module.zero_grad()

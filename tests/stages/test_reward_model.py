@@ -75,7 +75,7 @@ def gradients(config: RewardModelConfig, rows: int = 8) -> dict[str, torch.Tenso
     with open_run(config, "reward_model", quiet=True) as run:
         stage = stage_for(config, run)
         examples = stage.split.train[:rows]
-        stage.accumulate(examples, stage.pack(examples))
+        stage.accumulate(examples)
         named = stage.module.named_parameters()
         return {n: p.grad.clone() for n, p in named if p.grad is not None}
 
@@ -103,6 +103,33 @@ def test_training_ranks_held_out_prompts(base: Path, tmp_path: Path, capsys: Any
     assert "WARNING" not in output.err
     assert "held out by prompt: " in output.out
     assert "95 % interval" in result.summary()
+
+
+def test_a_step_that_runs_out_of_memory_is_done_again_in_halves(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = RewardModelStage.scores
+
+    def trained(name: str, tokens: int, fits: int) -> tuple[list[dict[str, Any]], int]:
+        config = config_for(base, tmp_path / name, max_steps=3, microbatch_tokens=tokens)
+
+        def limited(stage: RewardModelStage, sequences: PackedSequences) -> torch.Tensor:
+            found = scores(stage, sequences)
+            if sequences.ids.numel() > fits and torch.is_grad_enabled():
+                found.sum().backward()  # what it has added is dropped with the rest
+                raise torch.OutOfMemoryError("as a device says it")
+            return found
+
+        monkeypatch.setattr(RewardModelStage, "scores", limited)
+        run_reward_model(config, quiet=True)
+        state = checkpoint_contents(tmp_path / name)[1]
+        return metric_lines(tmp_path / name), state["extra"]["token_budget"]["tokens"]
+
+    expected, _ = trained("small", 64, 1000)
+    found, tokens = trained("large", 256, 64)
+    assert tokens == 64
+    for line, wanted in zip(found, expected, strict=True):
+        assert line == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
 def test_near_chance_is_a_loud_warning(base: Path, tmp_path: Path, capsys: Any) -> None:

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_fast.config import DataConfig, OptimConfig, RunConfig, SFTConfig
 from rlhf_fast.data import SFTExample, collate_sft
-from rlhf_fast.errors import ConfigError, DataError, ModelError, Preempted
+from rlhf_fast.errors import ConfigError, DataError, EnvironmentFault, ModelError, Preempted
 from rlhf_fast.models.loading import load_causal_lm
 from rlhf_fast.models.roles import Actor
+from rlhf_fast.stages import sft
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.sft import SFTStage, hit_count, nll_sum, run_sft
 from rlhf_fast.stages.training import open_metrics, open_run, setup_run
@@ -66,9 +67,8 @@ def stage_for(config: SFTConfig, run: Run) -> SFTStage:
 def gradients(config: SFTConfig, examples: list[SFTExample]) -> dict[str, torch.Tensor]:
     with open_run(config, "sft", quiet=True) as run:
         stage = stage_for(config, run)
-        batches = stage.pack(examples)
-        tokens = sum(b.num_loss_tokens for b in batches)
-        stage.accumulate(batches, tokens)
+        tokens = sum(b.num_loss_tokens for b in stage.pack(examples))
+        stage.accumulate(examples, tokens)
         named = stage.actor.module.named_parameters()
         return {n: p.grad.clone() for n, p in named if p.grad is not None}
 
@@ -230,12 +230,39 @@ def test_changed_data_is_refused_on_resume(
     assert run_sft(dataclasses.replace(config, run=allowed), quiet=True).steps == 12
 
 
+def test_a_step_that_runs_out_of_memory_is_done_again_in_halves(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(name: str, tokens: int, fits: int) -> tuple[list[dict[str, Any]], int]:
+        config = config_for(base, tmp_path / name, max_steps=4, microbatch_tokens=tokens)
+
+        def limited(actor: Any, batch: Any) -> torch.Tensor:
+            loss = nll_sum(actor, batch)
+            if batch.sequences.ids.numel() > fits and torch.is_grad_enabled():
+                loss.backward()  # what it has added is dropped with the rest
+                raise torch.OutOfMemoryError("as a device says it")
+            return loss
+
+        monkeypatch.setattr(sft, "nll_sum", limited)
+        run_sft(config, quiet=True)
+        state = checkpoint_contents(tmp_path / name)[1]
+        return metric_lines(tmp_path / name), state["extra"]["token_budget"]["tokens"]
+
+    expected, _ = trained("small", 16, 1000)
+    found, tokens = trained("large", 64, 16)
+    assert tokens == 16
+    for line, wanted in zip(found, expected, strict=True):
+        assert line == pytest.approx(wanted, rel=1e-5)
+    with pytest.raises(EnvironmentFault, match="RF7061"):
+        trained("never", 64, 1)
+
+
 def test_rows_without_response_tokens_are_harmless(base: Path, tmp_path: Path) -> None:
     config = config_for(base, tmp_path)
     with open_run(config, "sft", quiet=True) as run:
         stage = stage_for(config, run)
         empty = SFTExample(torch.tensor([5, 6, 7]), torch.zeros(3, dtype=torch.bool), "row")
-        assert stage.accumulate(stage.pack([empty]), 1) == 0.0
+        assert stage.accumulate([empty], 1) == 0.0
         update = stage.optimizer.step()
         assert update.grad_norm == 0.0
         assert update.applied
