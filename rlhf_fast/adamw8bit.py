@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ CHUNK = 1 << 20
 SMALL = 4096
 _DECADES = {True: 5.0, False: 10.0}
 _SIGNED_ZERO = 128
+# Moment -> its scales, and whether it has a sign.
+SCALES = {"exp_avg": ("scale_m", True), "exp_avg_sq": ("scale_v", False)}
 
 
 @functools.cache
@@ -144,13 +146,10 @@ class AdamW8bit(Optimizer):
         draws = torch.Generator(parameter.device)
         draws.manual_seed(derive_seed(self._seed, self._index[parameter], step))
         weights, grads = parameter.view(-1), parameter.grad.reshape(-1)
-        slots = (
-            (state["exp_avg"].view(-1), state["scale_m"], True),
-            (state["exp_avg_sq"].view(-1), state["scale_v"], False),
-        )
-        for start in range(0, weights.numel(), CHUNK):
-            part = slice(start, start + CHUNK)
-            blocks = slice(start // BLOCK, (start + CHUNK) // BLOCK)
+        slots = [
+            (state[name].view(-1), state[scale], signed) for name, (scale, signed) in SCALES.items()
+        ]
+        for part, blocks in _chunks(weights.numel()):
             m, v = (
                 decode(codes[part], scales[blocks], signed=signed)
                 for codes, scales, signed in slots
@@ -178,6 +177,53 @@ def fresh_state(parameter: Tensor) -> dict[str, Tensor]:
         "scale_m": torch.zeros(blocks, device=parameter.device),
         "scale_v": torch.zeros(blocks, device=parameter.device),
     }
+
+
+def widened(slots: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a parameter with moments of fp32 in host memory, whatever blocks they were in.
+
+    Args:
+        slots: live state of `AdamW8bit`; moments that are fp32 already stay what they are.
+    """
+    found = dict(slots)
+    for name, (scale_name, signed) in SCALES.items():
+        scales = found.pop(scale_name, None)
+        if scales is None:
+            continue
+        codes = found[name].view(-1)
+        values = torch.empty(codes.numel())
+        for part, blocks in _chunks(codes.numel()):
+            values[part] = decode(codes[part], scales[blocks], signed=signed).cpu()
+        found[name] = values.view(found[name].shape)
+    return found
+
+
+def narrowed(parameter: Tensor, slots: Mapping[str, Any]) -> dict[str, Any]:
+    """The state that `AdamW8bit` keeps of a parameter, from one with moments of fp32.
+
+    Rounded to the nearest level: of what `widened` made of the same blocks, the same bits. (But for
+    values so small that fp32 has fewer digits for them, below 1e-38.)
+
+    Args:
+        parameter: whose device the moments go to.
+        slots: moments in its shape, which stay in fp32 where it is small.
+    """
+    fresh = fresh_state(parameter)
+    if "scale_m" not in fresh:
+        return {**slots, **{name: slots[name].to(parameter.device) for name in SCALES}}
+    for name, (scale_name, signed) in SCALES.items():
+        values, codes, scales = slots[name].view(-1), fresh[name].view(-1), fresh[scale_name]
+        for part, blocks in _chunks(codes.numel()):
+            chunk = values[part].to(parameter.device)
+            nearest = torch.full_like(chunk, 0.5)
+            codes[part], scales[blocks] = encode(chunk, nearest, signed=signed)
+    return {**slots, **fresh, "step": slots["step"]}
+
+
+def _chunks(count: int) -> Iterator[tuple[slice, slice]]:
+    """Values and blocks of every chunk of so many values."""
+    for start in range(0, count, CHUNK):
+        yield slice(start, start + CHUNK), slice(start // BLOCK, (start + CHUNK) // BLOCK)
 
 
 def _update(

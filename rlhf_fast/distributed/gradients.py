@@ -1,14 +1,15 @@
 """Gradients of all ranks: their sums, their one norm, and the part of each that a rank steps.
 
-A gradient is complete over the axes of the mesh that its parameter is a DTensor on, by FSDP or by
-the reading of vocabulary rows. What is missing is added once before the optimizer step: over the
-replicas for rows of the vocabulary, over all ranks for what is whole on every rank. All gradients
-are sums over the ranks, never means: losses are normalised by the global token count already.
+Backwards complete the gradient of a DTensor over the shard axis, its only one: FSDP does, and the
+reading of vocabulary rows. What is missing is added once before the optimizer step, however many
+backwards it had: over the replicas for shards, over all ranks for what is whole on every rank. All
+gradients are sums over the ranks, never means: losses are normalised by the global token count
+already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rlhf_fast.distributed.world import REPLICATE, World
+
+# Elements of the copy that gradients of whole parameters are summed in: 256 MB in fp32.
+BUCKET = 1 << 26
 
 
 class RankGradients:
@@ -60,12 +64,11 @@ class RankGradients:
                 shard.grad = None
                 continue
             assert isinstance(grad, DTensor)
-            local = grad.to_local()
-            if parameter.device_mesh.ndim == 1 and self._world.replicas > 1:
-                mesh = self._world.mesh
-                assert mesh is not None
-                dist.all_reduce(local, group=mesh.get_group(REPLICATE))
-            shard.grad = local
+            shard.grad = grad.to_local()
+        if self._world.replicas > 1:
+            self._sum_over_replicas(
+                [s for p, s in zip(parameters, shards, strict=True) if p is not s]
+            )
 
     def total_norm(
         self, parameters: Sequence[nn.Parameter], shards: Sequence[nn.Parameter]
@@ -86,17 +89,46 @@ class RankGradients:
                 square += norms.square().sum() / copies
         return self._world.sum(square).sqrt().float()
 
+    def _sum_over_replicas(self, shards: Sequence[nn.Parameter]) -> None:
+        """Add up the gradients of shards where they lie, all on their way at the same time."""
+        mesh = self._world.mesh
+        assert mesh is not None
+        group = mesh.get_group(REPLICATE)
+        grads = [s.grad for s in shards if s.grad is not None and s.grad.numel()]
+        under_way = [dist.all_reduce(grad, group=group, async_op=True) for grad in grads]
+        for work in under_way:
+            assert work is not None
+            work.wait()
+
     def _sum_over_ranks(self, parameters: Sequence[nn.Parameter]) -> None:
-        """One all-reduce for the gradients of all parameters that are whole on every rank."""
-        for dtype in dict.fromkeys(p.dtype for p in parameters):
-            chosen = [p for p in parameters if p.dtype == dtype]
-            sizes = [p.numel() for p in chosen]
-            flat = torch.zeros(sum(sizes) + len(chosen), dtype=dtype, device=self._world.device)
-            *parts, present = flat.split([*sizes, len(chosen)])
-            for index, (parameter, part) in enumerate(zip(chosen, parts, strict=True)):
+        """All-reduces of `BUCKET` elements for what is whole on every rank, larger ones alone.
+
+        A copy takes the place of the gradients in it, so that one bucket is what is held twice.
+        """
+        for bucket in _buckets(parameters):
+            sizes = [p.numel() for p in bucket]
+            flat = torch.zeros(
+                sum(sizes) + len(bucket), dtype=bucket[0].dtype, device=self._world.device
+            )
+            *parts, present = flat.split([*sizes, len(bucket)])
+            for index, (parameter, part) in enumerate(zip(bucket, parts, strict=True)):
                 if parameter.grad is not None:
                     part.copy_(parameter.grad.reshape(-1))
                     present[index] = 1
             self._world.sum(flat)
-            for parameter, part, ranks in zip(chosen, parts, present.tolist(), strict=True):
+            for parameter, part, ranks in zip(bucket, parts, present.tolist(), strict=True):
                 parameter.grad = part.view(parameter.shape) if ranks else None
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The parameters in their order, a dtype at a time, at most `BUCKET` elements together."""
+    for dtype in dict.fromkeys(p.dtype for p in parameters):
+        bucket: list[nn.Parameter] = []
+        held = 0
+        for parameter in (p for p in parameters if p.dtype == dtype):
+            if bucket and held + parameter.numel() > BUCKET:
+                yield bucket
+                bucket, held = [], 0
+            bucket.append(parameter)
+            held += parameter.numel()
+        yield bucket

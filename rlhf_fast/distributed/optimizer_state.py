@@ -6,9 +6,10 @@ directly: `Optimizer.load_state_dict` would cast every state tensor to its param
 rounds the fp32 moments of bf16 weights.
 
 The state of a sharded parameter is sharded as the parameter is, whether the optimizer steps
-DTensors or a rank's shards as ordinary tensors: each rank stores and reads its shard. Moments that
-exist only in the layout of one rank (the scales of 8-bit blocks) could not be dealt anew to another
-number of ranks, and are refused.
+DTensors or a rank's shards as ordinary tensors: each rank stores and reads its shard. 8-bit moments
+of shards are stored in fp32, because their blocks are those of one number of ranks; the ranks that
+load make blocks of their own, to the bit if they are as many. Whole ones are stored as they are.
+Other state in the layout of one rank could not be dealt anew, and is refused.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from rlhf_fast.adamw8bit import AdamW8bit, narrowed, widened
 from rlhf_fast.distributed.dcp import fill
+from rlhf_fast.distributed.eight_bit_state import without_blocks
 from rlhf_fast.distributed.json_state import checked
-from rlhf_fast.distributed.stored import StoredTensors
+from rlhf_fast.distributed.stored import Stored, StoredTensors
 from rlhf_fast.errors import CheckpointError
 
 _GROUPS = "param_groups"
@@ -52,7 +55,8 @@ def optimizer_state(
 
     Returns:
         tensors: `<parameter>/<slot>` (`.../exp_avg`, `.../step`) and, for options that are tensors,
-            `param_groups/<index>/<option>`. They alias the live state; save before the next step.
+            `param_groups/<index>/<option>`. They alias the live state, where that is not in 8 bits
+            and sharded; save before the next step.
         state: groups with their options and parameter names, and per parameter its slots.
 
     Raises:
@@ -77,6 +81,8 @@ def optimizer_state(
     parameters = {}
     for parameter, slots in optimizer.state.items():
         name = names[parameter]
+        if isinstance(optimizer, AdamW8bit) and name in sharded:
+            slots = widened(slots)
         entry: dict[str, Any] = {"tensors": [], "values": {}}
         for key, value in slots.items():
             if isinstance(value, Tensor):
@@ -103,8 +109,9 @@ def load_optimizer_state(
         optimizer: same class, same parameter groups (each group the same names, in any order).
         named_parameters: as for `optimizer_state`.
         tensors: as saved; they are copied, `step` stays on the CPU unless the group is capturable
-            or fused, everything else goes to its parameter's device, dtypes unchanged. Of a sharded
-            parameter's moments a rank reads its shard.
+            or fused, everything else goes to its parameter's device, dtypes unchanged but for
+            8-bit moments that shards had or get. Of a sharded parameter's moments a rank reads its
+            shard.
         state: as saved.
         whole_parameters: as for `optimizer_state`.
 
@@ -116,6 +123,9 @@ def load_optimizer_state(
     named = list(named_parameters)
     names = _names_by_parameter(optimizer, named)
     sharded = _sharded(named if whole_parameters is None else whole_parameters)
+    eight_bits = isinstance(optimizer, AdamW8bit)
+    if eight_bits:
+        saved_tensors, state = without_blocks(saved_tensors, state, sharded)
     _check_structure(optimizer, names, sharded, saved_tensors, state)
     fresh: dict[Tensor, dict[str, Any]] = {}
     room: dict[str, Tensor] = {}
@@ -127,19 +137,21 @@ def load_optimizer_state(
             if entry is None:
                 continue
             slots: dict[str, Any] = copy.deepcopy(entry["values"])
+            on_host = eight_bits and "scale_m" not in entry["tensors"]
             for key in entry["tensors"]:
-                device = parameter.device if key != "step" or on_device else torch.device("cpu")
                 full = f"{name}/{key}"
+                away = on_host or (key == "step" and not on_device)
+                device = torch.device("cpu") if away else parameter.device
                 stored, like = saved_tensors.entries[full], sharded.get(name)
-                if like is None or not stored.shape:
-                    slots[key] = torch.empty(stored.shape, dtype=stored.dtype, device=device)
-                    room[full] = slots[key]
-                    continue
-                local = torch.empty(like.to_local().shape, dtype=stored.dtype, device=device)
-                room[full] = _around(local, like)
-                slots[key] = room[full] if isinstance(parameter, DTensor) else local
+                room[full], slots[key] = _room(stored, like, device)
+                if isinstance(parameter, DTensor):
+                    slots[key] = room[full]
             fresh[parameter] = slots
     fill(room, StoredTensors({name: saved_tensors.entries[name] for name in room}))
+    if eight_bits:
+        fresh = {
+            p: slots if "scale_m" in slots else narrowed(p, slots) for p, slots in fresh.items()
+        }
     optimizer.state.clear()
     optimizer.state.update(fresh)
     for index, (group, saved) in enumerate(
@@ -157,6 +169,15 @@ def load_optimizer_state(
         for key, value in options.items():
             if key not in _NOT_LOADED:
                 group[key] = value
+
+
+def _room(stored: Stored, like: DTensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What a stored tensor is read into, and what of it lies here: a shard, if `like` has one."""
+    if like is None or not stored.shape:
+        whole = torch.empty(stored.shape, dtype=stored.dtype, device=device)
+        return whole, whole
+    local = torch.empty(like.to_local().shape, dtype=stored.dtype, device=device)
+    return _around(local, like), local
 
 
 def _sharded(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, DTensor]:
@@ -184,7 +205,7 @@ def _as_sharded(name: str, value: Tensor, like: DTensor | None) -> Tensor:
         f"{name} cannot be stored: it is not sharded as its parameter is",
         where="optimizer state",
         expected="moments in the shape and placement of their parameter",
-        remedy="keep the optimizer state in 32 bits",
+        remedy="use memory.optimizer=adamw",
     )
 
 

@@ -152,17 +152,6 @@ class ShardedModule:
         part = self.sharded(name, self._local[name] if local is None else local)
         return part.full_tensor() if isinstance(part, DTensor) else part
 
-    def sum_over_replicas(self, now: bool) -> None:
-        """Whether backwards from here on also sum the gradients of the blocks over the replicas.
-
-        They do unless told otherwise. A step of several microbatches needs it in the last of them
-        alone: False before the others, True before the last saves all but one of the sums.
-        Without replicas it changes nothing.
-        """
-        model: Any = self.module
-        if self.world.replicas > 1:
-            model.base_model.set_requires_all_reduce(now)
-
     def reset(self) -> None:
         """Go back to shards after a forward or backward that raised, and drop all gradients.
 
@@ -325,7 +314,8 @@ class _Cutter:
 
         fully_shard(
             part,
-            mesh=self._world.fsdp_mesh,
+            # The shards alone: replicas are summed once a step, not in every backward.
+            mesh=self._world.shard_mesh,
             # The root too: what it kept after a forward without backward would be stale after the
             # next optimizer step.
             reshard_after_forward=True,

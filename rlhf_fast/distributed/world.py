@@ -167,13 +167,6 @@ class World:
             raise ValueError("a world of one rank has no mesh")
         return self.mesh[SHARD]
 
-    @property
-    def fsdp_mesh(self) -> DeviceMesh:
-        """What `fully_shard` is given: [shards], or [replicas, shards] if there are replicas."""
-        if self.mesh is None:
-            raise ValueError("a world of one rank has no mesh")
-        return self.mesh[SHARD] if self.replicas == 1 else self.mesh
-
     # ---- collectives --------------------------------------------------------------------------
 
     def sum(self, tensor: Tensor) -> Tensor:

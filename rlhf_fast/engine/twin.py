@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.distributed.flat_shards import adjacent, groups, padded_numel
-from rlhf_fast.engine.fused_support import COMPUTE, why_not_fused
+from rlhf_fast.engine.fused_support import COMPUTE, active_adapters, why_not_fused
 from rlhf_fast.engine.module_forward import unwrapped
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.models.forward import compute_dtype
@@ -28,11 +29,12 @@ _HEAD_NORMS = ("q_norm.weight", "k_norm.weight")
 def twin_of(module: nn.Module, device: torch.device | None = None) -> nn.Module:
     """A copy of a module's structure with every parameter on the meta device.
 
-    Buffers (rotary frequencies) and settings are copied; tied parameters stay tied.
+    Buffers (rotary frequencies) and settings are copied; tied parameters stay tied. Of adapters
+    those come along that are active.
 
     Args:
-        module: a causal LM, or a peft wrapper around one; before it is sharded, whose hooks are of
-            no use here.
+        module: a causal LM, or a peft wrapper around one, with the adapters that generate active;
+            before it is sharded, whose hooks are of no use here.
         device: where the buffers go; None: where they are.
     """
     memo: dict[int, object] = {}
@@ -40,6 +42,9 @@ def twin_of(module: nn.Module, device: torch.device | None = None) -> nn.Module:
         meta = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
         memo[id(parameter)] = meta
     twin = copy.deepcopy(module, memo)
+    for layer in [part for part in twin.modules() if isinstance(part, LoraLayer)]:
+        for adapter in set(layer.lora_A) - set(active_adapters(layer)):
+            layer.delete_adapter(adapter)
     for part in twin.modules() if device is not None else ():
         for key, buffer in part._buffers.items():
             part._buffers[key] = None if buffer is None else buffer.to(device)

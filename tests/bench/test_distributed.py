@@ -42,7 +42,7 @@ def _counted(world: World) -> tuple[dict[str, int], dict[str, int]]:
         traffic.phase = "broadcast"
         world.broadcast([torch.ones(5)])
         traffic.phase = "build"
-        fully_shard(layer, mesh=world.fsdp_mesh)
+        fully_shard(layer, mesh=world.shard_mesh)
         traffic.phase = "forward"
         out = layer(torch.ones(3, HIDDEN))
         traffic.phase = "backward"

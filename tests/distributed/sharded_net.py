@@ -52,12 +52,13 @@ def build(seed: int, world: World | None = None) -> Net:
     shared = nn.Parameter(distribute_tensor(net.embed.weight.detach(), mesh, placements))
     net.embed.weight = net.head.weight = shared
     narrow = net.block[1].weight
+    fsdp_mesh = world.shard_mesh if world.replicas == 1 else world.mesh
     fully_shard(
         net.block,
-        mesh=world.fsdp_mesh,
+        mesh=fsdp_mesh,
         shard_placement_fn=lambda p: Shard(1) if p is narrow else Shard(0),
     )
-    fully_shard(net, mesh=world.fsdp_mesh, ignored_params={shared})
+    fully_shard(net, mesh=fsdp_mesh, ignored_params={shared})
     return net
 
 

@@ -26,7 +26,15 @@ ROLES = {"actor": 0, "critic": 1, "reference": 2}
 class _Roles:
     """Actor and critic with an optimizer each, and the reference."""
 
-    def __init__(self, world: World, model_type: str, dtype: Any, *, sharded: bool) -> None:
+    def __init__(
+        self,
+        world: World,
+        model_type: str,
+        dtype: Any,
+        *,
+        sharded: bool,
+        gradient_checkpointing: bool = True,
+    ) -> None:
         module = build(model_type, seed=world.rank if sharded else 0)
         set_compute_dtype(module, dtype)
         self.trunk = SharedTrunk(module)
@@ -39,7 +47,7 @@ class _Roles:
         if sharded:
             self.handle = shard_module(module, world, dtype=dtype)
             ranks = RankGradients.of(world)
-        self.trunk.prepare(world.device, gradient_checkpointing=True)
+        self.trunk.prepare(world.device, gradient_checkpointing=gradient_checkpointing)
         self.actor, self.critic = AdapterActor(self.trunk), AdapterCritic(self.trunk)
         self.reference = AdapterReference(self.trunk, None)
         self.optimizers = [
@@ -106,3 +114,48 @@ def test_adapters_on_a_sharded_trunk(
 ) -> None:
     for found in on_ranks(ranks, _run, cases, replicas=replicas):
         assert found == {model_type: [] for model_type, _ in cases}
+
+
+def _recomputed(world: World, dtype: str) -> list[str]:
+    """Gradients of two microbatches, with activations kept and with them computed again."""
+    found, forwards = [], []
+    for checkpointing in (False, True):
+        roles = _Roles(world, "llama", dtype, sharded=True, gradient_checkpointing=checkpointing)
+        calls: list[int] = []
+        trunk: Any = roles.trunk.model
+        block = trunk.base_model.layers[0].self_attn  # not the last part, which is cut short
+        block.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        for microbatch in range(2):
+            actor, critic, _ = roles.losses(world.rank + microbatch)
+            actor.backward()
+            critic.backward()
+        forwards.append(len(calls))
+        for optimizer in roles.optimizers:
+            ranks, shards = optimizer._ranks, list(optimizer.parameters)
+            assert ranks is not None
+            ranks.gather(optimizer._whole, [*shards])
+        found.append(
+            {
+                f"{optimizer.name} {name}": p.grad
+                for optimizer in roles.optimizers
+                for name, p in optimizer.named_parameters
+            }
+        )
+    kept, recomputed = found
+    faults = [] if forwards == [6, 10] else [f"{forwards} forwards of a block"]
+    assert kept.keys() == recomputed.keys()
+    assert any(grad is not None and grad.any() for grad in kept.values())
+    for name, grad in kept.items():
+        other = recomputed[name]
+        assert grad is not None
+        assert other is not None
+        if not torch.equal(grad, other):
+            faults.append(f"{name}: {(grad - other).abs().max():.2e}")
+    return faults
+
+
+@pytest.mark.parametrize(("ranks", "replicas", "dtype"), [(2, 1, "float32"), (4, 2, "bfloat16")])
+def test_activations_computed_again_give_the_same_gradients(
+    ranks: int, replicas: int, dtype: str
+) -> None:
+    assert on_ranks(ranks, _recomputed, dtype, replicas=replicas) == [[]] * ranks

@@ -19,7 +19,7 @@ def _facts(world: World) -> dict[str, object]:
         "place": (world.rank, world.replica, world.shard_rank),
         "sizes": (world.size, world.replicas, world.shards),
         "main": world.is_main,
-        "fsdp": world.fsdp_mesh.ndim,
+        "mesh": world.shard_mesh.mesh.tolist(),
         "sum": world.sum(torch.tensor([1.0, world.rank])).tolist(),
         "any": (world.any(world.rank == 3), world.any(False)),
         "rows": [part.tolist() for part in parts],
@@ -30,9 +30,9 @@ def _facts(world: World) -> dict[str, object]:
 def test_four_ranks_as_two_replicas() -> None:
     found = on_ranks(4, _facts, replicas=2)
     assert [f["place"] for f in found] == [(0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 1, 1)]
+    assert [f["mesh"] for f in found] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     for facts in found:
         assert facts["sizes"] == (4, 2, 2)
-        assert facts["fsdp"] == 2
         assert facts["sum"] == [4.0, 6.0]
         assert facts["any"] == (True, False)
         assert facts["rows"] == [[0], [10, 11], [20, 21, 22], [30, 31, 32, 33]]

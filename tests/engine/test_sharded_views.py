@@ -287,23 +287,34 @@ def test_gathered_weights_let_ranks_take_different_numbers_of_steps() -> None:
 
 
 def _adapters(world: World) -> list[str]:
-    trunk = trunk_of("llama-bias", ["all-linear"])
+    trunk = trunk_of("llama-bias", ["all-linear"], ["actor", "critic"])
     module = trunk.model
-    reference = drawn_by(_engine(module))
+    bare = drawn_by(_engine(module))
     names = []
-    for slices in (True, False):
-        trained = sharded(module, world, slices=slices, adjacent=slices)
-        view = choose_view(trained, twin_of(module), world)
-        assert_same(drawn_by(engine_over(view)), reference)
-        names.append(view.name)
+    with trunk.adapter("actor"):
+        reference = drawn_by(_engine(module))
+        assert not torch.equal(reference.raw_logprobs, bare.raw_logprobs)
+        for slices in (True, False):
+            trained = sharded(module, world, slices=slices, adjacent=slices)
+            view = choose_view(trained, twin_of(module), world)
+            # Whichever is active later: the twin has one for good.
+            with trunk.adapter("critic"):
+                assert_same(drawn_by(engine_over(view)), reference)
+            names.append(view.name)
+            # Nothing is held or gathered of the adapters that do not generate.
+            held = {name for name, _ in view.module.named_parameters() if ".lora_" in name}
+            assert held == {
+                f"{key[: -len('.weight')]}.actor.weight" for key in trunk.tensors("actor")
+            }
     # A trunk in bf16 is read where it lies; only its fp32 parts that enter products are copied.
     trunk = trunk_of("llama", ["all-linear"])
     set_compute_dtype(trunk.model, "bfloat16")
-    twin = twin_of(trunk.model)
-    trunk.hold_in(torch.bfloat16)
-    low = choose_view(sharded(trunk.model, world), twin, world)
-    reference = drawn_by(_engine(trunk.model))
-    gaps = drawn_by(engine_over(low)).raw_logprobs[:, 0] - reference.raw_logprobs[:, 0]
+    with trunk.adapter("actor"):
+        twin = twin_of(trunk.model)
+        trunk.hold_in(torch.bfloat16)
+        low = choose_view(sharded(trunk.model, world), twin, world)
+        reference = drawn_by(_engine(trunk.model))
+        gaps = drawn_by(engine_over(low)).raw_logprobs[:, 0] - reference.raw_logprobs[:, 0]
     assert float(gaps.abs().max()) < 0.05
     assert (
         low.module.get_input_embeddings().weight.dtype

@@ -47,10 +47,10 @@ def shard(module: Any, world: World) -> Any:
         narrow = block.mlp.down_proj.weight
         fully_shard(
             block,
-            mesh=world.fsdp_mesh,
+            mesh=world.shard_mesh,
             shard_placement_fn=lambda p, narrow=narrow: Shard(1) if p is narrow else Shard(0),
         )
-    fully_shard(module.model, mesh=world.fsdp_mesh, ignored_params={embed.weight})
+    fully_shard(module.model, mesh=world.shard_mesh, ignored_params={embed.weight})
     return module
 
 
