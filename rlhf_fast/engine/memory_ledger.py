@@ -90,6 +90,7 @@ class MemoryPlan:
         parameters: of the model that generates.
         layers: of that model.
         frozen: whether that model is a frozen trunk.
+        adapted: roles that hold adapters on it and no model.
         notes: what is estimated or assumed.
     """
 
@@ -99,6 +100,7 @@ class MemoryPlan:
     parameters: int
     layers: int
     frozen: bool
+    adapted: frozenset[str]
     notes: tuple[str, ...] = ()
 
     def device(self, phase: str) -> int:

@@ -99,6 +99,7 @@ def plan_memory(
         parameters=sum(p.numel() for p in generating.parameters()),
         layers=shape.layers,
         frozen="trunk" in roles,
+        adapted=frozenset(name for name, role in roles.items() if role.rank),
         notes=notes,
     )
 

@@ -28,8 +28,6 @@ VIEWS = ("alias", "tp", "gather")
 # Blocks that exist whole at a time, see `distributed.sharding.PREFETCHED_BLOCKS`; bytes a parameter
 # of a block's gradients, bf16 and fp32.
 _BLOCKS, _GRADIENT_BYTES = 1 + PREFETCHED_BLOCKS, 6
-# Roles whose parameters are adapters where the trunk is frozen.
-_ADAPTED = ("actor", "critic")
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Sharding:
         for slot, size in plan.held[phase].items():
             if slot.place != "device" or slot == COPIES:
                 continue  # copies are what one GPU would make in the place of W
-            if plan.frozen and slot.role in _ADAPTED:
+            if slot.role in plan.adapted:
                 whole += size
             else:
                 parts += size
