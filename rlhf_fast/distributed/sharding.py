@@ -18,7 +18,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard
 
 from rlhf_fast.distributed.flat_shards import FlatShards, adjacent, around, lay_flat, local_part
@@ -175,7 +181,11 @@ class ShardedModule:
 
 
 def shard_module(
-    module: nn.Module, world: World, *, dtype: Literal["float32", "bfloat16"]
+    module: nn.Module,
+    world: World,
+    *,
+    dtype: Literal["float32", "bfloat16"],
+    offload: bool = False,
 ) -> ShardedModule:
     """Cut a model over the ranks of a world, in place; with one rank it is left as it is.
 
@@ -192,6 +202,9 @@ def shard_module(
         dtype: what matrix products run in: with "bfloat16" the matrices of the blocks are gathered
             in bf16, which are the bits that autocast would make of the fp32 shards. Shards keep
             their own type, and gradients are summed in fp32.
+        offload: keep the shards of the layers in host memory, from where each is copied when its
+            layer is gathered; for a model that is only read. Embedding, head and vectors, which are
+            read in place, stay on the device.
 
     Raises:
         ModelError: RF3080, an architecture that cannot be cut; RF3081, a model that is cut already.
@@ -206,7 +219,8 @@ def shard_module(
             expected="a model as it was loaded",
             remedy="call shard_module once",
         )
-    return _Cutter(module, world, torch.bfloat16 if dtype == "bfloat16" else None).cut()
+    compute = torch.bfloat16 if dtype == "bfloat16" else None
+    return _Cutter(module, world, compute, offload=offload).cut()
 
 
 def forget_forwards(module: nn.Module) -> None:
@@ -256,10 +270,15 @@ def _roots(module: nn.Module) -> Iterator[Any]:
 
 
 class _Cutter:
-    def __init__(self, module: nn.Module, world: World, compute: torch.dtype | None) -> None:
+    def __init__(
+        self, module: nn.Module, world: World, compute: torch.dtype | None, *, offload: bool
+    ) -> None:
         model: Any = module
         self._module, self._world, self._trunk = module, world, model.base_model
         self._compute = compute
+        self._away: OffloadPolicy | None = None
+        if offload:
+            self._away = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
         self._cuts = cuts_of(module, world.shards)
         names = {id(p): name for name, p in module.named_parameters()}
         # Objects come and go while the model is cut; modules and names stay.
@@ -277,8 +296,10 @@ class _Cutter:
         blocks = []
         for layer in layers:
             self._bring(layer)
-            self._shard(layer, self._compute)
-            blocks.append(BlockShards(names[layer], lay_flat(layer)))
+            self._shard(layer, self._compute, self._away)
+            # What is only read through FSDP may lie anywhere.
+            flat = lay_flat(layer) if self._away is None else FlatShards({}, ())
+            blocks.append(BlockShards(names[layer], flat))
         self._bring(self._module)
         # Positions are added in fp32, as they are without shards.
         self._shard(self._trunk, None)
@@ -300,7 +321,9 @@ class _Cutter:
             unparallel,
         )
 
-    def _shard(self, part: nn.Module, compute: torch.dtype | None) -> None:
+    def _shard(
+        self, part: nn.Module, compute: torch.dtype | None, away: OffloadPolicy | None = None
+    ) -> None:
         inside = set(part.modules())
         cuts: dict[nn.Parameter, Cut] = {}
         for name, owners in self._owners.items():
@@ -324,6 +347,7 @@ class _Cutter:
             mp_policy=MixedPrecisionPolicy(
                 param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
             ),
+            offload_policy=away or OffloadPolicy(),
             ignored_params={p for p, cut in cuts.items() if cut.holder != "fsdp"},
         )
 

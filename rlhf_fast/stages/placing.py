@@ -15,17 +15,22 @@ from rlhf_fast.engine.view_choice import choose_view
 from rlhf_fast.models.forward import compute_dtype
 
 
-def place(module: nn.Module, world: World) -> None:
+def place(module: nn.Module, world: World, *, offload: bool = False) -> None:
     """Put a loaded model on the devices of a run, before optimizers and generators are made.
 
     With one shard for each replica every rank holds it whole, with the weights of rank 0; with more
     it is cut over the ranks of a replica, to which it arrives a block at a time.
 
+    Args:
+        module: as loaded.
+        world: the ranks.
+        offload: keep the shards in host memory; of a whole model `StreamedModule` does that.
+
     Raises:
         ModelError: RF3080, an architecture that cannot be cut.
     """
     if world.shards > 1:
-        shard_module(module, world, dtype=compute_dtype(module))
+        shard_module(module, world, dtype=compute_dtype(module), offload=offload)
         return
     module.to(world.device)
     same_weights(world, module)

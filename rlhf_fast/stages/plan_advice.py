@@ -17,7 +17,7 @@ RANK = 64
 # Keys whose objects may be passed to a trainer, and so need no name in a config that is planned.
 OBJECTS = ("reward", "ptx.data")
 # What several processes refuse (RF1045).
-_ALONE = frozenset({"memory.reference", "memory.reward_model", "memory.step_in_backward"})
+_ALONE = frozenset({"memory.step_in_backward"})
 
 
 @dataclass(frozen=True)

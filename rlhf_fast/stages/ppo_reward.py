@@ -51,11 +51,12 @@ def build_reward(
         round_layer_weights(model)  # ours; one that was given is left as it is
         model_tokenizer = load_tokenizer(settings.model)
     if model is not None:
-        if config.memory.reward_model == "offload":
+        offload = config.memory.reward_model == "offload"
+        if offload and world.shards == 1:
             judge = RewardModel(model, streamed_to=world.device)
         else:
             freeze(model)
-            place(model, world)
+            place(model, world, offload=offload)
             judge = RewardModel(model)
     if judge is not None:
         own = tokenizer if model_tokenizer is None else model_tokenizer

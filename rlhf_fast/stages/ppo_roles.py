@@ -274,8 +274,9 @@ def build_engine(
 
 def frozen_reference(config: PPOConfig, module: nn.Module, world: World) -> Reference:
     """The reference on its ranks, or in host memory and read a layer at a time."""
-    if config.memory.reference == "offload":
+    offload = config.memory.reference == "offload"
+    if offload and world.shards == 1:
         return Reference(module, streamed_to=world.device)
     freeze(module)
-    place(module, world)
+    place(module, world, offload=offload)
     return Reference(module)

@@ -191,9 +191,6 @@ def require_ranks_can(config: PPOConfig, world: World) -> None:
         faults.append(f"side_by_side={config.side_by_side}: ranks share models one by one")
     if config.memory.step_in_backward:
         faults.append("memory.step_in_backward: gradients are summed over ranks before a step")
-    away = [n for n in ("reference", "reward_model") if getattr(config.memory, n) == "offload"]
-    if world.size > config.distributed.replicas and away:
-        faults.append(f"memory.{away[0]}=offload: a model in host memory is not cut over ranks")
     if faults:
         raise ConfigError(
             "RF1045",

@@ -244,8 +244,7 @@ def test_several_gpus_share_all_but_adapters_and_gathered_blocks(llama, capsys):
     assert lora.sharding.generation_weights(lora.plan) == 0
     tight = run_plan(None, [BF16], model=llama, gpu_memory="24GB", gpus=8)
     assert tight.advice is not None
-    alone = {"memory.reference", "memory.reward_model", "memory.step_in_backward"}
-    assert not alone & tight.advice.changes.keys()  # several processes refuse them
+    assert "memory.step_in_backward" not in tight.advice.changes  # several processes refuse it
     assert main(["plan", "--model", llama, "--gpus", "8", "--gpu-memory", "80GB"]) == 0
     assert "8 GPUs, weights view tp" in capsys.readouterr().out
 
