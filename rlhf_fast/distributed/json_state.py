@@ -102,16 +102,24 @@ def dump_json(value: Any, *, sort_keys: bool) -> bytes:
 
 
 def parse_json(data: bytes) -> Any:
-    """Strict JSON: no NaN literals, bounded depth.
+    """Strict JSON: no NaN literals, no number beyond the range of a double, bounded depth.
 
     Raises:
-        ValueError: not JSON, not UTF-8, or nested too deeply.
+        ValueError: not JSON, not UTF-8, a number that would be read as infinite, or nested too
+            deeply.
     """
 
     def refuse(name: str) -> float:
         raise ValueError(f"{name} is not JSON")
 
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=refuse)
+        return json.loads(data.decode("utf-8"), parse_constant=refuse, parse_float=_finite)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text[:20]} is out of range")
+    return number

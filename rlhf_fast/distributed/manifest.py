@@ -225,9 +225,14 @@ def read_manifest(directory: Path) -> Manifest:
     refuse_pickles(_entries(directory), directory)
     data = _read_bounded(path, _MAX_MANIFEST_BYTES)
     try:
-        body = parse_json(data)
-    except ValueError as error:
-        raise corrupt(f"the manifest is not JSON: {error}", path) from error
+        return _parse_manifest(data, path)
+    except (ValueError, RecursionError) as error:
+        # Of whatever kind: one damaged manifest must not keep the others from being used.
+        raise corrupt(f"the manifest cannot be understood: {error}", path) from error
+
+
+def _parse_manifest(data: bytes, path: Path) -> Manifest:
+    body = parse_json(data)
     if not isinstance(body, dict):
         raise corrupt("the manifest is not a JSON object", path)
     if "digest" in body and seal(body) != data:

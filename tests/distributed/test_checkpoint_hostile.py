@@ -19,7 +19,7 @@ import torch
 import rlhf_fast.distributed
 import rlhf_fast.metrics
 import rlhf_fast.stages.run
-from rlhf_fast.distributed import load, save
+from rlhf_fast.distributed import load, manifest, save
 from rlhf_fast.distributed.manifest import seal
 from rlhf_fast.errors import CheckpointError
 
@@ -72,6 +72,38 @@ def test_any_flipped_bit_is_found(root: Path, name: str) -> None:
         assert caught.value.code in ("RF8001", "RF8002")
         assert name in caught.value.where
     refused(root, name)
+
+
+def test_a_byte_that_makes_a_number_infinite_costs_one_checkpoint(tmp_path: Path) -> None:
+    tensors = {"actor": {"w": torch.zeros(32_000)}}
+    for step in (1, 2):
+        save(tmp_path, step, tensors=tensors, state={"step": step}, keep_last=None)
+    path = newest(tmp_path) / "manifest.json"
+    good = path.read_bytes()
+    place = good.index(b'"size":128') + len(b'"size":1')
+    path.write_bytes(good[:place] + b"e" + good[place + 1 :])  # "size":1e8104
+    refused(tmp_path, "manifest.json")
+    save(tmp_path, 3, tensors=tensors, state={"step": 3}, keep_last=2)
+    assert load(tmp_path).step == 3
+    assert load(tmp_path, 1).step == 1
+
+
+@pytest.mark.parametrize("depth", [200, 900])
+def test_a_manifest_that_can_be_read_but_not_written(
+    root: Path, monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    data = b'{"digest":"x","a":' + b"[" * depth + b"]" * depth + b"}"
+    (newest(root) / "manifest.json").write_bytes(data)
+    refused(root, "manifest.json")
+    plain = manifest.seal
+
+    def seal_in_less_stack(body: Any) -> bytes:
+        if "a" in body:
+            raise RecursionError("maximum recursion depth exceeded")
+        return plain(body)
+
+    monkeypatch.setattr(manifest, "seal", seal_in_less_stack)
+    refused(root, "manifest.json")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -200,8 +232,17 @@ def test_malformed_file_records(root: Path, key: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"[" * 100_000, b'{"a": NaN}', b"\xff\xfe", b"[]", b"1", b"{", b'{"step": 1' + b"0" * 9999],
-    ids=["deep", "nan", "encoding", "list", "number", "cut", "digits"],
+    [
+        b"[" * 100_000,
+        b'{"a": NaN}',
+        b'{"digest":"x","a":1e999}',
+        b"\xff\xfe",
+        b"[]",
+        b"1",
+        b"{",
+        b'{"step": 1' + b"0" * 9999,
+    ],
+    ids=["deep", "nan", "inf", "encoding", "list", "number", "cut", "digits"],
 )
 def test_manifests_that_are_not_ours(root: Path, data: bytes) -> None:
     (newest(root) / "manifest.json").write_bytes(data)
