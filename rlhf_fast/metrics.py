@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -25,9 +26,12 @@ from typing import Any, Protocol, cast
 import torch
 
 from rlhf_fast.errors import ConfigError, EnvironmentFault
+from rlhf_fast.small_files import read_small
 
 METRICS_NAME = "metrics.jsonl"
 REDACTED = "[redacted]"
+
+_MAX_ID_BYTES = 4096
 
 Number = float | int | bool | None
 
@@ -96,6 +100,14 @@ class MetricLogger:
                 where=str(self.path),
                 remedy="choose an output directory that you may write to",
             ) from error
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            os.close(self._descriptor)
+            raise EnvironmentFault(
+                "RF7105",
+                f"{METRICS_NAME} is not a regular file",
+                where=str(self.path),
+                remedy="remove it, or choose another output directory",
+            )
         self._closed = False
         self._file_warned = False
         self._sinks: dict[str, Sink] = {}
@@ -366,8 +378,9 @@ def _stable_id(run_dir: Path, resume_step: int | None) -> str:
     """The same W&B run after a resume, a new one for a new start in an old directory."""
     path = run_dir / "wandb_run_id"
     if resume_step is not None and path.exists():
-        return path.read_text(encoding="ascii").strip()
+        return read_small(path, _MAX_ID_BYTES).decode("ascii").strip()
     fresh = os.urandom(8).hex()
+    path.unlink(missing_ok=True)  # a named pipe in its place would wait for a reader
     path.write_text(fresh + "\n", encoding="ascii")
     return fresh
 

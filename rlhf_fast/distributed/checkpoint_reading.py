@@ -26,7 +26,9 @@ from rlhf_fast.distributed.manifest import MANIFEST_NAME, Manifest, corrupt, rea
 from rlhf_fast.distributed.stored import ShardFile, StoredTensors, dealt
 from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import CheckpointError
+from rlhf_fast.small_files import read_small
 
+_MAX_POINTER_BYTES = 4096
 _logger = logging.getLogger(__name__)
 
 
@@ -159,7 +161,7 @@ def _leftover_notices(root: Path, found: list[Candidate]) -> list[str]:
     if not found or not pointer.exists():
         return notices
     try:
-        name = pointer.read_text(encoding="ascii").strip()
+        name = read_small(pointer, _MAX_POINTER_BYTES).decode("ascii").strip()
     except (OSError, ValueError):
         name = ""
     if name not in {candidate.path.name for candidate in found}:

@@ -115,9 +115,16 @@ def write_atomically(path: Path, data: bytes, fs: FileSystem = LOCAL) -> None:
     Raises:
         OSError: the old file is intact and the temporary one removed.
     """
+    replace_atomically(path, [data], fs)
+
+
+def replace_atomically(
+    path: Path, chunks: Iterable[bytes | memoryview], fs: FileSystem = LOCAL
+) -> None:
+    """As `write_atomically`, of byte strings that come one after the other."""
     temporary = path.with_name(f".{path.name}.tmp-{unique_suffix()}")
     try:
-        write_file(temporary, [data], fs)
+        write_file(temporary, chunks, fs)
         fs.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):

@@ -21,7 +21,6 @@ import math
 import os
 import platform
 import re
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from rlhf_fast.distributed.chunks import ChunkRecord, StoredRecord, tiling_probl
 from rlhf_fast.distributed.json_state import dump_json, parse_json
 from rlhf_fast.distributed.tensor_file import ITEM_BYTES, SUFFIX
 from rlhf_fast.errors import CheckpointError
+from rlhf_fast.small_files import open_regular, read_small
 
 WHOLE_VERSION, SHARDED_VERSION = 1, 2
 MANIFEST_NAME = "manifest.json"
@@ -351,27 +351,21 @@ def verify_file(directory: Path, name: str, record: FileRecord, *, digest: bool 
 
 
 def _open_regular(path: Path) -> int:
-    # O_NOFOLLOW refuses links; O_NONBLOCK keeps a named pipe from hanging the open.
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return open_regular(path, follow_links=False)
     except OSError as error:
-        reason = "is a symbolic link" if path.is_symlink() else (error.strerror or str(error))
-        raise corrupt(f"{path.name} cannot be read: {reason}", path) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise corrupt(f"{path.name} is not a regular file", path)
-    return descriptor
+        raise _cannot_be_read(path, error) from error
 
 
 def _read_bounded(path: Path, limit: int) -> bytes:
-    with os.fdopen(_open_regular(path), "rb") as file:
-        try:
-            data = file.read(limit + 1)
-        except OSError as error:
-            raise corrupt(f"{path.name} cannot be read: {error.strerror}", path) from error
-    if len(data) > limit:
-        raise corrupt(f"{path.name} is larger than {limit} bytes", path)
-    return data
+    try:
+        return read_small(path, limit, follow_links=False)
+    except OSError as error:
+        raise _cannot_be_read(path, error) from error
+
+
+def _cannot_be_read(path: Path, error: OSError) -> CheckpointError:
+    return corrupt(f"{path.name} cannot be read: {error.strerror or error}", path)
 
 
 def read_verified(directory: Path, name: str, record: FileRecord) -> bytes:

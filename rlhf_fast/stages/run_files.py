@@ -1,34 +1,101 @@
-"""The small JSON files of a run directory."""
+"""The small files of a run directory, which may have been touched between two runs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from rlhf_fast.distributed.durable import storage_fault, write_atomically
+from rlhf_fast.distributed.durable import replace_atomically, storage_fault, write_atomically
 from rlhf_fast.errors import CheckpointError, RLHFError
+from rlhf_fast.small_files import open_regular, read_small
+
+# Of one file. A configuration has thousands of bytes; what is larger is not ours and is not read.
+MAX_JSON_BYTES = 1 << 22
+# Of a line of `samples.jsonl`: longer ones are dropped.
+MAX_LINE_BYTES = 1 << 22
+_MAX_DEPTH = 64
+_NESTS = (dict, list)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None if there is no such file.
 
     Raises:
-        CheckpointError: RF8206, it is there and cannot be read.
+        CheckpointError: RF8206, it is there and cannot be read: no regular file, more than
+            `MAX_JSON_BYTES`, or no JSON object.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_small(path, MAX_JSON_BYTES))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, str(error)) from error
+    except OSError as error:
+        raise unreadable(path, error.strerror or str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise unreadable(path, str(error)) from error
     if not isinstance(value, dict):
-        raise _unreadable(path, "not a JSON object")
+        raise unreadable(path, "not a JSON object")
+    if _is_deeper(value, _MAX_DEPTH):
+        raise unreadable(path, f"nested more than {_MAX_DEPTH} levels deep")
     return value
 
 
-def _unreadable(path: Path, reason: str) -> RLHFError:
+def _is_deeper(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, _NESTS)]
+        level = [item for items in inner for item in items]
+    return bool(level)
+
+
+def keep_samples(path: Path, steps_done: int) -> None:
+    """Drop the lines of a `samples.jsonl` that are of later steps, or of nothing.
+
+    Bytes that are no text are replaced. Memory is taken for one line of `MAX_LINE_BYTES` at a time.
+
+    Args:
+        path: the file; nothing happens if there is none.
+        steps_done: steps that will not be done again.
+
+    Raises:
+        CheckpointError: RF8206, it cannot be read, or is no regular file.
+        EnvironmentFault: RF7101, writing failed.
+    """
+    try:
+        descriptor = open_regular(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise unreadable(path, error.strerror or str(error)) from error
+    with os.fdopen(descriptor, "rb") as file:
+        try:
+            replace_atomically(path, (line for line in _lines(file) if _is_kept(line, steps_done)))
+        except OSError as error:
+            raise storage_fault(error, path) from error
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file as UTF-8; of a longer one than allowed, nothing."""
+    while line := file.readline(MAX_LINE_BYTES):
+        whole = line.endswith(b"\n") or len(line) < MAX_LINE_BYTES
+        while not line.endswith(b"\n") and len(line) == MAX_LINE_BYTES:
+            line = file.readline(MAX_LINE_BYTES)
+        if whole:
+            text = line.decode("utf-8", errors="replace").rstrip("\r\n")
+            yield f"{text}\n".encode()
+
+
+def _is_kept(line: bytes, steps_done: int) -> bool:
+    try:
+        return bool(json.loads(line)["step"] <= steps_done)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False  # cut off by a crash, or never one of ours
+
+
+def unreadable(path: Path, reason: str) -> RLHFError:
+    """A file of a run directory that cannot be used (RF8206)."""
     return CheckpointError(
         "RF8206",
         f"{path.name} cannot be read: {reason}",

@@ -121,7 +121,7 @@ def _may_be_alive(holder: dict[str, Any]) -> bool:
         return True
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
@@ -132,7 +132,7 @@ def _may_be_alive(holder: dict[str, Any]) -> bool:
 def _read_record(descriptor: int) -> dict[str, Any]:
     try:
         record = json.loads(os.pread(descriptor, 4096, 0) or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"pid": "unknown"}
     return record if isinstance(record, dict) else {"pid": "unknown"}
 

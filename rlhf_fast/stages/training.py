@@ -9,7 +9,6 @@ uninterrupted one writes.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +45,7 @@ from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.stages.device_choice import choose_device
 from rlhf_fast.stages.placing import place
 from rlhf_fast.stages.run import COMPLETE_NAME, RUN_NAME, Resume, Run
+from rlhf_fast.stages.run_files import read_json, unreadable
 from rlhf_fast.stages.run_on_ranks import NoMetrics, RunOnRanks
 
 MODEL_NAME = "model"
@@ -424,11 +424,18 @@ def steps_of(epochs: int, max_steps: int, sampler: EpochSampler) -> int:
 
 
 def finished_summary(run: Run) -> dict[str, Any]:
-    """What `mark_complete` stored when the run finished."""
+    """What `mark_complete` stored when the run finished.
+
+    Raises:
+        CheckpointError: RF8206, it cannot be read.
+    """
+
+    path = run.path / COMPLETE_NAME
 
     def read() -> dict[str, Any]:
-        record: dict[str, Any] = json.loads((run.path / COMPLETE_NAME).read_text(encoding="utf-8"))
-        summary: dict[str, Any] = record["summary"]
+        summary = (read_json(path) or {}).get("summary")
+        if not isinstance(summary, dict):
+            raise unreadable(path, "it holds no summary")
         return summary
 
     return run.on_main(read)
