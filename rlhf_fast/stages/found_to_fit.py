@@ -16,7 +16,10 @@ from rlhf_fast.ppo.out_of_memory import TokenBudget
 from rlhf_fast.ppo.trainer import PPOLearner
 from rlhf_fast.stages.messages import say
 from rlhf_fast.stages.run import OUT_OF_MEMORY_NAME, Run
-from rlhf_fast.stages.run_files import read_json, write_json
+from rlhf_fast.stages.run_files import read_json, unreadable, write_json
+from rlhf_fast.stages.saved_state import difference
+
+_MAX_HALVINGS = 64  # of a number of samples: more cannot be
 
 
 @contextmanager
@@ -42,6 +45,12 @@ def _recall(run: Run, path: Path, budget: TokenBudget, learner: PPOLearner | Non
     found = run.on_main(lambda: read_json(path))
     if found is None:
         return
+    like = {"token_budget": budget.state_dict(), "rollout_halvings": 0}
+    problem = difference(found, like, "it", complete=True)
+    if problem is None and found["rollout_halvings"] > _MAX_HALVINGS:
+        problem = f"it.rollout_halvings is {found['rollout_halvings']}"
+    if problem:
+        raise unreadable(path, problem)
     before = found["token_budget"]
     fewest = min(before["tokens"], budget.tokens)  # a checkpoint may know of less still
     budget.load_state_dict(before | {"tokens": fewest})

@@ -25,16 +25,14 @@ from rlhf_fast.data.templates import load_template
 from rlhf_fast.distributed import (
     Checkpoint,
     load_module_tensors,
-    load_optimizer_state,
     load_rng_state,
-    load_scheduler_state,
     module_tensors,
     optimizer_state,
     require_same_frozen,
     rng_state,
     scheduler_state,
 )
-from rlhf_fast.distributed.agreement import ALONE
+from rlhf_fast.distributed.agreement import ALONE, on_main
 from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.metrics import MetricLogger
@@ -47,6 +45,7 @@ from rlhf_fast.stages.placing import place
 from rlhf_fast.stages.run import COMPLETE_NAME, RUN_NAME, Resume, Run
 from rlhf_fast.stages.run_files import read_json, unreadable
 from rlhf_fast.stages.run_on_ranks import NoMetrics, RunOnRanks
+from rlhf_fast.stages.saved_state import check_saved_state, load_optimizer, refusing
 
 MODEL_NAME = "model"
 
@@ -143,7 +142,8 @@ def open_run(
     require_settings(config, "run.output_dir")
     run, tree = config.run, to_dict(config)
     tree["run"] = {k: v for k, v in tree["run"].items() if k not in _VOLATILE_RUN_KEYS}
-    present = (Path(run.output_dir) / RUN_NAME).exists()
+    # The first rank says so for all: a shared directory is not seen by all at the same moment.
+    present = on_main(world, lambda: (Path(run.output_dir) / RUN_NAME).exists())
     # `Run` tells "continue, soft changes allowed" (True) from "whatever fits" ("auto").
     resume: Resume = run.resume != "never"
     if run.overwrite or (run.resume == "auto" and not present):
@@ -345,35 +345,30 @@ def load_training_state(
     the checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint belongs to other modules or optimizers (RF8005 to RF8008).
+        CheckpointError: the checkpoint belongs to other modules or optimizers (RF8005 to RF8008),
+            or its plain values are not those of a run (RF8001).
         DataError: the data changed (RF2062), unless `allow_data_change`.
     """
     if checkpoint is None:
         state.metrics.truncate(0)
         return
     saved = checkpoint.state
+    check_saved_state(checkpoint, state.modules, state.optimizers, state.samplers)
     require_same_frozen(checkpoint.path, saved.get("frozen", {}), state.frozen)
     for name, sampler in state.samplers.items():
-        sampler.load_state_dict(saved["samplers"][name], allow_data_change=allow_data_change)
+        with refusing(checkpoint, f"position in the {name}"):
+            position = saved["samplers"][name]
+            sampler.load_state_dict(position, allow_data_change=allow_data_change)
     for name, module in state.modules.items():
         load_module_tensors(module, checkpoint.tensors[name], saved["aliases"][name])
     for name, guarded in state.optimizers.items():
-        entry = saved["optimizers"][name]
-        load_optimizer_state(
-            guarded.optimizer,
-            guarded.named_parameters,
-            checkpoint.tensors[f"{name}_optimizer"],
-            entry["optimizer"],
-            guarded.whole_parameters,
-        )
-        load_scheduler_state(guarded.scheduler, entry["scheduler"])
-        guarded.follow_schedule()
-        guarded.bad_steps = entry["bad_steps"]
+        load_optimizer(checkpoint, name, guarded)
     state.metrics.truncate(saved["metrics_position"])
     state.step = saved["step"]
     state.extra = dict(saved["extra"])
     # Last: nothing above may draw from a generator after its state is back.
-    load_rng_state(checkpoint.tensors["rng"], saved["rng"], device=rng_device(world))
+    with refusing(checkpoint, "random generators", RuntimeError):
+        load_rng_state(checkpoint.tensors["rng"], saved["rng"], device=rng_device(world))
 
 
 def rng_device(world: World) -> torch.device | None:
