@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
@@ -20,6 +20,7 @@ from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.engine.sharded_views import WeightView
 from rlhf_fast.engine.twin import put, twin_of
 from rlhf_fast.engine.view_choice import choose_view
+from rlhf_fast.engine.view_gather import GatherView
 from rlhf_fast.engine.view_tp import slice_of
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.models.forward import set_compute_dtype
@@ -28,6 +29,7 @@ from tests.distributed.ranks import on_ranks
 from tests.engine.architectures import tiny
 from tests.engine.test_fused_lora import trunk_of
 from tests.engine.test_generator import EOS, build, ragged
+from tests.engine.watching import Seen, watched
 
 GREEDY = SamplingParams(6, temperature=0.0)
 FILTERED = SamplingParams(6, temperature=1.1, top_k=12, top_p=0.9, min_p=0.01)
@@ -131,25 +133,12 @@ def assert_same(got: Completions, expected: Completions) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-class _Collectives:
-    """Counts the collectives of this process."""
-
-    NAMES = ("all_reduce", "all_gather", "all_to_all_single", "broadcast", "reduce_scatter")
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[str] = []
-        names = [*self.NAMES, "all_gather_into_tensor", "all_gather_single"]
-        for name in names:
-            inner = getattr(dist, name, None)
-            if inner is not None:
-                monkeypatch.setattr(dist, name, self._counted(name, inner))
-
-    def _counted(self, name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            self.calls.append(name)
-            return inner(*arguments, **options)
-
-        return call
+def entered(view: WeightView) -> tuple[Seen, int]:
+    """What it takes to switch to generation, and the bytes that the view holds then."""
+    with ExitStack() as inside:
+        with watched() as seen:
+            inside.enter_context(view.reading())
+        return seen, view.nbytes
 
 
 # ---- tp -----------------------------------------------------------------------------------------
@@ -171,10 +160,8 @@ def _tensor_parallel(world: World, names: list[str]) -> dict[str, Any]:
             for whole in module.parameters():
                 whole.mul_(1.25)
         assert_same(drawn_by(engine), drawn_by(reference))
-        with pytest.MonkeyPatch.context() as patch:
-            seen = _Collectives(patch)
-            with view.reading():
-                facts[name] = (view.nbytes, len(seen.calls))
+        seen, held = entered(view)
+        facts[name] = (held, seen.collectives, seen.moved, seen.allocated)
     return facts
 
 
@@ -183,7 +170,35 @@ def test_slices_generate_the_tokens_of_one_process_and_a_switch_moves_nothing(
     ranks: int, names: list[str]
 ) -> None:
     for facts in on_ranks(ranks, _tensor_parallel, names):
-        assert facts == dict.fromkeys(names, (0, 0))
+        assert facts == dict.fromkeys(names, (0, [], 0, 0))
+
+
+def _gather_watched(world: World) -> tuple[Seen, int, int, int]:
+    module = llama()
+    whole = choose_view(sharded(module, world), twin_of(module), world, "gather")
+    assert isinstance(whole, GatherView)
+    seen, held = entered(whole)
+    scattered = sharded(module, world, adjacent=False)
+    copies, copied = entered(choose_view(scattered, twin_of(module), world, "tp"))
+    assert (copies.collectives, copies.moved) == ([], 0)
+    assert copies.allocated >= copied > 0
+    return (
+        seen,
+        whole.gatherer.gathered_bytes,
+        held,
+        4 * sum(p.numel() for p in module.parameters()),
+    )
+
+
+def test_a_switch_that_gathers_or_copies_is_seen_with_its_bytes() -> None:
+    """Else the zeros of the test above would say nothing."""
+    for seen, gathered, held, size in on_ranks(2, _gather_watched):
+        assert seen.collectives == ["c10d::allreduce_", *["c10d::_allgather_base_"] * 3]
+        # A rank gives each gather its half and room for both; one number is agreed on before.
+        assert seen.moved == 3 * gathered + 8
+        # Biases and vectors are whole on every rank; the rest comes from the other one by half.
+        assert 0.4 * size < gathered < 0.6 * size
+        assert seen.allocated >= held >= size
 
 
 def _tensor_parallel_corners(world: World) -> dict[str, Any]:
