@@ -38,7 +38,7 @@ _LEAST = {"coef": 0.0, "m2": 0.0, "tokens": 1}
 _WORDS_OF_NUMPY = 624
 
 
-class Learner(Protocol):
+class Part(Protocol):
     """Something whose plain values a checkpoint holds."""
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -66,20 +66,23 @@ def refusing(checkpoint: Checkpoint, part: str, *more: type[Exception]) -> Itera
         raise corrupt(f"the saved state of the {part} {reason}", _file(checkpoint)) from error
 
 
-def load_learner_state(checkpoint: Checkpoint, learner: Learner, saved: Mapping[str, Any]) -> None:
-    """`learner.load_state_dict(saved)`, once its values are found to be of the learner's kinds.
+def load_part(
+    checkpoint: Checkpoint, part: Part, saved: Mapping[str, Any], name: str = "learner"
+) -> None:
+    """`part.load_state_dict(saved)`, once its values are found to be of the part's kinds.
 
     Args:
         checkpoint: where they are from.
-        learner: unchanged if they are refused before it loads them.
+        part: unchanged if they are refused before it loads them.
         saved: as its `state_dict` returned them.
+        name: of the part, in messages.
 
     Raises:
         CheckpointError: RF8001, with the name of what is wrong.
     """
-    _refuse(checkpoint, difference(saved, learner.state_dict(), "learner"))
-    with refusing(checkpoint, "learner"):
-        learner.load_state_dict(saved)
+    _refuse(checkpoint, difference(saved, part.state_dict(), name))
+    with refusing(checkpoint, name):
+        part.load_state_dict(saved)
 
 
 def load_optimizer(checkpoint: Checkpoint, name: str, guarded: GuardedOptimizer) -> None:

@@ -22,7 +22,7 @@ from rlhf_fast.errors import CheckpointError, DataError
 from rlhf_fast.ppo.trainer import PPOLearner
 from rlhf_fast.stages.found_to_fit import remembering
 from rlhf_fast.stages.run import Run
-from rlhf_fast.stages.saved_state import load_learner_state
+from rlhf_fast.stages.saved_state import load_part
 from rlhf_fast.stages.training import TrainingState, load_training_state, save_training_state
 from tests.ppo.synthetic import learner as learner_of
 from tests.ppo.synthetic import small_config
@@ -256,9 +256,9 @@ def test_a_malformed_learner_is_named(
 ) -> None:
     learner = a_learner()
     sound = learner.state_dict()
-    load_learner_state(checkpoint, learner, sound)
+    load_part(checkpoint, learner, sound)
     with pytest.raises(CheckpointError, match=f"RF8001.*{named}"):
-        load_learner_state(checkpoint, learner, changed(sound, place, value))
+        load_part(checkpoint, learner, changed(sound, place, value))
 
 
 def test_every_value_of_a_learner_is_refused_with_a_code_or_is_of_its_kind(
@@ -270,7 +270,7 @@ def test_every_value_of_a_learner_is_refused_with_a_code_or_is_of_its_kind(
     for place in list(places(sound)):
         for value in ODD_VALUES:
             try:
-                load_learner_state(checkpoint, learner, changed(sound, place, value))
+                load_part(checkpoint, learner, changed(sound, place, value))
             except CheckpointError:
                 refused += 1
                 learner.load_state_dict(sound)
@@ -284,7 +284,7 @@ def test_every_value_of_a_learner_is_refused_with_a_code_or_is_of_its_kind(
 
 def test_an_older_checkpoint_without_a_token_budget(checkpoint: Checkpoint) -> None:
     learner = a_learner()
-    load_learner_state(checkpoint, learner, changed(learner.state_dict(), ("token_budget",), ...))
+    load_part(checkpoint, learner, changed(learner.state_dict(), ("token_budget",), ...))
     assert learner.budget.tokens == 4096
 
 
@@ -307,5 +307,9 @@ def test_an_older_checkpoint_without_a_token_budget(checkpoint: Checkpoint) -> N
 def test_a_malformed_note_of_what_fits(tmp_path: Path, text: str, named: str) -> None:
     (tmp_path / "out_of_memory.json").write_text(text)
     run = Run(tmp_path, stage="ppo", config={}, quiet=True)
-    with pytest.raises(CheckpointError, match=f"RF8206.*{named}"), remembering(run, a_learner()):
+    learner = a_learner()
+    with (
+        pytest.raises(CheckpointError, match=f"RF8206.*{named}"),
+        remembering(run, learner.budget, learner),
+    ):
         raise AssertionError("it began")
