@@ -48,6 +48,7 @@ def on_main(world: World, work: Callable[[], Any]) -> Any:
     if world.is_main:
         try:
             value = work()
+            dump_json(value, sort_keys=False)  # what cannot travel is that rank's fault, not a hang
         except Exception as caught:
             error = caught
     agree(world, error)

@@ -22,7 +22,6 @@ from rlhf_fast.data import (
     load_sft,
 )
 from rlhf_fast.data.readers import RowSource
-from rlhf_fast.distributed.durable import write_atomically
 from rlhf_fast.distributed.work import WorldSplit
 from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.memory_held import MemoryWatch
@@ -49,6 +48,8 @@ from rlhf_fast.stages.ppo_ranks import roles_on_ranks
 from rlhf_fast.stages.ppo_roles import PretrainingBatches, build_roles, critic_to_export
 from rlhf_fast.stages.ranks import alone, joined, require_ranks_can, require_same_data
 from rlhf_fast.stages.run import Run
+from rlhf_fast.stages.run_files import keep_samples
+from rlhf_fast.stages.saved_state import load_part
 from rlhf_fast.stages.shared_roles import shared_bytes, shared_trunk
 from rlhf_fast.stages.training import (
     MODEL_NAME,
@@ -268,12 +269,12 @@ class PPOTrainer:
             world=run.world,
         )
         if run.checkpoint is not None:
-            learner.load_state_dict(state.extra)
+            load_part(run.checkpoint, learner, state.extra)
         engine = engine_of(self.roles.generator)
         show_generation(engine, lambda progress: run.note(**generation_fields(progress)))
         learner.phase = self.memory_watch.around(run.phase) if self.memory_watch else run.phase
         samples = run.path / SAMPLES_NAME
-        run.on_main(lambda: _keep_samples(samples, state.step))
+        run.on_main(lambda: keep_samples(samples, state.step))
 
         def step() -> dict[str, float]:
             batch = collate_prompts([self.data[i] for i in self.sampler.next_batch()])
@@ -375,17 +376,3 @@ def _append_samples(path: Path, step: int, output: StepOutput, tokenizer: Any) -
                 "ended": bool(rollout.ended[s]),
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _keep_samples(path: Path, steps_done: int) -> None:
-    """Drop samples of steps that will be done again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= steps_done:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue  # a line cut off by a crash
-    write_atomically(path, "".join(f"{line}\n" for line in kept).encode("utf-8"))

@@ -23,6 +23,7 @@ from rlhf_fast.stages.adapted import trunk_digest
 from rlhf_fast.stages.found_to_fit import remembering
 from rlhf_fast.stages.ranks import require_same_data
 from rlhf_fast.stages.run import Run
+from rlhf_fast.stages.saved_state import load_part
 from rlhf_fast.stages.training import (
     TrainingState,
     load_stage_tokenizer,
@@ -108,8 +109,11 @@ class SupervisedStage(ABC, Generic[Config]):
             allow_data_change=config.run.allow_data_change,
             world=self.world,
         )
-        if "token_budget" in self.state.extra:  # not in checkpoints of before there was one
-            self.budget.load_state_dict(self.state.extra["token_budget"])
+        checkpoint, extra = self.run.checkpoint, self.state.extra
+        if (
+            checkpoint is not None and "token_budget" in extra
+        ):  # not in those of before there was one
+            load_part(checkpoint, self.budget, extra["token_budget"], "token_budget")
 
     def in_halves(self, accumulate: Callable[[], None], longest: int) -> None:
         """Accumulate gradients; with half the tokens in a forward if memory runs out on a rank.
