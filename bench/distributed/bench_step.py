@@ -47,9 +47,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from bench.distributed.traffic import Traffic
-from bench.kernels.environment import environment
-from bench.kernels.tables import print_environment
 from rlhf_fast.config import (
     AlgorithmConfig,
     PPOConfig,
@@ -64,6 +61,10 @@ from rlhf_fast.distributed.world import REPLICATE, SHARD, World
 from rlhf_fast.engine.memory_held import held_bytes
 from rlhf_fast.stages.ppo import PPOTrainer
 from rlhf_fast.stages.ranks import joined
+
+from ..kernels.environment import environment
+from ..kernels.tables import print_environment
+from .traffic import Traffic
 
 PHASES = ("generate", "score", "prepare", "update")
 VIEWS = ("tp", "gather", "copies")
@@ -334,7 +335,7 @@ def launch(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             found = Path(folder) / "rows.json"
             command = [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--nproc-per-node", str(ranks), "-m", "bench.distributed.bench_step"),
+                *("--nproc-per-node", str(ranks), "-m", f"{__package__}.bench_step"),
                 *(*arguments, "--worker", "--json", str(found)),
             ]
             # torchrun would set the number of threads, and print that it did.

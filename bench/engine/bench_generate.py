@@ -35,15 +35,16 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.engine import peers
-from bench.engine.floor import Floor
-from bench.kernels.environment import environment
-from bench.kernels.probes import bandwidth_probe, calibrate
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.requests import Request
 from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.models.forward import set_compute_dtype
 from rlhf_fast.types import SamplingParams
+
+from ..kernels.environment import environment
+from ..kernels.probes import bandwidth_probe, calibrate
+from . import peers
+from .floor import Floor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LENGTHS = ("uniform", "long-tailed")

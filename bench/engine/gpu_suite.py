@@ -30,9 +30,6 @@ from typing import Any
 
 import torch
 
-from bench.engine import bench_generate, gpu_checks
-from bench.kernels.environment import environment
-from bench.kernels.probes import bandwidth_probe, calibrate
 from rlhf_fast.engine.compute_weights import ComputeWeights
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.requests import Request
@@ -41,6 +38,10 @@ from rlhf_fast.engine.weights import AliasedWeights
 from rlhf_fast.models.adapters import SharedTrunk
 from rlhf_fast.models.forward import set_compute_dtype
 from rlhf_fast.types import SamplingParams
+
+from ..kernels.environment import environment
+from ..kernels.probes import bandwidth_probe, calibrate
+from . import bench_generate, gpu_checks
 
 PEERS = ("generate", "generate_batch", "vllm")
 TINY = bench_generate.Shape(64, 32, 48, 2, 4, 2)

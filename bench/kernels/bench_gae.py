@@ -32,8 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import harness
-from bench.kernels.gae_peers import (
+from rlhf_fast_kernels import gae, native, reference, rewards_and_gae, whiten
+
+from . import harness
+from .gae_peers import (
     GAMMA,
     KL_COEF,
     LAMBDA,
@@ -46,7 +48,6 @@ from bench.kernels.gae_peers import (
     make_matmul,
     masked_whiten,
 )
-from rlhf_fast_kernels import gae, native, reference, rewards_and_gae, whiten
 
 CASES = ("gae", "long", "fused", "whiten")
 LONG = 32768

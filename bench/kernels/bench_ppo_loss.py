@@ -30,8 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import harness, ppo_loss_peers
 from rlhf_fast_kernels import native, ppo_loss
+
+from . import harness, ppo_loss_peers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROTATED_BYTES = 96 << 20

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from bench.kernels import limited
+from . import limited
 
 TOTAL = 570.0
 FACTS = """
@@ -78,7 +78,7 @@ def steps(out: Path, archs: str) -> list[Step]:
         "RLHF_FAST_CUDA_ARCHS": archs,
         "MAX_JOBS": str(os.cpu_count() or 1),
     }
-    suite = ("-m", "bench.kernels.suite", "--device", "cuda", "--quick", "--out", str(out))
+    suite = ("-m", f"{__package__}.suite", "--device", "cuda", "--quick", "--out", str(out))
     return [
         Step("facts", ("sh", "-c", FACTS.format(python=python)), 40, 20),
         Step("build", (python, "setup.py", "build_ext", "--inplace"), 240, 100, build),

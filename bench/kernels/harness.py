@@ -34,9 +34,11 @@ from typing import Any
 
 import torch
 
-from bench.kernels.device import Clock, Sample, clock_of, seconds
-from bench.kernels.environment import environment
-from bench.kernels.probes import (
+from rlhf_fast_kernels import dispatch
+
+from .device import Clock, Sample, clock_of, seconds
+from .environment import environment
+from .probes import (
     BandwidthProbe,
     CopyProbe,
     MatmulProbe,
@@ -44,8 +46,7 @@ from bench.kernels.probes import (
     bandwidth_probe,
     calibrate,
 )
-from bench.kernels.tables import print_absent, print_calibration, print_environment, print_rows
-from rlhf_fast_kernels import dispatch
+from .tables import print_absent, print_calibration, print_environment, print_rows
 
 __all__ = [
     "Contender",
