@@ -44,7 +44,6 @@ from ..kernels.probes import bandwidth_probe, calibrate
 from . import bench_generate, gpu_checks
 
 PEERS = ("generate", "generate_batch", "vllm")
-TINY = bench_generate.Shape(64, 32, 48, 2, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(arguments)
     setup = Setup(torch.device("cpu" if options.tiny else "cuda"), options.tiny)
-    bench_generate.SHAPES.setdefault("tiny", TINY)
     options.out.mkdir(parents=True, exist_ok=True)
     known, start, passed, left = pieces(setup), time.perf_counter(), True, []
     unknown = [name for name in options.only if name not in known]
