@@ -23,12 +23,13 @@ class Preset:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+NO_COMPILER = {"BENCH_COMPILE": "off"}
 PRESETS = {
-    "tiny": Preset("cpu", "every bench at its smallest; its figures mean nothing", {"BENCH_COMPILE": "off"}),
+    "tiny": Preset("cpu", "every bench at its smallest; no figure means anything", NO_COMPILER),
     "quick": Preset("cpu", "few turns and cases"),
     "cpu": Preset("cpu", "everything on the CPU"),
     "h200": Preset("cuda", "everything that one GPU can run, at the shapes of an H200"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ BENCHES = (
     _step("learning", "learning", 7200.0),
     Bench("distributed_step", "distributed", "distributed.bench_step", _words(RANKS), 900.0),
     Bench("complexity", "complexity", "complexity.bench_complexity", _words(COMPLEXITY), 1800.0),
-)  # fmt: skip
+)
 
 
 def chosen(group: str, names: Sequence[str] = ()) -> list[Bench]:

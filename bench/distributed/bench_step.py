@@ -80,6 +80,7 @@ class Row:
 
     Attributes:
         seconds: by phase, and of the whole step under `step`.
+        samples: the same of each step.
         received: bytes by phase, of the rank that receives most.
         collectives: by phase, of that rank.
         ranks_received: bytes by phase, of each rank.
@@ -91,6 +92,7 @@ class Row:
     ranks: int
     view: str
     seconds: dict[str, float]
+    samples: list[dict[str, float]]
     received: dict[str, float]
     collectives: dict[str, float]
     ranks_received: list[dict[str, float]]
@@ -256,8 +258,8 @@ def summary(ranks: int, view: str, everyone: Sequence[Any], formula: int) -> Row
     """The row of what every rank saw: steps of (seconds, received, calls, tokens), and bytes."""
     by_step = list(zip(*(steps for steps, _ in everyone), strict=True))
     slowest = [{p: max(rank[0][p] for rank in step) for p in PHASES} for step in by_step]
-    seconds = {p: statistics.median(step[p] for step in slowest) for p in PHASES}
-    seconds["step"] = statistics.median(sum(step.values()) for step in slowest)
+    samples = [{**step, "step": sum(step.values())} for step in slowest]
+    seconds = {p: statistics.median(step[p] for step in samples) for p in (*PHASES, "step")}
 
     def mean(steps: Any, which: int) -> dict[str, float]:
         return {p: statistics.mean(step[which].get(p, 0) for step in steps) for p in PHASES}
@@ -269,6 +271,7 @@ def summary(ranks: int, view: str, everyone: Sequence[Any], formula: int) -> Row
         ranks,
         view,
         seconds,
+        samples,
         received[most],
         mean(everyone[most][0], 2),
         received,

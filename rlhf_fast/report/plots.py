@@ -382,6 +382,7 @@ def _legend(series: Sequence[Series]) -> str:
         f'<span class="key c{line.colour}{" dashed" if line.dashed else ""}">'
         f"{escape(line.name)}</span>"
         for line in series
+        if line.name
     )
     return f'<div class="legend">{entries}</div>'
 
