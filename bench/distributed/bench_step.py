@@ -193,7 +193,8 @@ def settings(options: argparse.Namespace, view: str, ranks: int, folder: str) ->
 
 def prompts(options: argparse.Namespace) -> list[dict[str, str]]:
     generator = torch.Generator().manual_seed(1)
-    drawn = torch.randint(4, options.vocab, (64, PROMPT_TOKENS), generator=generator)
+    count = max(64, options.prompts)
+    drawn = torch.randint(4, options.vocab, (count, PROMPT_TOKENS), generator=generator)
     return [{"prompt": " ".join(f"w{i}" for i in row)} for row in drawn.tolist()]
 
 
@@ -220,10 +221,12 @@ def measure(world: World, view: str, options: argparse.Namespace) -> Row:
             return _measure(world, view, config, options)
 
 
-def _measure(world: World, view: str, config: PPOConfig, options: argparse.Namespace) -> Row:
-    policy, reference, critic = build_models(options)
-    formula = parameter_formula((policy, reference, critic), world.shards)
-    trainer = PPOTrainer(
+def build_trainer(
+    config: PPOConfig, models: Sequence[nn.Module], options: argparse.Namespace, world: World
+) -> PPOTrainer:
+    """On policy, reference and critic."""
+    policy, reference, critic = models
+    return PPOTrainer(
         config,
         model=policy,
         reference=reference,
@@ -234,6 +237,12 @@ def _measure(world: World, view: str, config: PPOConfig, options: argparse.Names
         quiet=True,
         world=world,
     )
+
+
+def _measure(world: World, view: str, config: PPOConfig, options: argparse.Namespace) -> Row:
+    models = build_models(options)
+    formula = parameter_formula(models, world.shards)
+    trainer = build_trainer(config, models, options, world)
     traffic = Traffic()
     meter = Meter(world, traffic)
     trainer.learner.phase = meter.phase
