@@ -8,7 +8,9 @@
     steps   the phases of a PPO step by batch, response length, vocabulary, layers and width
 
 Sizes of a subject take turns, round after round; the order is the slope of log(median time) over
-log(size), fitted by least squares to the upper half of the sizes (three at least). Memory is the
+log(size), fitted by least squares to the upper half of the sizes (three at least). Times are
+processor time of all threads, which a busy machine distorts less; of the phases of a step they are
+wall time. Memory is the
 peak resident set of a call beyond what was there before, its order the slope between the two
 largest sizes, and is left out below 1 MiB, where pages of the system decide. `MORE` marks an order
 that exceeds the expected one by more than 0.25: the cause is to be found, or the measurement to be
@@ -47,6 +49,7 @@ SAMPLE_SECONDS = {"tiny": 0.0, "quick": 5e-3, "cpu": 2e-2}
 TOLERANCE = 0.25
 FITTED = 3  # sizes, at least
 LEAST_BYTES = 1 << 20
+LEAST_MS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Row:
     """One subject along one axis.
 
     Attributes:
-        milliseconds: of a call, the samples of every size.
+        milliseconds: of a call, the samples of every size; 1e-6 stands for less than a clock tick.
         bytes: at the peak of a call; None where nothing measures it.
         time_order, memory_order: slopes; of memory None where there is too little.
         more: the order of time or memory exceeds the expected one.
@@ -105,14 +108,14 @@ def _calls(run: Run, least: float) -> int:
 
 
 def _sample(run: Run, calls: int) -> dict[str, float]:
-    """Seconds of a call, by the names that it gives them."""
-    start = time.perf_counter()
+    """Seconds of a call, by the names that it gives them; its processor time without names."""
+    start = time.process_time()
     named: list[Mapping[str, float]] = []
     for _ in range(calls):
         result = run()
         if isinstance(result, dict):
             named.append(result)
-    seconds = (time.perf_counter() - start) / calls
+    seconds = (time.process_time() - start) / calls
     if named:
         return {name: statistics.mean(call[name] for call in named) for name in named[0]}
     return {"": seconds}
@@ -128,7 +131,7 @@ def measure(subject: Subject, preset: str) -> list[Row]:
     for _ in range(ROUNDS[preset]):
         for place, run in enumerate(runs):
             for name, seconds in _sample(run, calls[place]).items():
-                found[place].setdefault(name, []).append(1e3 * seconds)
+                found[place].setdefault(name, []).append(max(1e3 * seconds, LEAST_MS))
     rows = []
     for name, expected in subject.expected_time.items():
         samples = [size[name] for size in found]
