@@ -58,7 +58,7 @@ class Row:
 
     Attributes:
         milliseconds: of a call, the samples of every size; 1e-6 stands for less than a clock tick.
-        bytes: at the peak of a call; None where nothing measures it.
+        bytes: at the peak of a call; None where it is not measured.
         time_order, memory_order: slopes; of memory None where there is too little.
         more: the order of time or memory exceeds the expected one.
     """
@@ -102,6 +102,8 @@ def memory_order(sizes: Sequence[int], found: Sequence[int | None]) -> float | N
 def _calls(run: Run, least: float) -> int:
     """In a sample of about `least` seconds; the call before it warms up."""
     run()
+    if not least:
+        return 1
     start = time.perf_counter()
     run()
     return max(1, int(least / max(time.perf_counter() - start, 1e-7)))
@@ -126,7 +128,9 @@ def measure(subject: Subject, preset: str) -> list[Row]:
     sizes = list(subject.sizes[preset])
     runs = [subject.make(size) for size in sizes]
     calls = [_calls(run, SAMPLE_SECONDS[preset]) for run in runs]
-    memory = [CpuClock().extra_bytes(lambda _k, run=run: run()) for run in runs]
+    # The order of memory is that of the two largest.
+    memory: list[int | None] = [None for _ in sizes[:-2]]
+    memory += [CpuClock().extra_bytes(lambda _k, run=run: run()) for run in runs[-2:]]
     found: list[dict[str, list[float]]] = [{} for _ in sizes]
     for _ in range(ROUNDS[preset]):
         for place, run in enumerate(runs):

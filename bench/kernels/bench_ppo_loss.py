@@ -36,7 +36,7 @@ from . import harness, ppo_loss_peers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROTATED_BYTES = 96 << 20
-MOST_SETS = 512  # of the smallest shapes, which mean nothing
+MOST_SETS = 1024  # of the smallest shapes, which mean nothing
 CALLS = 20
 LEAVES = ("logprobs", "entropy", "values")
 NAMES = (*LEAVES, "old_logprobs", "advantages", "ref_logprobs", "old_values", "returns")
