@@ -2,7 +2,7 @@
 
 Each bench is a process of its own under a time limit, so that one that fails or hangs takes nothing
 along; what it prints goes to OUT/logs, what it measured to OUT/<bench>.json, how all ended to
-OUT/summary.json and the page to OUT/bench.html.
+OUT/summary.json and the page to OUT/report.html.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .kernels.tables import print_environment
 from .page import build_page
 from .registry import PRESETS, Bench, chosen
 
-PAGE_NAME = "bench.html"
+PAGE_NAME = "report.html"
 SUMMARY_NAME = "summary.json"
 FOLLOW_SECONDS = 1.0
 OK, GATE, ABSENT = "ok", "ERROR GATE", "not in this version"
@@ -203,9 +203,13 @@ def _report(path: Path) -> dict[str, Any] | None:
 
 
 def gate_failed(report: Mapping[str, Any] | None) -> bool:
-    """Whether a row of ours has an error in the place of a time."""
-    rows = (report or {}).get("rows", [])
-    return any(row.get("ours") and row.get("median_ms", 0.0) is None for row in rows)
+    """Whether a result of ours was wrong: a row without its time, a side that learned otherwise."""
+    found = report or {}
+    rows = any(
+        row.get("ours") and row.get("median_ms", 0.0) is None for row in found.get("rows", [])
+    )
+    # Trainers that did not learn the same: reasons by side.
+    return rows or any(any(case["gate"].values()) for case in found.get("cases", []))
 
 
 def _write_summary(

@@ -82,7 +82,20 @@ def figures_of(report: Json) -> list[Figure]:
             if keys <= row.keys():
                 found += reader(row)
                 break
+    for case in report.get("cases", []):
+        found += trainers(case)
     return [figure for figure in found if math.isfinite(figure.value)]
+
+
+def trainers(found: Json) -> Iterator[Figure]:
+    """A case of `ppo.bench_step`: a step of every side that took part."""
+    for side, row in found["rows"].items():
+        case, ours = f"{found['case']['lengths']} lengths, {side}", side.startswith("ours")
+        for phase, value in row["seconds"].items():
+            low, high = (row["p20"], row["p80"]) if phase == "step" else (None, None)
+            note = f"{row['tokens_per_second']:.0f} tokens/s" if phase == "step" else ""
+            yield Figure(case, f"seconds: {phase}", value, "s", low, high, ours, note=note)
+        yield Figure(case, EXTRA, row["extra_mib"]["step"], "MiB", ours=ours)
 
 
 def kernel(row: Json) -> Iterator[Figure]:

@@ -178,6 +178,10 @@ def _steps(reports: Reports) -> list[str]:
             split = row.get("phases") or row.get("seconds")
             if isinstance(split, dict) and all(isinstance(v, int | float) for v in split.values()):
                 bars.append((_label(row), {k: v for k, v in split.items() if k != "step"}))
+        for case in report.get("cases", []):
+            for side, row in case["rows"].items():
+                split = {k: v for k, v in row["seconds"].items() if k != "step"}
+                bars.append((f"{case['case']['lengths']}, {side}", split))
         if bars:
             figures.append(stacked_chart(f"{name}: seconds by phase", bars, seconds_text))
     return figures
@@ -198,7 +202,21 @@ def _memory(reports: Reports) -> list[str]:
                 bars = list(row["memory"].items())
                 title = f"{name}, {_label(row)}: bytes held by role"
                 figures.append(stacked_chart(title, bars, bytes_text))
+        for case in report.get("cases", []):
+            figures.append(_extra(name, case))
     return figures
+
+
+def _extra(name: str, case: Json) -> str:
+    """Peak beyond the models in each phase, a bar for each side."""
+    sides = list(case["rows"])
+    bars: list[Bar] = [
+        (f"{side}: {phase}", [Part(phase, size, index % 6 + 1)], f"{size:.3g} MiB")
+        for index, side in enumerate(sides)
+        for phase, size in case["rows"][side]["extra_mib"].items()
+        if size > 0.0
+    ]
+    return bars_figure(f"{name}, {case['case']['lengths']} lengths: peak beyond the models", bars)
 
 
 def bytes_text(size: float) -> str:

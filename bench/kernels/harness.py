@@ -1,6 +1,6 @@
 """Fair timings of ops in one process: interleaved, on rotated inputs, beside error and memory.
 
-Rules that every table made here follows; docs/benchmarks.md says how to read one:
+Rules that every table made here follows; docs/benchmarking.md says how to read one:
 
 - contenders take turns (A B C A B C ...), so that drift of the clock or a noisy neighbour hits all;
 - each turn starts cold: on a CPU it gets the next of several input sets that together exceed the

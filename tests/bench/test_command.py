@@ -148,6 +148,43 @@ def test_rounds_of_generation_become_rates_with_their_spread() -> None:
     assert peer.low is None
 
 
+TRAINERS = {
+    "environment": FACTS,
+    "cases": [
+        {
+            "case": {"lengths": "fixed"},
+            "gate": {"ours": []},
+            "rows": {
+                side: {
+                    "seconds": {"generate": 0.25 * slow, "update": 0.75 * slow, "step": slow},
+                    "p20": 0.9 * slow,
+                    "p80": 1.2 * slow,
+                    "tokens_per_second": 100.0,
+                    "extra_mib": {"generate": 5.0, "step": 40.0},
+                }
+                for side, slow in (("ours", 1.0), ("trl", 3.0))
+            },
+        }
+    ],
+}
+
+
+def test_steps_of_trainers_have_figures_a_gate_and_pictures(tmp_path: Path) -> None:
+    steps = [f for f in figures.figures_of(TRAINERS) if f.what == "seconds: step"]
+    assert [(f.case, f.value, f.high, f.ours) for f in steps] == [
+        ("fixed lengths, ours", 1.0, 1.2, True),
+        ("fixed lengths, trl", 3.0, pytest.approx(3.6), False),
+    ]
+    assert not command.gate_failed(TRAINERS)
+    wrong = json.loads(json.dumps(TRAINERS))
+    wrong["cases"][0]["gate"]["ours"] = ["kl differs by 3"]
+    assert command.gate_failed(wrong)
+    out = page.build_page({"step": TRAINERS}, [], FACTS, "cpu", tmp_path / "report.html")
+    shown = Page(out.read_text(encoding="utf-8")).text
+    assert "update: 2.2 s" in shown
+    assert "fixed lengths: peak beyond the models" in shown
+
+
 def test_figures_that_a_report_brings_itself_are_taken() -> None:
     own = {"case": "c", "what": "seconds", "value": 1.5, "unit": "s"}
     (figure,) = figures.figures_of({"environment": {}, "figures": [own]})
@@ -166,7 +203,7 @@ def test_the_page_draws_all_committed_results_and_loads_nothing(tmp_path: Path) 
     split = {"generate": 1.0, "update": 2.0, "step": 3.0}
     reports["steps"] = report({"case": "1b", "phases": split, "memory": memory})
     statuses = [(name, "kernels", "ok", 1.0) for name in reports] + [("x", "step", "<b>", 0.0)]
-    out = page.build_page(reports, statuses, FACTS, "cpu", tmp_path / "bench.html")
+    out = page.build_page(reports, statuses, FACTS, "cpu", tmp_path / "report.html")
     shown = Page(out.read_text(encoding="utf-8"))
     for heading in (
         *("roofline", "share of the machine", "Generation by batch", "where the time goes"),
@@ -180,7 +217,9 @@ def test_the_page_draws_all_committed_results_and_loads_nothing(tmp_path: Path) 
 
 
 def test_a_page_of_nothing_is_a_page(tmp_path: Path) -> None:
-    out = page.build_page({}, [("x", "step", "failed", 0.0)], FACTS, "cpu", tmp_path / "bench.html")
+    out = page.build_page(
+        {}, [("x", "step", "failed", 0.0)], FACTS, "cpu", tmp_path / "report.html"
+    )
     assert "failed" in Page(out.read_text(encoding="utf-8")).text
 
 
@@ -246,7 +285,7 @@ def test_nothing_that_fails_or_hangs_takes_the_rest_along(
     summary = json.loads((benches / "summary.json").read_text())
     assert [one["name"] for one in summary["benches"]] == [b.name for b in registry.BENCHES]
     assert summary["machine"]["torch"] == torch.__version__
-    assert "good" in Page((benches / "bench.html").read_text()).text
+    assert "good" in Page((benches / "report.html").read_text()).text
 
 
 def test_a_group_and_names_choose_and_a_good_run_is_exit_code_0(benches: Path) -> None:
