@@ -10,12 +10,12 @@
 Sizes of a subject take turns, round after round; the order is the slope of log(median time) over
 log(size), fitted by least squares to the upper half of the sizes (three at least). Times are
 processor time of all threads, which a busy machine distorts less; of the phases of a step they are
-wall time. Memory is the
-peak resident set of a call beyond what was there before, its order the slope between the two
-largest sizes, and is left out below 1 MiB, where pages of the system decide. `MORE` marks an order
-that exceeds the expected one by more than 0.25: the cause is to be found, or the measurement to be
-repeated on an idle machine. Fixed costs make small sizes look cheaper than their order, which is
-why an order below the expected one says nothing.
+wall time. Memory is the peak resident set of a call beyond what was there before, its order the
+slope between the two largest sizes, and is left out below 1 MiB, where pages of the system decide.
+`MORE` marks an order that exceeds the expected one by more than 0.25: the cause is to be found, or
+the measurement to be repeated on an idle machine; where sizes outgrow a cache the slope rises
+without any fault of the algorithm. Fixed costs make small sizes look cheaper than their order,
+which is why an order below the expected one says nothing.
 """
 
 from __future__ import annotations

@@ -164,9 +164,10 @@ def subjects() -> list[Subject]:
         of("linear_ppo_loss", "width", lambda n: linear_loss(hidden=n), 64, 6),
         of("linear_ppo_loss", "vocabulary", lambda n: linear_loss(vocab=n), 1024, 6),
         of("ppo_loss", "tokens", loss, 4096, 7),
-        of("gae", "rows", lambda n: advantages(rows=n), 64, 6),
-        of("gae", "length", lambda n: advantages(columns=n), 256, 6),
-        of("rewards_and_gae + whiten", "length", chain, 256, 6),
+        # All sizes beyond the second-level cache, or its end would be the slope.
+        of("gae", "rows", lambda n: advantages(rows=n), 1024, 5),
+        of("gae", "length", lambda n: advantages(columns=n), 4096, 5),
+        of("rewards_and_gae + whiten", "length", chain, 2048, 5),
         of("packed_attention", "segments", lambda n: attention(segments=n), 4, 6),
         Subject("packed_attention", "length", by_length, powers(64, 6), {"": 2.0}),
         of("paged_attention", "rows", lambda n: decoding(rows=n), 8, 6),

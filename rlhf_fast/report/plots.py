@@ -17,6 +17,7 @@ WIDTH, HEIGHT = 560.0, 340.0
 # Small charts stand three in a row: fewer units across keep their letters as large on screen.
 SMALL_WIDTH, SMALL_HEIGHT = 380.0, 240.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 16.0, 12.0, 46.0
+_NAME_LETTERS = 26  # that fit before a bar
 # More marks than this are invisible at this width and make the page slow.
 MAX_POINTS = 300
 
@@ -143,18 +144,26 @@ def bars_figure(
     legend: str = "",
     text: Callable[[float], str] | None = None,
 ) -> str:
-    """A figure of horizontal bars: (name, its parts, what stands behind it)."""
+    """A figure of horizontal bars: (name, its parts, what stands behind it).
+
+    Names stand before their bars, or above them if one is too long for that.
+    """
     if not bars:
         return _figure(title, "", '<p class="quiet">no data</p>')
     longest = max(sum(part.value for part in parts) for _, parts, _ in bars)
-    step, room = 30.0, WIDTH - 330.0
+    above = any(len(name) > _NAME_LETTERS for name, _, _ in bars)
+    step, start, room = (48.0, 4.0, WIDTH - 180.0) if above else (30.0, 174.0, WIDTH - 330.0)
     body = []
     for index, (name, parts, behind) in enumerate(bars):
-        top, left = index * step, 174.0
-        body.append(
-            f'<text x="164" y="{top + 19:g}" class="tick" text-anchor="end">'
-            f"{escape(name[:26])}</text>"
-        )
+        top, left = index * step, start
+        if above:
+            body.append(f'<text x="4" y="{top + 16:g}" class="tick">{escape(name[:90])}</text>')
+            top += step - 30.0
+        else:
+            body.append(
+                f'<text x="164" y="{top + 19:g}" class="tick" text-anchor="end">'
+                f"{escape(name)}</text>"
+            )
         for part in parts:
             width = max(room * part.value / longest, 1.0)
             value = "" if text is None else f": {text(part.value)}"

@@ -141,6 +141,15 @@ def test_stacked_bars_share_a_scale_and_a_part_keeps_its_colour() -> None:
     assert "none" not in labels
 
 
+def test_long_names_stand_above_their_bars_in_full() -> None:
+    name = "[1024, 256] x [32000, 256] fp32 forward + backward"
+    figure = parse(stacked_chart("t", [(name, {"a": 1.0}), ("b", {"a": 2.0})], str))
+    (first, _), (rect, _) = list(figure.iter("text"))[::2], list(figure.iter("rect"))
+    assert first.text == name
+    assert float(first.attrib["y"]) < float(rect.attrib["y"])
+    assert float(rect.attrib["x"]) == 4
+
+
 def test_logarithmic_axes_give_equal_room_to_equal_ratios() -> None:
     points = [(1.0, 1e-3), (10.0, 1e-1), (100.0, 10.0), (0.0, 1.0), (5.0, -1.0)]
     line = Series("", points, markers=True, errors=[0.5, 0.05, 0.0, 0.0, 0.0])
