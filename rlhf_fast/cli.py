@@ -373,6 +373,8 @@ def _bench_command() -> ModuleType:
     other packages called `bench`.
     """
     home = Path(rlhf_fast.__file__).resolve().parents[1]
+    if (home / "setup.py").is_file() and str(home) not in sys.path:
+        sys.path.append(str(home))  # a checkout that was installed in place
     for name in ("rlhf_fast_bench", "bench"):
         spec = importlib.util.find_spec(name)
         places = [] if spec is None else spec.submodule_search_locations or []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -329,6 +331,28 @@ def test_benches_of_another_place_are_not_taken(
     message = capsys.readouterr().err
     assert "RF7032" in message
     assert str(tmp_path) in message
+
+
+def test_a_checkout_has_them_wherever_it_is_called_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from rlhf_fast.cli import _bench_command as c; print(c())"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(elsewhere(tmp_path))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(ROOT / "bench" / "command.py") in done.stdout
+
+
+def elsewhere(folder: Path) -> Path:
+    """A folder of links to the two packages, as an installation in place makes them."""
+    for path in (ROOT / "rlhf_fast", ROOT / "kernels" / "rlhf_fast_kernels"):
+        (folder / path.name).symlink_to(path)
+    return folder
 
 
 def test_an_installation_has_them_under_their_own_name(
