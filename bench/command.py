@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from rlhf_fast.errors import ConfigError, EnvironmentFault
+from rlhf_fast.errors import EXIT_INTERRUPTED, ConfigError, EnvironmentFault
 from rlhf_fast.stages.progress import ProgressBar, ProgressDisplay
 
 from .compare import compare, print_comparison
@@ -69,7 +69,7 @@ def run(
         threads: of torch on the CPU; the bench's own choice if None.
 
     Returns:
-        The exit code: 1 if a bench failed or an error gate did, otherwise 0.
+        The exit code: 1 if a bench failed or an error gate did, 130 after Ctrl-C, otherwise 0.
 
     Raises:
         ConfigError: RF1070, no bench of that name in the group.
@@ -92,17 +92,24 @@ def run(
     print_environment(facts)
     print(f"{len(benches)} benches, preset {preset}: {PRESETS[preset].about}", flush=True)
     ended: list[Ended] = []
-    with ProgressDisplay().bar("bench", len(benches)) as bar:
-        for bench in benches:
-            ended.append(_run_one(bench, preset, out, threads, bar))
-            bar.advance()
-            print(f"{bench.name}: {ended[-1].status}, {ended[-1].seconds:.0f} s", flush=True)
-            _write_summary(out, preset, facts, ended)
+    stopped = False
+    try:
+        with ProgressDisplay().bar("bench", len(benches)) as bar:
+            for bench in benches:
+                ended.append(_run_one(bench, preset, out, threads, bar))
+                bar.advance()
+                print(f"{bench.name}: {ended[-1].status}, {ended[-1].seconds:.0f} s", flush=True)
+                _write_summary(out, preset, facts, ended)
+    except KeyboardInterrupt:
+        stopped = True  # what was measured until now is shown
     print_table(ended)
     reports = {one.name: one.report for one in ended if one.report is not None}
     statuses = [(one.name, one.group, one.status, one.seconds) for one in ended]
     page = build_page(reports, statuses, facts, preset, out / PAGE_NAME)
     print(f"\nreports: {out}\npage:    {page}", flush=True)
+    if stopped:
+        print(f"interrupted: {len(benches) - len(ended)} of {len(benches)} benches did not run")
+        return EXIT_INTERRUPTED
     return 1 if any(one.bad for one in ended) else 0
 
 

@@ -290,6 +290,24 @@ def test_nothing_that_fails_or_hangs_takes_the_rest_along(
     assert "good" in Page((benches / "report.html").read_text()).text
 
 
+def test_what_was_measured_before_an_interrupt_is_kept_and_shown(
+    benches: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inner = command._run_one
+
+    def interrupted(bench: registry.Bench, *rest: Any) -> command.Ended:
+        if bench.name == "broken":
+            raise KeyboardInterrupt
+        return inner(bench, *rest)
+
+    monkeypatch.setattr(command, "_run_one", interrupted)
+    assert cli.main(["bench", "kernels", "--preset", "tiny", "--out", str(benches)]) == 130
+    out = capsys.readouterr().out
+    assert "good                kernels" in out
+    assert "2 of 4 benches did not run" in out
+    assert (benches / "report.html").exists()
+
+
 def test_a_group_and_names_choose_and_a_good_run_is_exit_code_0(benches: Path) -> None:
     chosen = ["bench", "kernels", "--preset", "tiny", "--out", str(benches), "--only", "good"]
     assert cli.main(chosen) == 0
