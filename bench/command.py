@@ -155,7 +155,7 @@ def _run_one(bench: Bench, preset: str, out: Path, threads: int | None, bar: Pro
     if ended.status != OK:
         return ended
     log = out.resolve() / "logs" / f"{bench.name}.log"
-    ended.command = ["-m", f"{__package__}.{bench.module}", *bench.arguments[preset]]
+    ended.command = bench.command(preset, __package__)
     if threads is not None and bench.threads:
         ended.command += ["--threads", str(threads)]
     with tempfile.TemporaryDirectory() as folder:

@@ -43,6 +43,7 @@ class Bench:
         arguments: by preset; it has no part in a preset that is missing here.
         limit: seconds that it may take.
         threads: it takes `--threads`.
+        ranks: processes under torchrun; 0: it is started as it is.
     """
 
     name: str
@@ -51,6 +52,15 @@ class Bench:
     arguments: Mapping[str, Sequence[str]]
     limit: float = 900.0
     threads: bool = True
+    ranks: int = 0
+
+    def command(self, preset: str, package: str) -> list[str]:
+        """Arguments of the interpreter that run it in a preset; `package` is the name of ours."""
+        start = ["-m", f"{package}.{self.module}", *self.arguments[preset]]
+        if not self.ranks:
+            return start
+        torchrun = ["-m", "torch.distributed.run", "--standalone"]
+        return [*torchrun, "--nproc-per-node", str(self.ranks), *start]
 
     @property
     def present(self) -> bool:
@@ -85,6 +95,11 @@ RANKS = {
     "quick": "--ranks 1,2 --views tp,gather --steps 2",
     "cpu": "--ranks 1,2,4",
 }
+HEAD = {
+    "tiny": "--tokens 8 --hidden 16 --vocab 64 --repeats 1",
+    "quick": "--tokens 256 --hidden 256 --vocab 8000 --repeats 3",
+    "cpu": "",
+}
 COMPLEXITY = {"tiny": "--preset tiny", "quick": "--preset quick", "cpu": "--preset cpu"}
 
 
@@ -111,6 +126,10 @@ BENCHES = (
     _step("memory", "memory", 1800.0),
     _step("learning", "learning", 7200.0),
     Bench("distributed_step", "distributed", "distributed.bench_step", _words(RANKS), 900.0),
+    Bench(
+        *("vocab_parallel", "distributed", "distributed.bench_vocab_parallel", _words(HEAD)),
+        ranks=2,
+    ),
     Bench("complexity", "complexity", "complexity.bench_complexity", _words(COMPLEXITY), 1800.0),
 )
 

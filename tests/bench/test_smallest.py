@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
+from bench import command
 from bench.figures import figures_of
-from bench.kernels import harness, probes
+from bench.kernels import harness, kv_pages_calls, probes
 from bench.registry import BENCHES, GROUPS, PRESETS, Bench, chosen
 from rlhf_fast import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESENT = [bench for bench in BENCHES if bench.present]
 # These start torchrun or are children of another: test_distributed.py and tests of their own.
-BY_TORCHRUN = {"distributed_step"}
+BY_TORCHRUN = {"distributed_step", "vocab_parallel"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -67,6 +68,19 @@ def test_the_smallest_preset_runs_and_its_report_has_figures(bench: Bench, tmp_p
     assert any(figure.ours for figure in figures_of(report))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(BY_TORCHRUN))
+def test_the_smallest_preset_of_what_starts_torchrun(name: str, tmp_path: Path) -> None:
+    assert command.run("distributed", "tiny", tmp_path, names=[name]) == 0
+    found = figures_of(json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")))
+    assert any(figure.ours for figure in found)
+
+
+def test_calls_of_the_page_allocator_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not kv_pages_calls.main(["--sequences", "4", "--calls", "20"])
+    assert capsys.readouterr().out
+
+
 @pytest.mark.parametrize("bench", PRESENT, ids=lambda b: b.name)
 def test_every_preset_gives_arguments_that_the_bench_has(bench: Bench) -> None:
     text = (ROOT / "bench" / Path(*bench.module.split("."))).with_suffix(".py").read_text()
@@ -82,8 +96,6 @@ def test_every_preset_gives_arguments_that_the_bench_has(bench: Bench) -> None:
 def test_every_script_has_its_place() -> None:
     scripts = (ROOT / "bench").rglob("bench_*.py")
     modules = {".".join(path.relative_to(ROOT / "bench").with_suffix("").parts) for path in scripts}
-    # Under a torchrun of one's own.
-    modules.discard("distributed.bench_vocab_parallel")
     assert {bench.module for bench in PRESENT} == modules
     assert len({bench.name for bench in BENCHES}) == len(BENCHES)
     assert {bench.group for bench in BENCHES} == set(GROUPS)
