@@ -84,6 +84,8 @@ def figures_of(report: Json) -> list[Figure]:
                 break
     for case in report.get("cases", []):
         found += trainers(case)
+    for mode in report.get("modes", []):
+        found += held(mode)
     return [figure for figure in found if math.isfinite(figure.value)]
 
 
@@ -96,6 +98,18 @@ def trainers(found: Json) -> Iterator[Figure]:
             note = f"{row['tokens_per_second']:.0f} tokens/s" if phase == "step" else ""
             yield Figure(case, f"seconds: {phase}", value, "s", low, high, ours, note=note)
         yield Figure(case, EXTRA, row["extra_mib"]["step"], "MiB", ours=ours)
+
+
+def held(mode: Json) -> Iterator[Figure]:
+    """A mode of `ppo.bench_memory`: bytes by phase, held beside predicted, and the peak."""
+    for phase in dict.fromkeys(row["phase"] for row in mode["rows"]):
+        rows = [row for row in mode["rows"] if row["phase"] == phase]
+        took, plan = (sum(row[key] for row in rows) / MIB for key in ("held", "predicted"))
+        case = f"{mode['mode']}, {phase}"
+        yield Figure(case, "held by all roles", took, "MiB", note=f"predicted {plan:.4g} MiB")
+        if phase in mode["resident_peak"]:
+            peak, plan = (mode[key][phase] / MIB for key in ("resident_peak", "predicted_peak"))
+            yield Figure(case, "peak of the process", peak, "MiB", note=f"predicted {plan:.4g} MiB")
 
 
 def kernel(row: Json) -> Iterator[Figure]:

@@ -204,6 +204,13 @@ def _memory(reports: Reports) -> list[str]:
                 figures.append(stacked_chart(title, bars, bytes_text))
         for case in report.get("cases", []):
             figures.append(_extra(name, case))
+        for mode in report.get("modes", []):
+            phases: dict[str, dict[str, float]] = {}
+            for row in mode["rows"]:
+                roles = phases.setdefault(row["phase"], {})
+                roles[row["role"]] = roles.get(row["role"], 0) + row["held"]
+            title = f"{name}, {mode['mode']}: bytes held by role"
+            figures.append(stacked_chart(title, list(phases.items()), bytes_text))
     return figures
 
 

@@ -78,7 +78,7 @@ def _kernel(name: str, tiny: str) -> Bench:
 def _step(name: str, group: str, limit: float) -> Bench:
     presets = {"tiny": "tiny", "quick": "tiny", "cpu": "cpu"}
     arguments = {key: ("--preset", value) for key, value in presets.items()}
-    return Bench(name, group, f"ppo.bench_{name}", arguments, limit, threads=False)
+    return Bench(name, group, f"ppo.bench_{name}", arguments, limit)
 
 
 GENERATE = {

@@ -187,6 +187,27 @@ def test_steps_of_trainers_have_figures_a_gate_and_pictures(tmp_path: Path) -> N
     assert "fixed lengths: peak beyond the models" in shown
 
 
+SLOTS = (("actor", "weights", 2), ("actor", "moments", 3), ("critic", "weights", 1))
+
+
+def test_modes_of_memory_have_figures_and_a_picture(tmp_path: Path) -> None:
+    rows = [
+        {"phase": "update", "role": role, "part": part, "predicted": 2 << 20, "held": size << 20}
+        for role, part, size in (
+            ("actor", "weights", 2),
+            ("actor", "moments", 3),
+            ("critic", "weights", 1),
+        )
+    ]
+    peaks = {"resident_peak": {"update": 9 << 20}, "predicted_peak": {"update": 8 << 20}}
+    found = {"environment": FACTS, "modes": [{"mode": "naive", "rows": rows, **peaks}]}
+    all_roles, peak = figures.figures_of(found)
+    assert (all_roles.value, all_roles.note) == (6.0, "predicted 6 MiB")
+    assert (peak.value, peak.note) == (9.0, "predicted 8 MiB")
+    out = page.build_page({"memory": found}, [], FACTS, "cpu", tmp_path / "report.html")
+    assert "actor: 5 MiB" in Page(out.read_text(encoding="utf-8")).text
+
+
 def test_figures_that_a_report_brings_itself_are_taken() -> None:
     own = {"case": "c", "what": "seconds", "value": 1.5, "unit": "s"}
     (figure,) = figures.figures_of({"environment": {}, "figures": [own]})
