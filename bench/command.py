@@ -103,6 +103,8 @@ def run(
     except KeyboardInterrupt:
         stopped = True  # what was measured until now is shown
     print_table(ended)
+    if preset == "tiny":
+        print("\npreset tiny: every bench ran at its smallest; no figure above means anything")
     reports = {one.name: one.report for one in ended if one.report is not None}
     statuses = [(one.name, one.group, one.status, one.seconds) for one in ended]
     page = build_page(reports, statuses, facts, preset, out / PAGE_NAME)
