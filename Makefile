@@ -8,6 +8,9 @@ TORCH ?= torch==2.13.0
 # Test processes. Each keeps to one thread and takes up to 2 GB.
 WORKERS ?= 2
 
+# Group and options of `make bench`, such as "kernels --preset quick".
+BENCH ?= all
+
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
@@ -39,8 +42,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
-	$(BIN)/python -m bench.kernels.suite
-	$(BIN)/python -m bench.engine.bench_generate
+	$(BIN)/rlhf-fast bench $(BENCH)
 
 env: $(READY)
 	$(BIN)/rlhf-fast env

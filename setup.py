@@ -34,6 +34,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MODULE = "rlhf_fast_kernels._core"
+BENCH = "rlhf_fast_bench"
 REPORT_NAME = "build_report.json"
 BUILD_MODES = ("auto", "require", "cpu", "off")
 DEFAULT_CUDA_ARCHS = ("80", "90", "100", "120")
@@ -325,10 +326,17 @@ class Wheel(bdist_wheel):
         super().run()
 
 
+def packages() -> list[str]:
+    """All packages of the wheel; `bench` is no name to install, so there it has another."""
+    bench = [f"{BENCH}.{name}" for name in find_packages("bench")]
+    ours = find_packages(include=["rlhf_fast", "rlhf_fast.*"])
+    return [*ours, *find_packages("kernels"), BENCH, *bench]
+
+
 if __name__ == "__main__":
     setup(
-        packages=[*find_packages(include=["rlhf_fast", "rlhf_fast.*"]), *find_packages("kernels")],
-        package_dir={"rlhf_fast_kernels": "kernels/rlhf_fast_kernels"},
+        packages=packages(),
+        package_dir={"rlhf_fast_kernels": "kernels/rlhf_fast_kernels", BENCH: "bench"},
         package_data={"*": ["py.typed", "*.json", "*.jinja", "*.html", "*.css", "*.js", "*.yaml"]},
         exclude_package_data={"rlhf_fast_kernels": [REPORT_NAME]},
         ext_modules=[Extension(MODULE, sources=[], optional=True)],

@@ -1,4 +1,4 @@
-"""`rlhf-fast demo | sft | rm | ppo | eval | plan | report | env | check`.
+"""`rlhf-fast demo | sft | rm | ppo | eval | plan | report | bench | env | check`.
 
 Exit codes: 0 ok, 1 internal error, 2 config or data, 3 environment, 4 numerical abort, 75 preempted
 after a good checkpoint, 130 interrupted. A user's mistake is one message; `--debug` adds the
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -16,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import rlhf_fast
 from rlhf_fast.config import EvalConfig, PPOConfig, RewardModelConfig, SFTConfig, StageConfig
@@ -41,6 +44,12 @@ STAGE_HELP = {
     "ppo": "stage 3: PPO with a KL penalty (RLOO and GRPO as settings)",
     "eval": "reward, KL and best-of-N of a policy",
 }
+#: Groups and presets of the benches, which are imported when they run.
+BENCH_GROUPS = (
+    *("kernels", "generate", "step", "memory", "learning", "distributed", "complexity"),
+    "all",
+)
+BENCH_PRESETS = ("tiny", "quick", "cpu", "h200")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -206,6 +215,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, default=None, help="default: RUN_DIR/report.html")
     report.set_defaults(handler=_report)
 
+    bench = commands.add_parser(
+        "bench", parents=[common], help="speed and memory beside other libraries, on this machine"
+    )
+    _add_bench_arguments(bench)
+
     env = commands.add_parser("env", parents=[common], help="what was built and what each op uses")
     env.add_argument("--json", action="store_true")
     env.set_defaults(handler=_env)
@@ -223,6 +237,34 @@ def _parser() -> argparse.ArgumentParser:
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=None, help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example kl.coef=0.1")
+
+
+def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("group", nargs="?", choices=BENCH_GROUPS, default="all")
+    parser.add_argument(
+        "--preset",
+        choices=BENCH_PRESETS,
+        default="cpu",
+        help="tiny: seconds each, proves that all runs; quick: few turns; default: %(default)s",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results"), help="folder of the reports (%(default)s)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="benches of the group"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=None, metavar="N", help="of torch on the CPU"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        default=None,
+        metavar=("A", "B"),
+        help="run nothing: what changed from report or folder A to B, and whether beyond the noise",
+    )
+    parser.set_defaults(handler=_bench)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -307,6 +349,44 @@ def _plan(options: argparse.Namespace) -> int:
     else:
         show_plan(result)
     return EXIT_OK
+
+
+def _bench(options: argparse.Namespace) -> int:
+    command = _bench_command()
+    if options.compare is not None:
+        shown: int = command.show_comparison(*options.compare)
+        return shown
+    done: int = command.run(
+        options.group,
+        options.preset,
+        options.out,
+        names=options.only,
+        threads=options.threads,
+    )
+    return done
+
+
+def _bench_command() -> ModuleType:
+    """The benches beside this package: `rlhf_fast_bench` installed, `bench` in a checkout.
+
+    Only beside it: an installed version must not measure another one's checkout, and there are
+    other packages called `bench`.
+    """
+    home = Path(rlhf_fast.__file__).resolve().parents[1]
+    if (home / "setup.py").is_file() and str(home) not in sys.path:
+        sys.path.append(str(home))  # a checkout that was installed in place
+    for name in ("rlhf_fast_bench", "bench"):
+        spec = importlib.util.find_spec(name)
+        places = [] if spec is None else spec.submodule_search_locations or []
+        if any(Path(place).resolve().parent == home for place in places):
+            return importlib.import_module(f"{name}.command")
+    raise EnvironmentFault(
+        "RF7032",
+        "the benchmarks are not part of this installation",
+        where=str(home),
+        expected="the package rlhf_fast_bench beside rlhf_fast",
+        remedy="install rlhf-fast from its wheel or repository, or run in a checkout",
+    )
 
 
 def _env(options: argparse.Namespace) -> int:

@@ -148,7 +148,7 @@ def test_example_reward_function_scores_and_abstains() -> None:
 
 
 def _sources() -> Iterator[ast.Module]:
-    for root in ("rlhf_fast", "kernels"):
+    for root in ("rlhf_fast", "kernels", "bench"):
         for path in sorted((ROOT / root).rglob("*.py")):
             yield ast.parse(path.read_text(encoding="utf-8"))
 
@@ -365,7 +365,7 @@ def test_commands_of_the_pages_are_understood() -> None:
         options, unknown = _parser().parse_known_args(words)
         assert unknown == [], line
         shown.add(options.command)
-    assert shown == {"demo", "sft", "rm", "ppo", "eval", "plan", "report", "env", "check"}
+    assert shown == {"demo", "sft", "rm", "ppo", "eval", "plan", "report", "bench", "env", "check"}
 
 
 @pytest.mark.parametrize(("page", "count"), [("README.md", 4), ("docs/data.md", 5)])

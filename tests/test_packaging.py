@@ -45,11 +45,10 @@ def checkout(tmp_path):
         shutil.copy(ROOT / name, root / name)
     (root / "README.md").write_text("readme\n")
     built = shutil.ignore_patterns("__pycache__", "*.so", "build_report.json")
-    for name in ("csrc", "kernels", "rlhf_fast"):
+    for name in ("csrc", "kernels", "rlhf_fast", "bench"):
         shutil.copytree(ROOT / name, root / name, ignore=built)
-    for name in ("bench", "tests"):
-        (root / name).mkdir()
-        (root / name / "__init__.py").write_text("")
+    (root / "tests").mkdir()
+    (root / "tests" / "__init__.py").write_text("")
     return root
 
 
@@ -120,7 +119,10 @@ def test_no_compiler_gives_a_pure_wheel_that_works(checkout, tmp_path):
     assert use(site).startswith("reference no (no C++ compiler found")
     assert not [path for path in site.rglob("*") if path.suffix == ".so"]
     top_level = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
-    assert top_level == {"rlhf_fast", "rlhf_fast_kernels"}
+    assert top_level == {"rlhf_fast", "rlhf_fast_kernels", "rlhf_fast_bench"}
+    scripts = {path.relative_to(ROOT / "bench") for path in (ROOT / "bench").rglob("*.py")}
+    bench = site / "rlhf_fast_bench"
+    assert {path.relative_to(bench) for path in bench.rglob("*") if path.is_file()} == scripts
     assert (site / "rlhf_fast_kernels" / "py.typed").exists()
 
 

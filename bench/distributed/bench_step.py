@@ -47,9 +47,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from bench.distributed.traffic import Traffic
-from bench.kernels.environment import environment
-from bench.kernels.tables import print_environment
 from rlhf_fast.config import (
     AlgorithmConfig,
     PPOConfig,
@@ -65,6 +62,10 @@ from rlhf_fast.engine.memory_held import held_bytes
 from rlhf_fast.stages.ppo import PPOTrainer
 from rlhf_fast.stages.ranks import joined
 
+from ..kernels.environment import environment
+from ..kernels.tables import print_environment
+from .traffic import Traffic
+
 PHASES = ("generate", "score", "prepare", "update")
 VIEWS = ("tp", "gather", "copies")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -79,6 +80,7 @@ class Row:
 
     Attributes:
         seconds: by phase, and of the whole step under `step`.
+        samples: the same of each step.
         received: bytes by phase, of the rank that receives most.
         collectives: by phase, of that rank.
         ranks_received: bytes by phase, of each rank.
@@ -90,6 +92,7 @@ class Row:
     ranks: int
     view: str
     seconds: dict[str, float]
+    samples: list[dict[str, float]]
     received: dict[str, float]
     collectives: dict[str, float]
     ranks_received: list[dict[str, float]]
@@ -190,7 +193,8 @@ def settings(options: argparse.Namespace, view: str, ranks: int, folder: str) ->
 
 def prompts(options: argparse.Namespace) -> list[dict[str, str]]:
     generator = torch.Generator().manual_seed(1)
-    drawn = torch.randint(4, options.vocab, (64, PROMPT_TOKENS), generator=generator)
+    count = max(64, options.prompts)
+    drawn = torch.randint(4, options.vocab, (count, PROMPT_TOKENS), generator=generator)
     return [{"prompt": " ".join(f"w{i}" for i in row)} for row in drawn.tolist()]
 
 
@@ -217,10 +221,12 @@ def measure(world: World, view: str, options: argparse.Namespace) -> Row:
             return _measure(world, view, config, options)
 
 
-def _measure(world: World, view: str, config: PPOConfig, options: argparse.Namespace) -> Row:
-    policy, reference, critic = build_models(options)
-    formula = parameter_formula((policy, reference, critic), world.shards)
-    trainer = PPOTrainer(
+def build_trainer(
+    config: PPOConfig, models: Sequence[nn.Module], options: argparse.Namespace, world: World
+) -> PPOTrainer:
+    """On policy, reference and critic."""
+    policy, reference, critic = models
+    return PPOTrainer(
         config,
         model=policy,
         reference=reference,
@@ -231,6 +237,12 @@ def _measure(world: World, view: str, config: PPOConfig, options: argparse.Names
         quiet=True,
         world=world,
     )
+
+
+def _measure(world: World, view: str, config: PPOConfig, options: argparse.Namespace) -> Row:
+    models = build_models(options)
+    formula = parameter_formula(models, world.shards)
+    trainer = build_trainer(config, models, options, world)
     traffic = Traffic()
     meter = Meter(world, traffic)
     trainer.learner.phase = meter.phase
@@ -255,8 +267,8 @@ def summary(ranks: int, view: str, everyone: Sequence[Any], formula: int) -> Row
     """The row of what every rank saw: steps of (seconds, received, calls, tokens), and bytes."""
     by_step = list(zip(*(steps for steps, _ in everyone), strict=True))
     slowest = [{p: max(rank[0][p] for rank in step) for p in PHASES} for step in by_step]
-    seconds = {p: statistics.median(step[p] for step in slowest) for p in PHASES}
-    seconds["step"] = statistics.median(sum(step.values()) for step in slowest)
+    samples = [{**step, "step": sum(step.values())} for step in slowest]
+    seconds = {p: statistics.median(step[p] for step in samples) for p in (*PHASES, "step")}
 
     def mean(steps: Any, which: int) -> dict[str, float]:
         return {p: statistics.mean(step[which].get(p, 0) for step in steps) for p in PHASES}
@@ -268,6 +280,7 @@ def summary(ranks: int, view: str, everyone: Sequence[Any], formula: int) -> Row
         ranks,
         view,
         seconds,
+        samples,
         received[most],
         mean(everyone[most][0], 2),
         received,
@@ -334,7 +347,7 @@ def launch(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             found = Path(folder) / "rows.json"
             command = [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--nproc-per-node", str(ranks), "-m", "bench.distributed.bench_step"),
+                *("--nproc-per-node", str(ranks), "-m", f"{__package__}.bench_step"),
                 *(*arguments, "--worker", "--json", str(found)),
             ]
             # torchrun would set the number of threads, and print that it did.

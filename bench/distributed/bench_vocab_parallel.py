@@ -34,12 +34,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 import rlhf_fast_kernels
-from bench.kernels.environment import environment
-from bench.kernels.tables import print_environment
 from rlhf_fast.distributed import vocab_rows
 from rlhf_fast.distributed.vocab_parallel import VocabParallel
 from rlhf_fast.distributed.vocab_rows import Group, all_gather
 from rlhf_fast.distributed.world import World
+
+from ..kernels.environment import environment
+from ..kernels.tables import print_environment
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARMUPS = 1

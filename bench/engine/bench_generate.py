@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -35,15 +36,16 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.engine import peers
-from bench.engine.floor import Floor
-from bench.kernels.environment import environment
-from bench.kernels.probes import bandwidth_probe, calibrate
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.requests import Request
 from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.models.forward import set_compute_dtype
 from rlhf_fast.types import SamplingParams
+
+from ..kernels.environment import environment
+from ..kernels.probes import bandwidth_probe, calibrate
+from . import peers
+from .floor import Floor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LENGTHS = ("uniform", "long-tailed")
@@ -81,6 +83,7 @@ class Shape:
 
 
 SHAPES = {
+    "tiny": Shape(64, 32, 48, 2, 4, 2),
     "small": Shape(1024, 128, 344, 4, 4, 4),
     "large": Shape(1024, 256, 688, 6, 8, 8),
     "1b": Shape(128_256, 2048, 8192, 16, 32, 8),
@@ -92,6 +95,7 @@ SHAPES = {
 class Row:
     """Medians of one workload: tokens per second by side, ratios, part of the roofline, the floor.
 
+    `seconds` are those of every round by side.
     `floor` holds ms a step in parts and the rates they were put at, `most` the ratios of an engine
     that takes no longer than the floor; both only in fp32 on a CPU.
     """
@@ -101,6 +105,7 @@ class Row:
     lengths: str
     tokens: int
     tokens_per_second: dict[str, float]
+    seconds: dict[str, list[float]]
     ms_per_step: float
     times_faster: dict[str, float]
     roofline: float
@@ -168,10 +173,10 @@ def floor_of(floor: Floor, steps: int) -> dict[str, float]:
     }
 
 
-def medians_of(
+def seconds_of(
     sides: dict[str, Callable[[], None]], rounds: int, device: torch.device
-) -> dict[str, float]:
-    """Seconds of every side; each round runs all of them."""
+) -> dict[str, list[float]]:
+    """Seconds of every side and round; each round runs all of them."""
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for round_ in range(rounds + 1):
         for side, run in sides.items():
@@ -183,7 +188,7 @@ def medians_of(
                 torch.cuda.synchronize()
             if round_:  # the first is a warm-up
                 seconds[side].append(time.perf_counter() - start)
-    return {side: statistics.median(times) for side, times in seconds.items()}
+    return seconds
 
 
 def measure(
@@ -201,9 +206,10 @@ def measure(
     sides = {"engine": engine_side(model, prompts, lengths)}
     sides |= {peer: peers.MAKERS[peer](model, prompts, lengths) for peer in options.peers}
     try:
-        medians = medians_of(sides, options.rounds, device)
+        seconds = seconds_of(sides, options.rounds, device)
     finally:
         peers.close(sides)
+    medians = {side: statistics.median(times) for side, times in seconds.items()}
     tokens = sum(lengths)
     ours = medians["engine"]
     in_fp32 = device.type == "cpu" and options.dtype == "fp32"
@@ -214,6 +220,7 @@ def measure(
         lengths=kind,
         tokens=tokens,
         tokens_per_second={side: tokens / t for side, t in medians.items()},
+        seconds=seconds,
         ms_per_step=ours / maximum * 1e3,
         times_faster={side: t / ours for side, t in medians.items() if side != "engine"},
         roofline=roofline_seconds(shape, options.prompt, lengths, dtype.itemsize, found) / ours,
@@ -237,7 +244,7 @@ def ratios(row: Row) -> list[str]:
     return [f"{x:22.2f}{most.get(side, ''):>9}" for side, x in row.times_faster.items()]
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 
@@ -256,12 +263,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    """Measure and print; write the rows with what they were measured on."""
-    options = parse()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; write the rows, after each, with what they were measured on."""
+    options = parse(arguments)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     facts = environment(options.threads, device)
@@ -291,15 +298,16 @@ def main() -> None:
                     "".join(ratios(row)),
                     flush=True,
                 )
-    if options.json is not None:
-        record = {
-            "environment": facts,
-            "calibration": found,
-            "not_installed": absent,
-            "rows": [asdict(r) for r in rows],
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+                if options.json is not None:
+                    record = {
+                        "environment": facts,
+                        "calibration": found,
+                        "not_installed": absent,
+                        "rows": [asdict(r) for r in rows],
+                    }
+                    options.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.engine.bench_generate import Shape
 from rlhf_fast.engine.decode_graphs import CudaRecorder
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.requests import Completions, Request
@@ -19,6 +18,8 @@ from rlhf_fast.models.forward import set_compute_dtype
 from rlhf_fast.types import SamplingParams
 from rlhf_fast_kernels import dispatch, paged_attention
 from rlhf_fast_kernels.attention_backends import NAMES, Decoding, choose_attention
+
+from .bench_generate import Shape
 
 SHAPE = Shape(512, 256, 512, 2, 4, 2)
 # Mean |log-prob - teacher forcing| in fp32; in bf16 the modules' own gap is the measure.

@@ -27,12 +27,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.kernels import harness
 from rlhf_fast_kernels import native, rms_norm, silu_mul
 from rlhf_fast_kernels.rms_norm import prepare as prepare_norm
 from rlhf_fast_kernels.rms_norm import unchecked as unchecked_norm
 from rlhf_fast_kernels.silu_mul import prepare as prepare_silu
 from rlhf_fast_kernels.silu_mul import unchecked as unchecked_silu
+
+from . import harness
 
 SHAPES = ("1x128", "64x256", "64x4096")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import harness
 from rlhf_fast_kernels import kl_from_logits, native
+
+from . import harness
 
 OP = "kl_from_logits"
 SHAPES = {"cpu": ("256x151936", "2048x32000"), "cuda": ("8192x151936", "256x151936")}

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import harness, linear_peers, peers
 from rlhf_fast_kernels import linear_logprobs, reference
 from rlhf_fast_kernels.linear_head import Head, chunk_bounds
+
+from . import harness, linear_peers, peers
 
 SHAPES = {
     "cpu": ("1024x256x32000", "1024x1024x32000", "512x1024x151936"),

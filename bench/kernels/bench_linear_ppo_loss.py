@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import harness, linear_peers, peers
 from rlhf_fast_kernels import linear_ppo_loss
+
+from . import harness, linear_peers, peers
 
 SHAPES = {
     "cpu": ("1024x256x32000", "1024x1024x32000", "512x4096x32000"),

@@ -21,9 +21,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from bench.kernels import harness
 from rlhf_fast_kernels import linear_small, native
 from rlhf_fast_kernels.linear_small import prepare
+
+from . import harness
 
 SHAPES = ("96x288", "128x384", "128x128", "128x688", "344x128", "256x768", "256x1376", "256x4096")
 CALLS = 100

@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import harness, peers
 from rlhf_fast_kernels import logprobs_from_logits, native
+
+from . import harness, peers
 
 SHAPES = {"cpu": ("512x151936", "4096x32000"), "cuda": ("16384x151936", "256x151936")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.kernels import harness
 from rlhf_fast_kernels import native, packed_attention
+
+from . import harness
 
 CASES = ("128x30x4x4x24", "64x120x8x2x64", "2x2048x8x8x64", "1x2048x8x2x128")
 GPU_CASES = ("256x512x32x8x128", "16x4096x32x8x128", "512x128x16x16x64")

@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.kernels import harness
 from rlhf_fast_kernels import PagedAttention, native, paged_attention
+
+from . import harness
 
 CASES = (
     "decode:64x4x4x32x80",

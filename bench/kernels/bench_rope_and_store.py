@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import harness
 from rlhf_fast_kernels import RopeAndStore, native
 from rlhf_fast_kernels.reference.rope_and_store import rms_norm, rotate
+
+from . import harness
 
 SHAPES = ("64x4x4x32", "64x8x2x64", "1024x8x2x64", "1024x32x8x128")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -31,9 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import harness
 from rlhf_fast_kernels import native, sample
 from rlhf_fast_kernels.reference.sample import kept_tokens
+
+from . import harness
 
 SHAPES = ("256x151936", "8x151936", "64x32000")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

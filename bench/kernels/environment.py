@@ -1,10 +1,12 @@
-"""What a figure must carry with it: commit, versions, processor or GPU, load."""
+"""What a figure must carry with it: commit, versions, processor or GPU, clock, load."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -14,6 +16,8 @@ import torch
 
 from rlhf_fast_kernels import native
 
+HERE = Path(__file__).resolve().parent
+PACKAGE = "rlhf-fast"
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Names the commit where the sources were copied without their history.
 COMMIT_VARIABLE = "BENCH_COMMIT"
@@ -24,13 +28,17 @@ def environment(threads: int, device: torch.device | str = "cpu") -> dict[str, A
     """Commit, versions, processor and load; call after `torch.set_num_threads`."""
     device = torch.device(device)
     facts: dict[str, Any] = {
-        "commit": _git("rev-parse", "--short=12", "HEAD") or os.environ.get(COMMIT_VARIABLE, ""),
+        "commit": _commit(),
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "version": _version(PACKAGE),
         "python": platform.python_version(),
+        "system": platform.platform(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "transformers": _version("transformers"),
         "device": str(device),
         "cpu": _processor(),
+        "cpu_mhz": _clock(),
         "cores": os.cpu_count(),
         "core_module": native.describe()["cpu"],
         "threads": threads,
@@ -77,7 +85,29 @@ def _nvidia_smi(device: torch.device, fields: str) -> str:
     )
 
 
+def _commit() -> str:
+    """Of the checkout, or of what pip installed from a repository; else what the variable says."""
+    return (
+        _git("rev-parse", "--short=12", "HEAD")
+        or _installed_commit()[:12]
+        or os.environ.get(COMMIT_VARIABLE, "")
+    )
+
+
+def _installed_commit() -> str:
+    # https://packaging.python.org/en/latest/specifications/direct-url
+    try:
+        text = importlib.metadata.distribution(PACKAGE).read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return str(json.loads(text or "{}").get("vcs_info", {}).get("commit_id", ""))
+
+
 def _git(*arguments: str) -> str:
+    """What git says of our own checkout: an installation may lie within somebody else's."""
+    home = _output("git", "rev-parse", "--show-toplevel")
+    if not home or Path(home).resolve() != HERE.parents[1]:
+        return ""
     return _output("git", *arguments)
 
 
@@ -86,7 +116,7 @@ def _output(*command: str) -> str:
     try:
         done = subprocess.run(
             command,
-            cwd=Path(__file__).parent,
+            cwd=HERE,
             capture_output=True,
             text=True,
             check=True,
@@ -105,9 +135,20 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    names = _cpuinfo("model name")
     return names[0] if names else platform.processor()
+
+
+def _clock() -> float | None:
+    """Median clock of the cores at this moment, MHz; None where the system does not tell."""
+    found = _cpuinfo("cpu MHz")
+    return statistics.median(map(float, found)) if found else None
+
+
+def _cpuinfo(key: str) -> list[str]:
+    """A value of every core."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]

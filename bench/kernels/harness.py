@@ -1,6 +1,6 @@
 """Fair timings of ops in one process: interleaved, on rotated inputs, beside error and memory.
 
-Rules that every table made here follows; docs/benchmarks.md says how to read one:
+Rules that every table made here follows; docs/benchmarking.md says how to read one:
 
 - contenders take turns (A B C A B C ...), so that drift of the clock or a noisy neighbour hits all;
 - each turn starts cold: on a CPU it gets the next of several input sets that together exceed the
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -34,9 +35,11 @@ from typing import Any
 
 import torch
 
-from bench.kernels.device import Clock, Sample, clock_of, seconds
-from bench.kernels.environment import environment
-from bench.kernels.probes import (
+from rlhf_fast_kernels import dispatch
+
+from .device import Clock, Sample, clock_of, seconds
+from .environment import environment
+from .probes import (
     BandwidthProbe,
     CopyProbe,
     MatmulProbe,
@@ -44,8 +47,7 @@ from bench.kernels.probes import (
     bandwidth_probe,
     calibrate,
 )
-from bench.kernels.tables import print_absent, print_calibration, print_environment, print_rows
-from rlhf_fast_kernels import dispatch
+from .tables import print_absent, print_calibration, print_environment, print_rows
 
 __all__ = [
     "Contender",
@@ -72,6 +74,9 @@ __all__ = [
 ]
 
 QUICK_REPEATS = 3
+CALIBRATION_REPEATS = 5
+# "off": no contender is compiled, which takes longer than all else at the smallest preset.
+COMPILE_VARIABLE = "BENCH_COMPILE"
 DRIFT = 1.25  # of a calibration, before against after, that is worth a warning
 
 
@@ -181,7 +186,7 @@ class Session:
 
     def finish(self) -> int:
         """Calibrate again, write the report and give the exit code."""
-        after = calibrate(self.probe)
+        after = calibrate(self.probe, min(self.repeats, CALIBRATION_REPEATS))
         self.report.environment["calibration_after"] = after
         print_calibration("after ", after)
         _warn_of_drift(self.report.environment["calibration_before"], after)
@@ -202,10 +207,10 @@ def start(options: argparse.Namespace) -> Session:
     probe = bandwidth_probe(device)
     report = Report(environment(options.threads, device))
     print_environment(report.environment)
-    before = calibrate(probe)
+    repeats = min(options.repeats, QUICK_REPEATS) if options.quick else options.repeats
+    before = calibrate(probe, min(repeats, CALIBRATION_REPEATS))
     report.environment["calibration_before"] = before
     print_calibration("before", before)
-    repeats = min(options.repeats, QUICK_REPEATS) if options.quick else options.repeats
     return Session(device, repeats, options.quick, probe, report, options.json)
 
 
@@ -310,6 +315,9 @@ def compiled(
     mode: str | None = None,
 ) -> Callable[..., Any] | None:
     """torch.compile of a peer, run once; None (and a line on stderr) where it cannot compile."""
+    if os.environ.get(COMPILE_VARIABLE) == "off":
+        print(f"torch.compile left out: {COMPILE_VARIABLE}=off", file=sys.stderr)
+        return None
     try:
         result = torch.compile(function, dynamic=dynamic, mode=mode)
         result(*example)

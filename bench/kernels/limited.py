@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+INSTALLED = not (ROOT / "setup.py").exists()
 GRACE = 10.0  # seconds between asking a command to end and killing it
 
 
@@ -29,7 +30,7 @@ def run(
     log: IO[bytes] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """Run in the repository's root; what it prints goes to `log`, or where ours goes."""
+    """Run in the folder of our package; what it prints goes to `log`, or where ours goes."""
     start = time.monotonic()
     try:
         process = subprocess.Popen(
@@ -63,9 +64,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def python_path() -> dict[str, str]:
-    """The environment in which `bench` and both packages are found, kernels compiled for real."""
+    """The environment in which `bench` and both packages are found, kernels compiled for real.
+
+    An installation finds them without help, and `kernels` may be somebody else's package there.
+    """
     found = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    ours = [str(ROOT), str(ROOT / "kernels")]
-    found["PYTHONPATH"] = os.pathsep.join([*ours, *filter(None, [found.get("PYTHONPATH")])])
+    if not INSTALLED:
+        ours = [str(ROOT), str(ROOT / "kernels")]
+        found["PYTHONPATH"] = os.pathsep.join([*ours, *filter(None, [found.get("PYTHONPATH")])])
     found["PYTHONUNBUFFERED"] = "1"
     return found

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import harness
+from . import harness
 
 Op = Callable[[dict[str, Tensor]], tuple[Tensor, Any]]
 

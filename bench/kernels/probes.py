@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from bench.kernels.device import clock_of, seconds
-from bench.kernels.environment import DTYPE_NAMES, gpu_clocks
+from .device import clock_of, seconds
+from .environment import DTYPE_NAMES, gpu_clocks
 
 CPU_PRODUCT = (1024, 1024, 1024)
 GPU_PRODUCT = (8192, 8192, 8192)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.kernels import limited
+from . import limited
 
 HERE = Path(__file__).parent
 IMPORTANCE = (
@@ -65,7 +65,7 @@ def run_script(op: str, arguments: Sequence[str], limit: float, target: Path) ->
     """One script under its limit; its report lands in `target` if it measured anything."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", f"bench.kernels.bench_{op}", "--json", str(report)]
+        command = [sys.executable, "-m", f"{__package__}.bench_{op}", "--json", str(report)]
         outcome = limited.run([*command, *arguments], limit, environment=limited.python_path())
         rows = _rows(report)
         if rows:

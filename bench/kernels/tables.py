@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bench.kernels.harness import Row
+    from .harness import Row
 
 # Heading and attribute, in the order of the table; a column that no row fills is left out.
 COLUMNS = (
@@ -43,7 +43,8 @@ def print_environment(facts: Mapping[str, Any]) -> None:
     print(f"commit {facts['commit'] or 'unknown'}{dirty}, {versions}, {facts['time']}")
     if "gpu" in facts:
         print(f"{facts['gpu']}, driver {facts['driver'] or 'unknown'}, CUDA {facts['cuda']}")
-    print(f"{facts['cpu']}, {facts['core_module']}, load average {facts['load_average']}")
+    clock = f" at {facts['cpu_mhz']:.0f} MHz" if facts.get("cpu_mhz") else ""
+    print(f"{facts['cpu']}{clock}, {facts['core_module']}, load average {facts['load_average']}")
     print(f"{facts['threads']} threads\n")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from torch import Tensor
 
@@ -141,6 +142,9 @@ class Scheduler:
         self._drawn = drawn
         self.preemptions = 0
         self._half_started: list[Job] = []
+        # Both are asked for many times between two changes, for every job among many rows.
+        self._queued = sum(len(job.samples) for job in jobs)
+        self._growth_of_rows: int | None = None
         self._admissions = 0
         self._finished = 0
         self._finished_tokens = 0
@@ -167,7 +171,7 @@ class Scheduler:
     @property
     def waiting_samples(self) -> int:
         """Samples that have not started, or wait to start again."""
-        return sum(len(job.samples) for job in (*self.waiting, *self._half_started))
+        return self._queued + sum(len(job.samples) for job in self._half_started)
 
     @property
     def typical_length(self) -> float | None:
@@ -202,6 +206,7 @@ class Scheduler:
                 self.allocator.release(job.handle)
                 break
             self.waiting.popleft()
+            self._queued -= len(job.samples)
             admitted.append(job)
             budget -= cost
             free -= len(job.samples)
@@ -221,14 +226,14 @@ class Scheduler:
                 self._pages(len(job.tokens) + 1),
             )
             - shared
-            for s in list(job.samples)[:samples]
+            for s in islice(job.samples, samples)
         ]
 
     def _affordable(self, job: Job) -> int:
-        """Samples of a prefilled job that can start: one at least if nobody runs."""
+        """Samples of a prefilled job that can start in free rows: one at least if nobody runs."""
         budget = self.allocator.free_pages - self._expected_growth()
         count = 0
-        for pages in self._growth(job, len(job.samples)):
+        for pages in self._growth(job, self.max_rows - len(self.rows)):
             if pages > budget:
                 break
             budget -= pages
@@ -237,8 +242,13 @@ class Scheduler:
 
     def _expected_growth(self) -> int:
         """Pages that running samples are expected to take beyond what they hold."""
+        if self._growth_of_rows is None:
+            self._growth_of_rows = self._growth_among(self.rows)
+        return self._growth_of_rows
+
+    def _growth_among(self, rows: Sequence[Row]) -> int:
         total, typical = 0, self.typical_length
-        for row in self.rows:
+        for row in rows:
             final = len(row.prompt) + _expected(row.sample, typical)
             total += max(0, self._pages(final) - self._pages(row.context))
         return total
@@ -264,6 +274,8 @@ class Scheduler:
             self._admissions += 1
             started.append(Row(sample, prompt, handle, len(job.tokens), job.step, self._admissions))
         self.rows += started
+        if self._growth_of_rows is not None:
+            self._growth_of_rows += self._growth_among(started)
         return started
 
     @property
@@ -313,14 +325,19 @@ class Scheduler:
         if self._half_started:
             job = self._half_started.pop()
             self.allocator.release(job.handle)
-            self.waiting.appendleft(job)
+            self._queue_again(job)
             return []
         victim = max(self.rows, key=lambda row: row.admitted)
         self.rows.remove(victim)
         self.allocator.release(victim.handle)
         tokens = victim.prompt + self._drawn(victim.sample, victim.step)
-        self.waiting.appendleft(Job(tokens, deque([victim.sample]), victim.step))
+        self._queue_again(Job(tokens, deque([victim.sample]), victim.step))
+        self._growth_of_rows = None
         return [id(victim)]
+
+    def _queue_again(self, job: Job) -> None:
+        self.waiting.appendleft(job)
+        self._queued += len(job.samples)
 
     def advance(self, live: Sequence[bool], steps: Sequence[int]) -> list[int]:
         """After a burst: take over what was drawn, release what ended.
@@ -332,6 +349,7 @@ class Scheduler:
         Returns:
             Rows that ended, as indices into the rows before the call.
         """
+        self._growth_of_rows = None
         ended = []
         for index, (row, goes_on, step) in enumerate(zip(self.rows, live, steps, strict=True)):
             row.step = step

@@ -8,8 +8,8 @@ marker carries a `<title>` with its exact numbers, which browsers show on hover.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from rlhf_fast.report.html import escape
 
@@ -17,6 +17,7 @@ WIDTH, HEIGHT = 560.0, 340.0
 # Small charts stand three in a row: fewer units across keep their letters as large on screen.
 SMALL_WIDTH, SMALL_HEIGHT = 380.0, 240.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 16.0, 12.0, 46.0
+_NAME_LETTERS = 26  # that fit before a bar
 # More marks than this are invisible at this width and make the page slow.
 MAX_POINTS = 300
 
@@ -46,10 +47,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis: its label, and how a tick value is written (the value itself if not given)."""
+    """An axis: its label, and how a tick value is written (the value itself if not given).
+
+    A logarithmic one shows positive values only.
+    """
 
     label: str
     tick_text: Callable[[float], str] | None = None
+    log: bool = False
 
 
 def line_chart(
@@ -59,6 +64,7 @@ def line_chart(
 
     Series without a single finite point are left out; a chart without any says so.
     """
+    series = [_positive(line, x.log, y.log) for line in series]
     series = [_thinned(line) for line in series if any(map(_finite, line.points))]
     if not series:
         return _figure(title, "", '<p class="quiet">no data</p>')
@@ -68,12 +74,12 @@ def line_chart(
         for line in series
         for (px, py), error in zip(line.points, line.errors, strict=False)
         for side in (-1, 1)
-        if _finite((px, py + side * error))
+        if _finite((px, py + side * error)) and (py + side * error > 0.0 or not y.log)
     ]
     size = (SMALL_WIDTH, SMALL_HEIGHT) if small else (WIDTH, HEIGHT)
-    frame = _Frame.around(points + bars, *size)
+    frame = _Frame.around(points + bars, *size, x.log, y.log)
     # A small chart shows one metric, which its title names: a label beside it would say the same.
-    body = [_axes(frame, x, Axis("", y.tick_text) if small else y)]
+    body = [_axes(frame, x, Axis("", y.tick_text, y.log) if small else y)]
     body += [_line(frame, line) for line in series]
     description = escape(f"{title}: {y.label} against {x.label}")
     box = f"0 0 {frame.width:g} {frame.height:g}"
@@ -85,29 +91,97 @@ def line_chart(
 def bar_chart(title: str, seconds: Sequence[tuple[str, float]]) -> str:
     """Draw one horizontal bar per (name, seconds), longest scale to fit, with shares of the sum."""
     rows = [(name, value) for name, value in seconds if math.isfinite(value) and value > 0.0]
-    if not rows:
+    total = sum(value for _, value in rows)
+    return bars_figure(
+        title,
+        [
+            (
+                name,
+                [Part(name, value, index % 6 + 1)],
+                f"{seconds_text(value)}, {value / total:.0%}",
+            )
+            for index, (name, value) in enumerate(rows)
+        ],
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a bar: what it stands for, its length, its colour in the page's palette."""
+
+    name: str
+    value: float
+    colour: int
+
+
+Bar = tuple[str, Sequence[Part], str]
+
+
+def stacked_chart(
+    title: str, bars: Sequence[tuple[str, Mapping[str, float]]], text: Callable[[float], str]
+) -> str:
+    """Draw one horizontal bar per (name, part -> length), with its sum; equal parts, one colour.
+
+    Args:
+        title: caption.
+        bars: from top to bottom; parts that are not positive numbers are left out.
+        text: writes a length.
+    """
+    names = list(dict.fromkeys(part for _, parts in bars for part in parts))
+    rows: list[Bar] = []
+    for name, parts in bars:
+        kept = {p: v for p, v in parts.items() if math.isfinite(v) and v > 0.0}
+        drawn = [Part(p, v, names.index(p) % 6 + 1) for p, v in kept.items()]
+        if drawn:
+            rows.append((name, drawn, text(sum(kept.values()))))
+    legend = _legend([Series(part, (), index % 6 + 1) for index, part in enumerate(names)])
+    return bars_figure(title, rows, legend, text)
+
+
+def bars_figure(
+    title: str,
+    bars: Sequence[Bar],
+    legend: str = "",
+    text: Callable[[float], str] | None = None,
+) -> str:
+    """A figure of horizontal bars: (name, its parts, what stands behind it).
+
+    Names stand before their bars, or above them if one is too long for that.
+    """
+    if not bars:
         return _figure(title, "", '<p class="quiet">no data</p>')
-    total, longest = sum(value for _, value in rows), max(value for _, value in rows)
-    step, room = 30.0, WIDTH - 330.0
+    longest = max(sum(part.value for part in parts) for _, parts, _ in bars)
+    above = any(len(name) > _NAME_LETTERS for name, _, _ in bars)
+    step, start, room = (48.0, 4.0, WIDTH - 180.0) if above else (30.0, 174.0, WIDTH - 330.0)
     body = []
-    for index, (name, value) in enumerate(rows):
-        top = index * step
-        width = max(room * value / longest, 1.0)
+    for index, (name, parts, behind) in enumerate(bars):
+        top, left = index * step, start
+        if above:
+            body.append(f'<text x="4" y="{top + 16:g}" class="tick">{escape(name[:90])}</text>')
+            top += step - 30.0
+        else:
+            body.append(
+                f'<text x="164" y="{top + 19:g}" class="tick" text-anchor="end">'
+                f"{escape(name)}</text>"
+            )
+        for part in parts:
+            width = max(room * part.value / longest, 1.0)
+            value = "" if text is None else f": {text(part.value)}"
+            body.append(
+                f'<rect x="{left:.1f}" y="{top + 6:g}" width="{width:.1f}" height="18" rx="3" '
+                f'class="fill c{part.colour}"><title>{escape(part.name + value)}</title></rect>'
+            )
+            left += width
         body.append(
-            f'<text x="164" y="{top + 19:g}" class="tick" text-anchor="end">'
-            f"{escape(name[:26])}</text>"
-            f'<rect x="174" y="{top + 6:g}" width="{width:.1f}" height="18" rx="3" '
-            f'class="fill c{index % 6 + 1}"/>'
-            f'<text x="{174 + width + 8:.1f}" y="{top + 19:g}" class="tick">'
-            f"{seconds_text(value)}, {value / total:.0%}</text>"
+            f'<text x="{left + 8:.1f}" y="{top + 19:g}" class="tick">{escape(behind)}</text>'
         )
-    height = len(rows) * step + 4
+    height = len(bars) * step + 4
     svg = (
         f'<svg viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{escape(title)}">'
         + "".join(body)
         + "</svg>"
     )
-    return _figure(title, "", svg)
+    return _figure(title, legend, svg)
 
 
 def seconds_text(value: float) -> str:
@@ -139,6 +213,17 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """Round numbers from 10**low to 10**high: powers of ten, with 2 and 5 times them if few."""
+    for factors, every in (((1, 2, 5), 1), ((1,), 1), ((1,), 2), ((1,), 3)):
+        powers = range(math.floor(low), math.floor(high) + 1)
+        found = [f * 10.0**p for p in powers if p % every == 0 for f in factors]
+        found = [v for v in found if low - 1e-9 <= math.log10(v) <= high + 1e-9]
+        if len(found) <= count + 1:
+            break
+    return found
+
+
 def number_text(value: float) -> str:
     """A number in at most about six characters, without a needless exponent."""
     if value == 0.0 or not math.isfinite(value):
@@ -152,26 +237,39 @@ def number_text(value: float) -> str:
 class _Frame:
     """The data rectangle and its map to picture coordinates."""
 
-    x_low: float
+    x_low: float  # of a logarithmic axis the logarithm to base 10
     x_high: float
     y_low: float
     y_high: float
     width: float
     height: float
+    x_log: bool
+    y_log: bool
 
     @classmethod
-    def around(cls, points: Sequence[tuple[float, float]], width: float, height: float) -> _Frame:
-        x_low, x_high = _padded([x for x, _ in points], 0.02)
-        y_low, y_high = _padded([y for _, y in points], 0.06)
-        return cls(x_low, x_high, y_low, y_high, width, height)
+    def around(
+        cls,
+        points: Sequence[tuple[float, float]],
+        width: float,
+        height: float,
+        x_log: bool = False,
+        y_log: bool = False,
+    ) -> _Frame:
+        x_low, x_high = _padded([_scaled(x, x_log) for x, _ in points], 0.02)
+        y_low, y_high = _padded([_scaled(y, y_log) for _, y in points], 0.06)
+        return cls(x_low, x_high, y_low, y_high, width, height, x_log, y_log)
 
     def x(self, value: float) -> float:
-        part = (value - self.x_low) / (self.x_high - self.x_low)
+        part = (_scaled(value, self.x_log) - self.x_low) / (self.x_high - self.x_low)
         return _LEFT + part * (self.width - _LEFT - _RIGHT)
 
     def y(self, value: float) -> float:
-        part = (value - self.y_low) / (self.y_high - self.y_low)
+        part = (_scaled(value, self.y_log) - self.y_low) / (self.y_high - self.y_low)
         return self.height - _BOTTOM - part * (self.height - _TOP - _BOTTOM)
+
+
+def _scaled(value: float, log: bool) -> float:
+    return math.log10(value) if log else value
 
 
 def _padded(values: Sequence[float], margin: float) -> tuple[float, float]:
@@ -186,7 +284,8 @@ def _padded(values: Sequence[float], margin: float) -> tuple[float, float]:
 def _axes(frame: _Frame, x: Axis, y: Axis) -> str:
     bottom, right = frame.height - _BOTTOM, frame.width - _RIGHT
     parts = []
-    for value in ticks(frame.y_low, frame.y_high, 4 if frame.height < HEIGHT else 6):
+    count = 4 if frame.height < HEIGHT else 6
+    for value in (log_ticks if frame.y_log else ticks)(frame.y_low, frame.y_high, count):
         at = frame.y(value)
         text = (y.tick_text or number_text)(value)
         parts.append(
@@ -194,7 +293,8 @@ def _axes(frame: _Frame, x: Axis, y: Axis) -> str:
             f'<text x="{_LEFT - 8:g}" y="{at + 4:.1f}" class="tick" text-anchor="end">'
             f"{escape(text)}</text>"
         )
-    for value in ticks(frame.x_low, frame.x_high, 5 if frame.width < WIDTH else 7):
+    count = 5 if frame.width < WIDTH else 7
+    for value in (log_ticks if frame.x_log else ticks)(frame.x_low, frame.x_high, count):
         at = frame.x(value)
         text = (x.tick_text or number_text)(value)
         parts.append(
@@ -258,6 +358,21 @@ def _runs(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float
     return [run for run in runs if len(run) > 1]
 
 
+def _positive(line: Series, x_log: bool, y_log: bool) -> Series:
+    """Without the points and the error bars that a logarithmic axis cannot show."""
+    if not (x_log or y_log):
+        return line
+    points = [
+        (px, py) if (px > 0.0 or not x_log) and (py > 0.0 or not y_log) else (math.nan, math.nan)
+        for px, py in line.points
+    ]
+    errors = [
+        0.0 if y_log and error >= py else error
+        for (_, py), error in zip(line.points, line.errors, strict=False)
+    ]
+    return replace(line, points=points, errors=errors)
+
+
 def _thinned(line: Series) -> Series:
     """Average neighbours where there are more points than the picture can show."""
     if len(line.points) <= MAX_POINTS:
@@ -276,6 +391,7 @@ def _legend(series: Sequence[Series]) -> str:
         f'<span class="key c{line.colour}{" dashed" if line.dashed else ""}">'
         f"{escape(line.name)}</span>"
         for line in series
+        if line.name
     )
     return f'<div class="legend">{entries}</div>'
 

@@ -17,21 +17,19 @@ from bench.engine import bench_generate, peers
 def test_the_smallest_preset_runs_and_writes_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny = bench_generate.Shape(50, 16, 24, 1, 2, 1)
-    monkeypatch.setitem(bench_generate.SHAPES, "tiny", tiny)
     monkeypatch.setattr(bench_generate, "calibrate", lambda _: RATES)
     monkeypatch.setattr("bench.engine.peers.installed", lambda peer: peer != "vllm")
     path = tmp_path / "out.json"
     arguments = ["--shapes", "tiny", "--batches", "2", "--prompt", "3", "--new-tokens", "4"]
     arguments += ["--longest", "8", "--rounds", "1", "--threads", "1", "--json", str(path)]
-    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
-    bench_generate.main()
+    assert bench_generate.main(arguments) == 0
     rows = json.loads(path.read_text())["rows"]
     assert [(r["batch"], r["lengths"]) for r in rows] == [(2, "uniform"), (2, "long-tailed")]
     for row in rows:
         peers = {"generate", "generate_batch", "continuous_batching"}
         assert set(row["tokens_per_second"]) == {"engine", *peers}
         assert all(row["times_faster"][peer] > 0 for peer in peers)
+        assert all(len(times) == 1 for times in row["seconds"].values())
     assert "long-tailed" in capsys.readouterr().out
 
 

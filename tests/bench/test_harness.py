@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -366,6 +368,33 @@ def test_a_commit_can_be_named_where_there_is_no_history(monkeypatch: pytest.Mon
     monkeypatch.setattr(environment, "_output", lambda *command: "")
     monkeypatch.setenv(environment.COMMIT_VARIABLE, "abc123")
     assert environment.environment(1)["commit"] == "abc123"
+
+
+def test_the_commit_of_a_repository_around_an_installation_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "site-packages" / "rlhf_fast_bench" / "kernels"
+    cloned = tmp_path / "bench" / "kernels"
+    for folder in (installed, cloned):
+        folder.mkdir(parents=True)
+    who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    for command in (("init", "-q"), (*who, "commit", "-q", "--allow-empty", "-m", "first")):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.delenv(environment.COMMIT_VARIABLE, raising=False)
+    monkeypatch.setattr(environment, "HERE", installed)
+    assert environment.environment(1)["commit"] == ""
+    monkeypatch.setattr(environment, "HERE", cloned)
+    assert len(environment.environment(1)["commit"]) == 12
+
+
+def test_an_installation_from_a_repository_has_the_commit_that_pip_noted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    noted = {"url": "https://a.b/c", "vcs_info": {"vcs": "git", "commit_id": "0123456789abcdef"}}
+    found = SimpleNamespace(version="1", read_text=lambda name: json.dumps(noted))
+    monkeypatch.setattr(environment.importlib.metadata, "distribution", lambda name: found)
+    monkeypatch.setattr(environment, "_git", lambda *arguments: "")
+    assert environment.environment(1)["commit"] == "0123456789ab"
 
 
 def test_columns_that_nothing_fills_are_left_out(

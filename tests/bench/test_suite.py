@@ -1,4 +1,4 @@
-"""The suite and the GPU check: nothing that fails or hangs takes the rest along."""
+"""The suite of the ops: nothing that fails or hangs takes the rest along."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.kernels import gpu_check, limited, suite
+from bench.kernels import limited, suite
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +34,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of bench scripts in the place of bench/kernels."""
     found = tmp_path / "work" / "bench" / "kernels"
     found.mkdir(parents=True)
+    for package in (found, found.parent):
+        (package / "__init__.py").write_text("", encoding="utf-8")
     for op, text in SCRIPTS.items():
         (found / f"bench_{op}.py").write_text(text, encoding="utf-8")
     monkeypatch.setattr(limited, "ROOT", tmp_path / "work")
@@ -108,49 +110,6 @@ def test_every_script_can_be_run_by_the_suite(path: Path) -> None:
     functions = {x.name: x for x in ast.parse(text).body if isinstance(x, ast.FunctionDef)}
     assert "harness.parser(" in text, "the options of the suite are those of harness.parser"
     assert len(functions["main"].args.args) == 1
-
-
-# ---- the check of a GPU --------------------------------------------------------------------------
-
-
-def test_steps_of_the_gpu_check_do_not_depend_on_each_other(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def python(text: str) -> tuple[str, ...]:
-        return (sys.executable, "-c", text)
-
-    steps = [
-        gpu_check.Step("absent", ("/no/such/program",), 5),
-        gpu_check.Step("failing", python("print('why'); raise SystemExit(7)"), 10),
-        gpu_check.Step("hanging", python("import time; time.sleep(60)"), 1),
-        gpu_check.Step("good", python("import os; print(os.environ['X'])"), 10, 0, {"X": "seen"}),
-    ]
-    ended = gpu_check.run_steps(steps, tmp_path, total=40)
-    assert [one.exit_code for one in ended] == [127, 7, None, 0]
-    assert "why" in (tmp_path / "failing.log").read_text(encoding="utf-8")
-    assert "seen" in (tmp_path / "good.log").read_text(encoding="utf-8")
-    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
-    assert [step["name"] for step in summary["steps"]] == [step.name for step in steps]
-    assert "STOPPED" in capsys.readouterr().out
-
-
-def test_a_step_leaves_the_time_that_later_ones_need(tmp_path: Path) -> None:
-    sleep = (sys.executable, "-c", "import time; time.sleep(60)")
-    steps = [
-        gpu_check.Step("greedy", sleep, 50),
-        gpu_check.Step("next", (sys.executable, "-c", "pass"), 50, 8),
-    ]
-    greedy, following = gpu_check.run_steps(steps, tmp_path, total=10)
-    assert greedy.limit == pytest.approx(2, abs=0.1)
-    assert greedy.exit_code is None
-    assert following.exit_code == 0
-
-
-def test_the_gpu_check_fits_its_total() -> None:
-    steps = gpu_check.steps(Path("/out"), "90")
-    assert [step.name for step in steps] == ["facts", "build", "check", "tests", "bench"]
-    assert sum(step.least for step in steps) < gpu_check.TOTAL < 600 - limited.GRACE
-    assert steps[1].environment["RLHF_FAST_CUDA_ARCHS"] == "90"
 
 
 def test_kernels_are_compiled_and_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:

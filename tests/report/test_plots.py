@@ -18,8 +18,10 @@ from rlhf_fast.report.plots import (
     Series,
     bar_chart,
     line_chart,
+    log_ticks,
     number_text,
     seconds_text,
+    stacked_chart,
     ticks,
 )
 
@@ -121,6 +123,51 @@ def test_bars_are_proportional_and_carry_shares() -> None:
     assert "75%" in text
     assert "none" not in text
     assert "no data" in bar_chart("t", [])
+
+
+def test_stacked_bars_share_a_scale_and_a_part_keeps_its_colour() -> None:
+    bars = [("one", {"a": 1.0, "b": 3.0}), ("two", {"b": 2.0, "bad": math.nan}), ("none", {})]
+    figure = parse(stacked_chart("t", bars, lambda v: f"{v:g} MiB"))
+    rects = list(figure.iter("rect"))
+    widths = [float(e.attrib["width"]) for e in rects]
+    assert widths[1] == pytest.approx(3 * widths[0], rel=0.01)
+    assert widths[2] == pytest.approx(2 * widths[0], rel=0.01)
+    assert float(rects[1].attrib["x"]) == pytest.approx(174 + widths[0], abs=0.11)
+    assert float(rects[2].attrib["x"]) == 174
+    assert rects[1].attrib["class"] == rects[2].attrib["class"] != rects[0].attrib["class"]
+    assert [e.text for e in figure.iter("title")] == ["a: 1 MiB", "b: 3 MiB", "b: 2 MiB"]
+    labels = [e.text for e in figure.iter("text")]
+    assert "4 MiB" in labels
+    assert "none" not in labels
+
+
+def test_long_names_stand_above_their_bars_in_full() -> None:
+    name = "[1024, 256] x [32000, 256] fp32 forward + backward"
+    figure = parse(stacked_chart("t", [(name, {"a": 1.0}), ("b", {"a": 2.0})], str))
+    (first, _), (rect, _) = list(figure.iter("text"))[::2], list(figure.iter("rect"))
+    assert first.text == name
+    assert float(first.attrib["y"]) < float(rect.attrib["y"])
+    assert float(rect.attrib["x"]) == 4
+
+
+def test_logarithmic_axes_give_equal_room_to_equal_ratios() -> None:
+    points = [(1.0, 1e-3), (10.0, 1e-1), (100.0, 10.0), (0.0, 1.0), (5.0, -1.0)]
+    line = Series("", points, markers=True, errors=[0.5, 0.05, 0.0, 0.0, 0.0])
+    figure = parse(line_chart("t", [line], Axis("x", log=True), Axis("y", log=True)))
+    dots = [(float(e.attrib["cx"]), float(e.attrib["cy"])) for e in figure.iter("circle")]
+    assert len(dots) == 3
+    assert dots[1][0] - dots[0][0] == pytest.approx(dots[2][0] - dots[1][0], abs=0.2)
+    assert dots[0][1] - dots[1][1] == pytest.approx(dots[1][1] - dots[2][1], abs=0.2)
+    assert len([e for e in figure.iter("line") if "thin" in e.attrib["class"]]) == 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.0, 2.0, [1, 2, 5, 10, 20, 50, 100]), (-3.0, 3.0, [1e-3, 1e-2, 0.1, 1, 10, 100, 1000])],
+)
+def test_ticks_of_a_logarithmic_axis(low: float, high: float, expected: list[float]) -> None:
+    assert log_ticks(low, high) == pytest.approx(expected)
+    assert 2 <= len(log_ticks(-9.0, 9.0)) <= 7
 
 
 @given(low=st.floats(-1e6, 1e6), width=st.floats(1e-3, 1e6))

@@ -1,38 +1,20 @@
-"""All that the engine has to show on a GPU, in pieces of a few minutes, the most important first.
+"""The engine in `bench.gpu_suite`: the switch between modes, decoding, memory of a rollout.
 
-    python -m bench.engine.gpu_suite OUT [--only ops,graphs ...] [--budget 570] [--again]
-    python -m bench.engine.gpu_suite OUT --tiny          every piece at its smallest, on a CPU
-
-    ops                 every kernel against its reference on the device
-    paths               fused forward against the modules and teacher forcing: fp32, bf16, LoRA
-    graphs              replayed steps against the same steps run as they are, bit for bit
-    attention           each installed backend against `paged_attention`: error and time
-    switch              from training to generation: the check of addresses, the bf16 copy
-    decode-SHAPE-BATCH  tokens per second beside generate, generate_batch and vLLM, and roofline
-    memory-lora         bytes of a trunk with four roles, at rest and at the peak of a rollout
-
-A piece writes OUT/<piece>.json with what it was measured on; one that has its file is skipped, so
-the command goes on where it was cut off. No piece is started that the budget leaves no time for.
-Returns 0 if all checks passed.
+What must hold on a device before its speed means much is in `gpu_checks`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.engine import bench_generate, gpu_checks
-from bench.kernels.environment import environment
-from bench.kernels.probes import bandwidth_probe, calibrate
 from rlhf_fast.engine.compute_weights import ComputeWeights
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.requests import Request
@@ -42,8 +24,10 @@ from rlhf_fast.models.adapters import SharedTrunk
 from rlhf_fast.models.forward import set_compute_dtype
 from rlhf_fast.types import SamplingParams
 
+from ..kernels.probes import bandwidth_probe, calibrate
+from . import bench_generate, gpu_checks
+
 PEERS = ("generate", "generate_batch", "vllm")
-TINY = bench_generate.Shape(64, 32, 48, 2, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -175,64 +159,10 @@ def pieces(setup: Setup) -> dict[str, Callable[[], dict[str, Any]]]:
         "attention": partial(gpu_checks.attention, setup.device, tiny=setup.tiny),
         "switch": partial(switch, setup),
     }
-    batches = (2,) if setup.tiny else (64, 1, 256)
-    for batch in batches:
+    for batch in (64, 1, 256):
         for shape in ("1b", "8b"):
-            found[f"decode-{shape}-{batch}"] = partial(decode, setup, shape, batch)
+            found[f"decode-{shape}-{batch}"] = partial(
+                decode, setup, shape, min(batch, 2) if setup.tiny else batch
+            )
     found["memory-lora"] = partial(memory_lora, setup)
     return found
-
-
-def run_piece(name: str, piece: Callable[[], dict[str, Any]], setup: Setup, out: Path) -> bool:
-    """Run a piece and write its file; returns whether its checks passed."""
-    start = time.perf_counter()
-    try:
-        result = piece()
-    except Exception as error:
-        result = {"passed": False, "error": f"{type(error).__name__}: {error}"}
-    if setup.device.type == "cuda":
-        torch.cuda.empty_cache()
-    record = {
-        "environment": environment(torch.get_num_threads(), setup.device),
-        "piece": name,
-        "tiny": setup.tiny,
-        "seconds": time.perf_counter() - start,
-        "result": result,
-    }
-    path = out / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    verdict = "passed" if result["passed"] else f"FAILED {result.get('error', '')}"
-    print(f"{name:24}{record['seconds']:8.1f} s  {verdict}", flush=True)
-    return bool(result["passed"])
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--only", type=lambda text: text.split(","), default=[])
-    parser.add_argument("--budget", type=float, default=570.0, help="seconds of this command")
-    parser.add_argument("--again", action="store_true", help="also pieces that have their file")
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args(arguments)
-    setup = Setup(torch.device("cpu" if options.tiny else "cuda"), options.tiny)
-    bench_generate.SHAPES.setdefault("tiny", TINY)
-    options.out.mkdir(parents=True, exist_ok=True)
-    known, start, passed, left = pieces(setup), time.perf_counter(), True, []
-    unknown = [name for name in options.only if name not in known]
-    if unknown:
-        parser.error(f"no piece {', '.join(unknown)}; there are {', '.join(known)}")
-    for name in options.only or known:
-        if (options.out / f"{name}.json").exists() and not options.again:
-            continue
-        if time.perf_counter() - start > options.budget:
-            left.append(name)
-            continue
-        passed &= run_piece(name, known[name], setup, options.out)
-    if left:
-        print(f"left for the next run: {', '.join(left)}")
-    return 0 if passed else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
