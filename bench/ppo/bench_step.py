@@ -1,7 +1,8 @@
 """A whole PPO step beside TRL 1.12.0's, the last TRL that has PPO: seconds by phase, memory, trend.
 
     python -m bench.ppo.bench_step [--preset cpu|tiny] [--lengths fixed,long-tailed] [--rounds 7]
-        [--steps 3] [--trl-python /path/to/python] [--profile] [--json results.json]
+        [--steps 3] [--microbatch-tokens N] [--trl-python /path/to/python] [--profile]
+        [--json results.json]
 
 Both sides have the same four models, prompts, response lengths, minibatches and hyper-parameters
 (`bench.ppo.case`), each in a process of its own, and take turns: a round is `--steps` steps of
@@ -144,8 +145,10 @@ def row_of(
 def _mean(values: Any) -> dict[str, float]:
     """Mean and its standard error."""
     found = list(values)
-    spread = statistics.stdev(found) if len(found) > 1 else math.inf
-    return {"mean": statistics.mean(found), "error": spread / math.sqrt(len(found))}
+    mean = sum(found) / len(found)  # NaN stays NaN, which `statistics` refuses
+    squares = sum((x - mean) ** 2 for x in found)
+    spread = math.sqrt(squares / (len(found) - 1)) if len(found) > 1 else math.inf
+    return {"mean": mean, "error": spread / math.sqrt(len(found))}
 
 
 def disagreements(
@@ -156,7 +159,7 @@ def disagreements(
     for key in GATED:
         pairs = [(a[key], b[key]) for a, b in zip(ours, theirs, strict=True)]
         apart = _mean(a - b for a, b in pairs)
-        limit = 4 * apart["error"] + abs(statistics.mean(b for _, b in pairs)) / 20
+        limit = 4 * apart["error"] + abs(_mean(b for _, b in pairs)["mean"]) / 20
         if not abs(apart["mean"]) <= limit:
             found.append(f"{key} differs by {apart['mean']:.4g}, limit {limit:.2g}")
     return found
@@ -230,6 +233,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
     parser.add_argument("--warmups", type=int, default=2, help="steps that are not timed")
     parser.add_argument("--threads", type=int, default=2, help="of torch, each side")
+    parser.add_argument(
+        "--microbatch-tokens", type=int, help="of ours, of one forward; default: the preset's"
+    )
     parser.add_argument("--trl-python", default="", help="interpreter that has trl; default: this")
     parser.add_argument("--profile", action="store_true", help="also where our step's time goes")
     parser.add_argument("--json", type=Path, help="write the report to this file")
@@ -251,6 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = []
     for kind in options.lengths:
         case = replace(PRESETS[options.preset], lengths=kind, threads=options.threads)
+        if options.microbatch_tokens:
+            case = replace(case, microbatch_tokens=options.microbatch_tokens)
         cases.append(measure(case, options))
         print_case(cases[-1])
         if options.profile:
