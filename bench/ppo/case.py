@@ -53,7 +53,7 @@ class Case:
     threads: int = 2
     anchor: str = "recompute"
     side_by_side: int = 0
-    microbatch_tokens: int = 1024
+    microbatch_tokens: int = 768
 
     @property
     def most(self) -> int:
