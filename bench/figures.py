@@ -86,6 +86,8 @@ def figures_of(report: Json) -> list[Figure]:
         found += trainers(case)
     for mode in report.get("modes", []):
         found += held(mode)
+    for algorithm in report.get("algorithms", []):
+        found += learning(algorithm)
     return [figure for figure in found if math.isfinite(figure.value)]
 
 
@@ -110,6 +112,17 @@ def held(mode: Json) -> Iterator[Figure]:
         if phase in mode["resident_peak"]:
             peak, plan = (mode[key][phase] / MIB for key in ("resident_peak", "predicted_peak"))
             yield Figure(case, "peak of the process", peak, "MiB", note=f"predicted {plan:.4g} MiB")
+
+
+def learning(found: Json) -> Iterator[Figure]:
+    """An algorithm of `ppo.bench_learning`: what each side had learnt at equal tokens, and when."""
+    for side, row in found["rows"].items():
+        case, ours = f"{found['algorithm']}, {side}", side == "ours"
+        mean, half = row["reward"], row["reward_interval"]
+        note = f"{row['first_reward']:.3f} at the start"
+        low, high = (mean - half, mean + half) if math.isfinite(half) else (None, None)
+        yield Figure(case, "reward", mean, "", low, high, ours, True, note)
+        yield Figure(case, "seconds to the worse side's reward", row["seconds_to_worse"], "s")
 
 
 def kernel(row: Json) -> Iterator[Figure]:

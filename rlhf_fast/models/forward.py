@@ -144,7 +144,7 @@ def packed_hidden(module: nn.Module, sequences: PackedSequences) -> Tensor:
                 use_cache=False,
                 packed_layout=layout,
             )
-    hidden: Tensor = output.last_hidden_state[0]
+    hidden: Tensor = output.last_hidden_state.squeeze(0)
     return hidden
 
 

@@ -95,8 +95,8 @@ def _attention(
     if cache is not None or kwargs.get("past_key_values") is not None:
         raise ValueError(f"{type(module).__name__}: packed attention has no cache")
     rows, cos, sin = hidden_states, position_embeddings[0][0], position_embeddings[1][0]
-    q, k, v = (
-        project(rows)[0].unflatten(-1, (-1, module.head_dim))
+    q, k, v = (  # squeeze and not [0]: the backward of an index copies into zeros
+        project(rows).squeeze(0).unflatten(-1, (-1, module.head_dim))
         for project in (module.q_proj, module.k_proj, module.v_proj)
     )
     if hasattr(module, "q_norm"):

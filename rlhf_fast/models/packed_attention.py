@@ -165,7 +165,7 @@ def packed_attention_forward(
     if kernel is None and unsupported(query) is None:
         kernel = _our_kernel
     if kernel is not None:
-        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+        q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
         return kernel(q, k, v, packed_layout, scaling, window)[None], None
     out = _sdpa_groups(query, key, value, packed_layout, scaling, window)
     return out[None], None
@@ -205,7 +205,7 @@ def _sdpa_groups(
 
 def _pad(tensor: Tensor, group: SegmentGroup) -> Tensor:
     """[1, heads, N, head dim] -> [k, heads, width, head dim]."""
-    tokens = tensor[0].transpose(0, 1)
+    tokens = tensor.squeeze(0).transpose(0, 1)
     if group.gather is not None:
         tokens = tokens.index_select(0, group.gather)
     return tokens.unflatten(0, (group.count, group.width)).transpose(1, 2)

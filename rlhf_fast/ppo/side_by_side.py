@@ -35,8 +35,9 @@ class SideBySide:
         """The results of all calls, in their order.
 
         The calling thread takes part; grad mode and context variables are the caller's everywhere.
-        The bits of a result depend on the number
-        of threads that its call gets, as those of any product of PyTorch, and on nothing else.
+        What would leave half of the threads idle in the last round runs by itself, on all of them:
+        of three equal calls on two threads, the last. The bits of a result depend on the number of
+        threads that its call gets, as those of any product of PyTorch, and on nothing else.
 
         Args:
             calls: independent of each other.
@@ -49,6 +50,13 @@ class SideBySide:
         workers = min(len(calls), self._most or threads)
         if not self._independent or device.type != "cpu" or workers < 2:
             return [call() for call in calls]
+        left = len(calls) % workers
+        alone = left if 2 * left <= workers and threads >= workers else 0
+        together = self._together(calls[: len(calls) - alone], workers, threads)
+        return together + [call() for call in calls[len(calls) - alone :]]
+
+    def _together(self, calls: Sequence[Callable[[], T]], workers: int, threads: int) -> list[T]:
+        """The results of calls that several workers take in turns."""
         share, grad = max(1, threads // workers), torch.is_grad_enabled()
         todo = deque(enumerate(calls))
         done: dict[int, T] = {}

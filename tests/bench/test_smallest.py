@@ -20,12 +20,12 @@ from rlhf_fast import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESENT = [bench for bench in BENCHES if bench.present]
-# The first is in test_distributed.py, the second below.
-BY_TORCHRUN = {"distributed_step", "vocab_parallel"}
+# The first is in test_distributed.py, the second below, the others in test_ppo.py.
+ELSEWHERE = {"distributed_step", "vocab_parallel", "step", "memory", "learning"}
 HERE = [
     pytest.param(bench, id=bench.name, marks=[pytest.mark.slow] * (bench.name == "complexity"))
     for bench in PRESENT
-    if bench.name not in BY_TORCHRUN
+    if bench.name not in ELSEWHERE
 ]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 

@@ -69,6 +69,32 @@ def test_threads_are_shared_and_given_back():
     assert torch.get_num_threads() == 5
 
 
+@pytest.mark.parametrize(
+    ("threads", "most", "calls", "shares"),
+    [
+        (2, 0, 3, [1, 1, 2]),
+        (2, 0, 4, [1, 1, 1, 1]),
+        (4, 0, 6, [1, 1, 1, 1, 4, 4]),
+        (4, 0, 7, [1] * 7),  # three of four threads are busy: by themselves they would take longer
+        (1, 2, 3, [1, 1, 1]),  # more workers than threads: nobody is idle
+    ],
+)
+def test_what_would_leave_threads_idle_gets_all_of_them(threads, most, calls, shares):
+    torch.set_num_threads(threads)
+    assert SideBySide(True, most).run([torch.get_num_threads] * calls, CPU) == shares
+
+
+def test_an_error_of_the_first_keeps_the_last_from_running():
+    seen = []
+
+    def fails():
+        raise ValueError("of the first")
+
+    with pytest.raises(ValueError, match="of the first"):
+        SideBySide(independent=True).run([fails, lambda: None, lambda: seen.append(1)], CPU)
+    assert seen == []
+
+
 def test_grad_mode_and_context_are_the_callers():
     variable = contextvars.ContextVar("variable", default="default")
     variable.set("mine")
