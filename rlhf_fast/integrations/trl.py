@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,31 +34,46 @@ _IGNORED = -100
 # ---- log-probs and entropy from logits ----------------------------------------------------------
 
 
-def _selective_log_softmax(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _fused_dtype(logits: Tensor) -> torch.dtype:
+    """TRL 1.16 has a kernel of its own for accelerators, whose results are fp32."""
+    return logits.dtype if logits.device.type == "cpu" else torch.float32
+
+
+def _own_dtype(logits: Tensor) -> torch.dtype:
+    return logits.dtype
+
+
+def _selective_log_softmax(
+    dtype: Callable[[Tensor], torch.dtype], own: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
     def selective_log_softmax(
         logits: Tensor,
         index: Tensor,
         temperature: float = 1.0,
         row_mask: Tensor | None = None,
     ) -> Tensor:
-        """log softmax(logits / temperature) at `index` `[...]`, in logits' dtype; logits `[..., V]`.
+        """log softmax(logits / temperature) at `index` `[...]`; logits `[..., V]`.
 
         Rows whose `row_mask` is 0 are not read and give 0. An index of several entries a row runs
         TRL's own function. TRL 1.12 has neither temperature nor row_mask.
         """
         if index.dim() != logits.dim() - 1:
-            options = {} if row_mask is None else {"row_mask": row_mask}
+            options: dict[str, Any] = {} if row_mask is None else {"row_mask": row_mask}
             options |= {} if temperature == 1.0 else {"temperature": temperature}
             return own(logits, index, **options)
-        labels = _labels(index, row_mask)
-        return label_logprobs(logits, labels, temperature).to(logits.dtype)
+        return label_logprobs(logits, _labels(index, row_mask), temperature).to(dtype(logits))
 
     return selective_log_softmax
 
 
-def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    """Entropy of each row in nats, `[...]` in logits' dtype; a logit of -inf adds nothing."""
-    return row_entropy(logits).to(logits.dtype)
+def _entropy_from_logits(
+    dtype: Callable[[Tensor], torch.dtype], _own: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
+        """Entropy of each row in nats, `[...]`; a logit of -inf adds nothing. Needs no chunks."""
+        return row_entropy(logits).to(dtype(logits))
+
+    return entropy_from_logits
 
 
 def selective_log_softmax_and_entropy(
@@ -72,7 +88,8 @@ def selective_log_softmax_and_entropy(
     logprobs, entropy = logprobs_from_logits(logits, labels, temperature=temperature)
     assert entropy is not None
     entropy = entropy if entropy_requires_grad else entropy.detach()
-    return logprobs.to(logits.dtype), entropy.to(logits.dtype)
+    dtype = _fused_dtype(logits)
+    return logprobs.to(dtype), entropy.to(dtype)
 
 
 def _labels(index: Tensor, row_mask: Tensor | None) -> Tensor:
@@ -228,16 +245,21 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
 
 
 _UTILS, _PPO = "trl.trainer.utils", "trl.experimental.ppo.ppo_trainer"
-_BOTH = (
-    Replacement(_UTILS, "selective_log_softmax", _selective_log_softmax),
-    Replacement(_UTILS, "entropy_from_logits", constant(entropy_from_logits)),
-)
+
+
+def _from_logits(dtype: Callable[[Tensor], torch.dtype]) -> tuple[Replacement, ...]:
+    return (
+        Replacement(_UTILS, "selective_log_softmax", partial(_selective_log_softmax, dtype)),
+        Replacement(_UTILS, "entropy_from_logits", partial(_entropy_from_logits, dtype)),
+    )
+
+
 _METHOD = "_get_per_token_logps_and_entropies"
 _PATCH = Patch(
     "trl",
     {
         "1.16.0": (
-            *_BOTH,
+            *_from_logits(_fused_dtype),
             Replacement(
                 _UTILS,
                 "selective_log_softmax_and_entropy",
@@ -246,7 +268,7 @@ _PATCH = Patch(
             Replacement("trl.kernels.chunked_logprob", "ChunkedLogProbFunction", _chunked_logprobs),
         ),
         "1.12.0": (
-            *_BOTH,
+            *_from_logits(_own_dtype),
             Replacement("trl.trainer.grpo_trainer", f"GRPOTrainer.{_METHOD}", _per_token_method),
             Replacement("trl.trainer.rloo_trainer", f"RLOOTrainer.{_METHOD}", _per_token_method),
             Replacement(_PPO, "masked_mean", constant(masked_mean)),

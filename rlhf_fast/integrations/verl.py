@@ -6,10 +6,10 @@ verl then imports this module in each of its processes before its workers import
 Imported in any other way it replaces nothing until `install()` or `patched()`.
 
 `response_mask` is `[B, R]`, 1 for tokens of the model, 0 for padding and replies of tools; holes
-are legal. Shapes, masks and aggregation are verl's own. Log-probs are fp32 whatever the logits' dtype,
-as on verl's path through flash-attn; scalar losses are fp32. In masked slots advantages and returns
-are exactly 0, where verl leaves what its scan passed by. The value loss as a mean per sequence runs
-verl's own code.
+are legal. Shapes, masks and aggregation are verl's own. Log-probs are fp32 whatever the dtype of
+the logits, as on verl's path through flash-attn; scalar losses are fp32. In masked slots advantages
+and returns are exactly 0, where verl leaves what its scan passed by. The value loss as a mean per
+sequence runs verl's own code.
 """
 
 from __future__ import annotations
