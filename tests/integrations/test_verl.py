@@ -22,7 +22,7 @@ from rlhf_fast.integrations import verl as adapter
 from tests.integrations.peers import EXAMPLES, Batch, batches, compare, installed, stub
 
 installed("verl", "0.9.1")
-STUBS = ("ray", "tensordict", "codetiming", "torchdata", "hydra")
+STUBS = ("ray", "tensordict", "codetiming", "torchdata", "hydra", "orjson")
 stub(*STUBS)
 
 verl_F = importlib.import_module("verl.utils.torch_functional")  # verl's own name for it
