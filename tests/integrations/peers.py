@@ -1,19 +1,9 @@
-"""What the tests against other trainers share: stubs, masks, and the comparison itself.
-
-Heavy packages that a peer imports and its loss functions never use are stubs here, in tests alone.
-"""
+"""What the tests against other trainers share: masks, and the comparison itself."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
-import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -37,43 +27,6 @@ def installed(peer: str, *versions: str) -> str:
     if version not in versions:
         pytest.skip(f"this is {peer} {version}, these tests are for {versions}")
     return version
-
-
-# ---- stubs --------------------------------------------------------------------------------------
-
-
-class _Stub(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        value = MagicMock(name=f"{self.__name__}.{name}")
-        setattr(self, name, value)
-        return value
-
-
-class _StubFinder(MetaPathFinder, Loader):
-    def __init__(self, exact: set[str], trees: set[str]) -> None:
-        self.exact, self.trees = exact, trees
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname in self.exact or fullname.partition(".")[0] in self.trees:
-            return ModuleSpec(fullname, self, is_package=True)
-        return None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _Stub(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """A stub has no body."""
-
-
-def stub(*names: str, modules: tuple[str, ...] = ()) -> None:
-    """Stand in for packages, with all their modules, and for single modules, if not installed."""
-    missing = {name for name in names if importlib.util.find_spec(name) is None}
-    absent = {m for m in modules if importlib.util.find_spec(m.partition(".")[0]) is None}
-    sys.meta_path.append(_StubFinder(absent, missing))
 
 
 # ---- inputs -------------------------------------------------------------------------------------

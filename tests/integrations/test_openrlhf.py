@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,16 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.integrations.stubs import stand_in
 from rlhf_fast.integrations import openrlhf as adapter
-from tests.integrations.peers import EXAMPLES, Batch, batches, compare, installed, stub
+from tests.integrations.peers import EXAMPLES, Batch, batches, compare, installed
 
 installed("openrlhf", "0.11.2")
-STUBS = ("ray", "vllm", "deepspeed", "optree", "aiohttp", "peft", "bitsandbytes", "datasets")
-STUBS += ("pylatexenc", "torchdata")
-# Only these of flash-attn: with its cross entropy absent, OpenRLHF runs its own.
-FLASH = ("flash_attn", "flash_attn.bert_padding", "flash_attn.utils")
-FLASH += ("flash_attn.utils.distributed",)
-stub(*STUBS, modules=FLASH)
+stand_in("openrlhf")
 
 their_loss = importlib.import_module("openrlhf.models.loss")
 their_utils = importlib.import_module("openrlhf.models.utils")
@@ -284,11 +279,10 @@ def test_parameters_are_theirs(own: Callable[..., Any], ours: Callable[..., Any]
 
 def test_a_worker_gets_our_functions_when_it_imports_openrlhf() -> None:
     """Ray calls the hook before the worker has imported anything of OpenRLHF."""
-    script = f"""
+    script = """
         import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from peers import stub
-        stub(*{STUBS!r}, modules={FLASH!r})
+        from bench.integrations.stubs import stand_in
+        stand_in("openrlhf")
         from rlhf_fast.integrations import openrlhf as adapter
         module, _, name = adapter.WORKER_SETUP.rpartition(".")
         assert module == adapter.__name__

@@ -169,9 +169,10 @@ def test_per_token_method(trainer: str, batch_size: int | None, bonus: bool) -> 
     host = SimpleNamespace(
         temperature=0.7,
         model_kwarg_keys={"logits_to_keep"},
-        _entropy_bonus_enabled=bonus,
         accelerator=Accelerator(),
     )
+    if trainer == "GRPOTrainer":  # RLOO has no such term
+        host._entropy_bonus_enabled = bonus
     ids = torch.randint(0, VOCAB, (3, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, :2] = 0

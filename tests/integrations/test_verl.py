@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bench.integrations.stubs import stand_in
 from rlhf_fast.integrations import verl as adapter
-from tests.integrations.peers import EXAMPLES, Batch, batches, compare, installed, stub
+from tests.integrations.peers import EXAMPLES, Batch, batches, compare, installed
 
 installed("verl", "0.9.1")
-STUBS = ("ray", "tensordict", "codetiming", "torchdata", "hydra", "orjson")
-stub(*STUBS)
+stand_in("verl")
 
 verl_F = importlib.import_module("verl.utils.torch_functional")  # verl's own name for it
 core_algos = importlib.import_module("verl.trainer.ppo.core_algos")
@@ -333,11 +332,10 @@ def test_parameters_are_theirs(module: Any, name: str) -> None:
 
 
 def test_verl_loads_the_adapter_by_its_environment_variable() -> None:
-    script = f"""
+    script = """
         import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from peers import stub
-        stub(*{STUBS!r})
+        from bench.integrations.stubs import stand_in
+        stand_in("verl")
         import verl
         from verl.utils.torch_functional import logprobs_from_logits
         from verl.trainer.ppo.core_algos import get_policy_loss_fn
