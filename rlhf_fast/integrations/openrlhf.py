@@ -22,7 +22,6 @@ from torch import Tensor
 from rlhf_fast.integrations.patching import Patch, Replacement, Report, constant
 from rlhf_fast.integrations.peer_ops import (
     Aggregation,
-    KLBounds,
     gae_over_all_columns,
     kl_estimate,
     label_logprobs,
@@ -33,7 +32,7 @@ from rlhf_fast.integrations.peer_ops import (
 )
 
 WORKER_SETUP = "rlhf_fast.integrations.openrlhf.worker_setup"
-_KL_BOUNDS = KLBounds(log_ratio_low=-10.0, value=10.0)
+_KL_BOUND = 10.0
 _IMPORTANCE_WEIGHT_BOUND = 10.0
 
 
@@ -57,7 +56,7 @@ def compute_approx_kl(
     kl_estimator: str = "k1",
     unbiased_gradient: bool = False,
 ) -> Tensor:
-    """k1, k2 or k3 per token in fp32, within +-10; k3's log ratio is at least -10.
+    """k1, k2 or k3 per token in fp32, within +-10.
 
     With `unbiased_gradient` the gradient is that of k2, weighted by the importance ratio to
     `log_probs_old` (at most 10).
@@ -70,7 +69,7 @@ def compute_approx_kl(
         if log_probs_old is not None:
             log_ratio = log_probs.detach().float() - log_probs_old.detach().float()
             weight = log_ratio.exp().clamp(max=_IMPORTANCE_WEIGHT_BOUND)
-    return kl_estimate(log_probs.float(), log_probs_base.float(), kl_estimator, _KL_BOUNDS, weight)
+    return kl_estimate(log_probs.float(), log_probs_base.float(), kl_estimator, _KL_BOUND, weight)
 
 
 def compute_reward(

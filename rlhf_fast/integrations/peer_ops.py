@@ -29,12 +29,8 @@ def row_entropy(logits: Tensor) -> Tensor:
 # ---- KL estimates -------------------------------------------------------------------------------
 
 
-class KLBounds(NamedTuple):
-    """What a peer clamps: the log ratio inside k3's exponential, and the estimate."""
-
-    log_ratio_low: float = -torch.inf
-    log_ratio_high: float = torch.inf
-    value: float = torch.inf
+# Beyond this k3 lies past 10, at which every peer bounds it; the exponential stays finite.
+_K3_LOG_RATIO_END = 20.0
 
 
 class _KLEstimate(torch.autograd.Function):
@@ -46,20 +42,20 @@ class _KLEstimate(torch.autograd.Function):
         logprobs: Tensor,
         ref_logprobs: Tensor,
         estimator: str,
-        bounds: KLBounds,
+        bound: float,
         k2_weight: Tensor | float | None,
     ) -> Tensor:
         wide = torch.promote_types(logprobs.dtype, ref_logprobs.dtype)
         wide = torch.promote_types(wide, torch.float32)
         d = logprobs.to(wide) - ref_logprobs.to(wide)
-        value, slope = _estimate_and_slope(d, estimator, bounds)
+        value, slope = _estimate_and_slope(d, estimator)
         if k2_weight is not None:
             slope = d * k2_weight
         else:
-            slope = torch.where(value.abs() <= bounds.value, slope, 0)
+            slope = torch.where(value.abs() <= bound, slope, 0)
         ctx.save_for_backward(slope)
         ctx.dtypes = logprobs.dtype, ref_logprobs.dtype
-        return value.clamp(-bounds.value, bounds.value)
+        return value.clamp(-bound, bound)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -75,7 +71,7 @@ class _KLEstimate(torch.autograd.Function):
         )
 
 
-def _estimate_and_slope(d: Tensor, estimator: str, bounds: KLBounds) -> tuple[Tensor, Tensor]:
+def _estimate_and_slope(d: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
     """The estimate and its derivative by d = logprob - ref_logprob."""
     if estimator == "k1":
         return d, torch.ones_like(d)
@@ -83,17 +79,16 @@ def _estimate_and_slope(d: Tensor, estimator: str, bounds: KLBounds) -> tuple[Te
         return d.abs(), d.sign()
     if estimator == "k2":
         return d.square() / 2, d
-    inside = (d >= bounds.log_ratio_low) & (d <= bounds.log_ratio_high)
-    bounded = d.clamp(bounds.log_ratio_low, bounds.log_ratio_high)
-    decay = torch.expm1(-bounded)
-    return decay + bounded, torch.where(inside, -decay, 0)
+    near = d.clamp(-_K3_LOG_RATIO_END, _K3_LOG_RATIO_END)
+    decay = torch.expm1(-near)
+    return decay + near, -decay
 
 
 def kl_estimate(
     logprobs: Tensor,
     ref_logprobs: Tensor,
     estimator: str,
-    bounds: KLBounds,
+    bound: float,
     k2_weight: Tensor | float | None = None,
 ) -> Tensor:
     """Per-token estimate of KL(policy || reference), with a gradient to both.
@@ -103,13 +98,13 @@ def kl_estimate(
     Args:
         logprobs, ref_logprobs: any one shape.
         estimator: k1 | abs | k2 | k3 of d = logprob - ref_logprob (Schulman 2020).
-        bounds: clamps; no gradient passes beyond them.
+        bound: of the estimate's size, at most 10 for k3; no gradient passes beyond it.
         k2_weight: the gradient is this times d instead of the estimate's own.
 
     Returns:
         fp32 (fp64 if an input is), shape of the inputs.
     """
-    value: Tensor = _KLEstimate.apply(logprobs, ref_logprobs, estimator, bounds, k2_weight)
+    value: Tensor = _KLEstimate.apply(logprobs, ref_logprobs, estimator, bound, k2_weight)
     return value
 
 

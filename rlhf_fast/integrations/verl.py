@@ -25,7 +25,6 @@ from torch import Tensor
 from rlhf_fast.integrations.patching import Patch, Replacement, Report, constant
 from rlhf_fast.integrations.peer_ops import (
     Aggregation,
-    KLBounds,
     kl_estimate,
     masked_total,
     moments_fit,
@@ -46,7 +45,7 @@ from rlhf_fast_kernels import (
 )
 
 _ESTIMATORS = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
-_KL_BOUNDS = {"k3": KLBounds(-20.0, 20.0, 10.0)}
+_K3_BOUND = 10.0
 
 
 # ---- verl.utils.torch_functional ----------------------------------------------------------------
@@ -158,8 +157,8 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     if estimator not in ("k1", "abs", "k2", "k3"):
         raise NotImplementedError(f"kl_penalty {kl_penalty!r}")
     weight = 1.0 if kl_penalty.endswith("+") else None
-    bounds = _KL_BOUNDS.get(estimator, KLBounds())
-    value = kl_estimate(logprob, ref_logprob, estimator, bounds, weight)
+    bound = _K3_BOUND if estimator == "k3" else torch.inf
+    value = kl_estimate(logprob, ref_logprob, estimator, bound, weight)
     return value.to(torch.promote_types(logprob.dtype, ref_logprob.dtype))
 
 
@@ -191,7 +190,9 @@ def compute_policy_loss_vanilla(
         dual_clip=config.get("clip_ratio_c", 3.0),
     )
     with torch.no_grad():
-        drift = torch.where(mask, (old_log_prob - log_prob).float().clamp(-20.0, 20.0), 0).sum()
+        drift = torch.where(
+            mask, (old_log_prob.float() - log_prob.float()).clamp(-20.0, 20.0), 0
+        ).sum()
         counts = (sums["clip_low"] + sums["clip_high"], drift, sums["clip_dual"])
         # One transfer for all three: each item() of its own would wait for the device.
         means = (torch.stack([x.detach() for x in counts]) / sums["tokens"].clamp(min=1)).tolist()
