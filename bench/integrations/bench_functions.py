@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.integrations.stubs import stand_in
-from bench.kernels import harness
+from ..kernels import harness
+from .stubs import stand_in
 
 ADAPTERS = "rlhf_fast.integrations"
 ROWS, COLUMNS = 64, 512  # of what is [B, R]
