@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # A CPU build where the index has one; name another build to train on a GPU.
 TORCH ?= torch==2.13.0
+# The other trainers, for the tests of their adapters; TRL twice, the older one in a folder.
+PEERS ?= .venv-peers
+TRL_OLD := $(PEERS)/trl-1.12
 # Test processes. Each keeps to one thread and takes up to 2 GB.
 WORKERS ?= 2
 
@@ -13,9 +16,10 @@ BENCH ?= all
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS_READY := $(PEERS)/.ready
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test check bench env clean setup
+.PHONY: demo test test-integrations check bench env clean setup
 
 setup: $(READY)
 
@@ -35,6 +39,28 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
+# verl and OpenRLHF bring ray, vllm, deepspeed and flash-attn, which their loss functions never use:
+# without their dependencies, and with those that they do use.
+$(PEERS_READY): Makefile $(READY)
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --upgrade pip
+	$(PEERS)/bin/python -m pip install --quiet "$(TORCH)"
+	$(PEERS)/bin/python -m pip install --quiet trl==1.16.0 peft rich omegaconf requests pandas \
+		pytest pytest-timeout hypothesis
+	$(PEERS)/bin/python -m pip install --quiet --no-deps verl==0.9.1 openrlhf==0.11.2
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --target $(TRL_OLD) trl==1.12.0
+	@touch $@
+
+# From the checkout, with the compiled ops that `make setup` put there. Each trainer in a process of its
+# own: what stands in for a package that one of them imports must not be seen by another.
+PEERS_TEST = PYTHONPATH=$(1).:kernels $(PEERS)/bin/python -m pytest tests/integrations/$(2)
+
+test-integrations: $(PEERS_READY)
+	$(call PEERS_TEST,,test_openrlhf.py)
+	$(call PEERS_TEST,,test_verl.py)
+	$(call PEERS_TEST,,test_trl.py)
+	$(call PEERS_TEST,$(TRL_OLD):,test_trl.py)
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,5 +74,5 @@ env: $(READY)
 	$(BIN)/rlhf-fast env
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/rlhf_fast_kernels/_core*.so \
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info kernels/rlhf_fast_kernels/_core*.so \
 		kernels/rlhf_fast_kernels/build_report.json

@@ -1,0 +1,1 @@
+"""Other trainers' functions, their own against ours."""
