@@ -373,9 +373,11 @@ def _bench_command() -> ModuleType:
     other packages called `bench`.
     """
     home = Path(rlhf_fast.__file__).resolve().parents[1]
-    if (home / "setup.py").is_file() and str(home) not in sys.path:
-        sys.path.append(str(home))  # a checkout that was installed in place
-    for name in ("rlhf_fast_bench", "bench"):
+    checkout = (home / "setup.py").is_file()
+    if checkout and str(home) not in sys.path:
+        sys.path.append(str(home))  # it was installed in place
+    # Installed in place, the benches of a checkout go by both names; one of them is enough.
+    for name in ("bench", "rlhf_fast_bench") if checkout else ("rlhf_fast_bench", "bench"):
         spec = importlib.util.find_spec(name)
         places = [] if spec is None else spec.submodule_search_locations or []
         if any(Path(place).resolve().parent == home for place in places):
