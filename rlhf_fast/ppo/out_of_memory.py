@@ -89,6 +89,26 @@ class TokenBudget:
             )
         self.tokens = fewer
 
+    def in_halves(
+        self,
+        forwards: Callable[[], object],
+        split: WorkSplit,
+        *,
+        longest: int,
+        start_anew: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Make forwards of so many tokens; of half as many if memory runs out on some rank.
+
+        Args:
+            forwards, split, start_anew: as `call` and so on of `in_halves`.
+            longest: tokens of the longest row.
+
+        Raises:
+            EnvironmentFault: as `halve`.
+            LoneOutOfMemory: as `in_halves`.
+        """
+        in_halves(forwards, split, halve=lambda: self.halve(longest), start_anew=start_anew)
+
     def state_dict(self) -> dict[str, int]:
         """What a checkpoint must hold: a resumed run takes the forwards that this one took."""
         return {"configured": self.configured, "tokens": self.tokens}

@@ -14,7 +14,7 @@ from rlhf_fast.data.packing import Share
 from rlhf_fast.ppo.anchors import checked_samples, logprob_gap
 from rlhf_fast.ppo.exact_kl import read_both
 from rlhf_fast.ppo.layout import ResponseSlots, longest_sample, response_slots, token_packs
-from rlhf_fast.ppo.out_of_memory import TokenBudget, in_halves
+from rlhf_fast.ppo.out_of_memory import TokenBudget
 from rlhf_fast.ppo.roles import Roles
 from rlhf_fast.ppo.side_by_side import SideBySide
 from rlhf_fast.ppo.trunk import row_logprobs
@@ -131,10 +131,10 @@ class Scoring:
 
     def _in_halves(self, forwards: Callable[[], None], rollout: Rollout) -> None:
         """Make forwards; with half the tokens in each, on all ranks, if memory runs out on one."""
-        in_halves(
+        self.budget.in_halves(
             forwards,
             self.roles.split,
-            halve=lambda: self.budget.halve(longest_sample(rollout)),
+            longest=longest_sample(rollout),
             start_anew=self.roles.start_anew,
         )
 

@@ -9,7 +9,7 @@ import torch
 from rlhf_fast.data.packing import Share
 from rlhf_fast.errors import PeerError, RLHFError
 from rlhf_fast.ppo.layout import longest_sample, token_packs
-from rlhf_fast.ppo.out_of_memory import TokenBudget, in_halves
+from rlhf_fast.ppo.out_of_memory import TokenBudget
 from rlhf_fast.protocols import Reward, RewardOutput, SampleReward, Start, WorkSplit
 from rlhf_fast.types import Rollout
 
@@ -64,11 +64,8 @@ class DealtReward:
                     scores[pack.rows] = output.scores.to(scores.device)
                     scored[pack.rows] = output.scored.to(scores.device, torch.int64)
 
-        in_halves(
-            read,
-            self.split,
-            start_anew=self.start_anew,
-            halve=lambda: self.budget.halve(longest_sample(rollout)),
+        self.budget.in_halves(
+            read, self.split, longest=longest_sample(rollout), start_anew=self.start_anew
         )
         _raise_together(self.split, next(iter(faults), None))
         return RewardOutput(self.split.sum(scores), self.split.sum(scored) > 0)

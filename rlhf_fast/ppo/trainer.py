@@ -263,7 +263,8 @@ class PPOLearner:
         if self.config.memory.step_in_backward:  # has stepped by the time memory runs out
             accumulate()
         else:
-            self._in_halves(accumulate, experience.scored.rollout, start_anew)
+            longest = longest_sample(experience.scored.rollout)
+            self.budget.in_halves(accumulate, roles.split, longest=longest, start_anew=start_anew)
         statistics.agree(roles.split)
         if algorithm.target_kl > 0 and statistics.minibatch_kl() > algorithm.target_kl:
             self._drop_gradients()
@@ -371,18 +372,13 @@ class PPOLearner:
                 if not pack.idle:
                     out[torch.as_tensor(pack.rows, device=out.device)] = values
 
-        self._in_halves(read, rollout, self.roles.start_anew)
-        return self.roles.split.sum(out)
-
-    def _in_halves(
-        self, forwards: Callable[[], None], rollout: Rollout, start_anew: Callable[[], object]
-    ) -> None:
-        in_halves(
-            forwards,
+        self.budget.in_halves(
+            read,
             self.roles.split,
-            halve=lambda: self.budget.halve(longest_sample(rollout)),
-            start_anew=start_anew,
+            longest=longest_sample(rollout),
+            start_anew=self.roles.start_anew,
         )
+        return self.roles.split.sum(out)
 
     def _packs(self, rollout: Rollout, samples: Sequence[int]) -> Iterator[Share]:
         """This rank's forwards over samples of a rollout."""

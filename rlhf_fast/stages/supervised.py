@@ -18,7 +18,7 @@ from rlhf_fast.distributed.work import WorldSplit
 from rlhf_fast.distributed.world import World
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.optim import GuardedOptimizer
-from rlhf_fast.ppo.out_of_memory import TokenBudget, in_halves
+from rlhf_fast.ppo.out_of_memory import TokenBudget
 from rlhf_fast.stages.adapted import trunk_digest
 from rlhf_fast.stages.found_to_fit import remembering
 from rlhf_fast.stages.ranks import require_same_data
@@ -127,12 +127,7 @@ class SupervisedStage(ABC, Generic[Config]):
             start_anew_of(self.module)
             self.optimizer.zero_grad()
 
-        in_halves(
-            accumulate,
-            self.work,
-            halve=lambda: self.budget.halve(longest),
-            start_anew=start_anew,
-        )
+        self.budget.in_halves(accumulate, self.work, longest=longest, start_anew=start_anew)
         self.state.extra["token_budget"] = self.budget.state_dict()
 
     def dealt(self, bins: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[Share]:
