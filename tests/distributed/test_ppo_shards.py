@@ -28,8 +28,8 @@ from tests.distributed.ranks import on_ranks
 from tests.engine.test_generator import EOS
 from tests.engine.test_sharded_views import drawn_by, llama
 from tests.models.tiny import next_token_targets, random_sequences
-from tests.stages.killed_runs import ppo_config, reward_config, sft_config
-from tests.stages.tiny_runs import demonstrations, metric_lines, model_directory, ranked, write_rows
+from tests.stages.killed_runs import before_ppo, ppo_config
+from tests.stages.tiny_runs import metric_lines
 
 STEPS = 20
 
@@ -39,18 +39,7 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from rlhf_fast.stages.reward_model import run_reward_model
-    from rlhf_fast.stages.sft import run_sft
-
-    folder = tmp_path_factory.mktemp("shards")
-    model_directory(folder / "base")
-    write_rows(folder / "train.jsonl", demonstrations(24))
-    write_rows(folder / "ranked.jsonl", ranked(24, 3))
-    prompts = [{"prompt": row["prompt"]} for row in demonstrations(20, seed=3)]
-    write_rows(folder / "prompts.jsonl", prompts)
-    run_sft(sft_config(folder, folder), quiet=True)
-    run_reward_model(reward_config(folder, folder), quiet=True)
-    return folder
+    return before_ppo(tmp_path_factory.mktemp("shards"))
 
 
 def run_of(base: Path, name: str, *, lora: bool, weights: str, replicas: int) -> PPOConfig:

@@ -29,6 +29,7 @@ from rlhf_fast.config import (
 from rlhf_fast.stages.ppo import PPOTrainer
 from rlhf_fast.stages.reward_model import run_reward_model
 from rlhf_fast.stages.sft import run_sft
+from tests.stages.tiny_runs import demonstrations, model_directory, ranked, write_rows
 
 STAGES = ("sft", "rm", "ppo")
 # The calls that make a file or a name durable: dying in one is dying inside a save or an export.
@@ -81,6 +82,18 @@ def ppo_config(source: Path, target: Path) -> PPOConfig:
         sample_every=1,
         microbatch_tokens=128,
     )
+
+
+def before_ppo(folder: Path) -> Path:
+    """A folder with all that `ppo_config` names: data, and the first two stages done."""
+    model_directory(folder / "base")
+    write_rows(folder / "train.jsonl", demonstrations(24))
+    write_rows(folder / "ranked.jsonl", ranked(24, 3))
+    prompts = [{"prompt": row["prompt"]} for row in demonstrations(20, seed=3)]
+    write_rows(folder / "prompts.jsonl", prompts)
+    run_sft(sft_config(folder, folder), quiet=True)
+    run_reward_model(reward_config(folder, folder), quiet=True)
+    return folder
 
 
 def pipeline(base: str, out: str, dies_at: int = 0, counted: str = "") -> None:
