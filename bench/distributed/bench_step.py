@@ -62,6 +62,7 @@ from rlhf_fast.engine.memory_held import held_bytes
 from rlhf_fast.stages.ppo import PPOTrainer
 from rlhf_fast.stages.ranks import joined
 
+from ..choices import several
 from ..kernels.environment import environment
 from ..kernels.tables import print_environment
 from .traffic import Traffic
@@ -365,7 +366,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="a PPO step on several ranks, phase by phase")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ranks", type=_numbers, default=[1, 2, 4], help="not under torchrun")
-    parser.add_argument("--views", type=_views, default=list(VIEWS))
+    parser.add_argument("--views", type=several(VIEWS, "view"), default=list(VIEWS))
     parser.add_argument("--steps", type=int, default=3, help="measured after a warm-up")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
@@ -390,13 +391,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
-
-
-def _views(text: str) -> list[str]:
-    found = text.split(",")
-    if unknown := set(found) - set(VIEWS):
-        raise argparse.ArgumentTypeError(f"no view {', '.join(unknown)}; there are {VIEWS}")
-    return found
 
 
 if __name__ == "__main__":

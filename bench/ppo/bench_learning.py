@@ -28,6 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..choices import several
 from ..kernels.environment import environment
 from ..kernels.tables import print_environment
 from .learning_task import ALGORITHMS, PRESETS, LearningCase, supervised_policy
@@ -129,7 +130,9 @@ def print_rows(found: dict[str, Any]) -> None:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu")
-    parser.add_argument("--algorithms", type=_algorithms, default=list(ALGORITHMS))
+    parser.add_argument(
+        "--algorithms", type=several(ALGORITHMS, "algorithm"), default=list(ALGORITHMS)
+    )
     parser.add_argument("--seeds", type=_numbers, default=[1, 2, 3])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trl-python", default="", help="interpreter that has trl; default: this")
@@ -139,13 +142,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
-
-
-def _algorithms(text: str) -> list[str]:
-    found = text.split(",")
-    if unknown := set(found) - set(ALGORITHMS):
-        raise argparse.ArgumentTypeError(f"no {', '.join(unknown)}; there are {ALGORITHMS}")
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

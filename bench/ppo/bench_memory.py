@@ -25,6 +25,7 @@ from typing import Any
 
 from rlhf_fast.engine.memory_ledger import PHASES
 
+from ..choices import several
 from ..kernels.environment import environment
 from ..kernels.tables import print_environment
 from .case import PRESETS, Case
@@ -83,18 +84,11 @@ def _pair(held: int, predicted: int) -> str:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu")
-    parser.add_argument("--modes", type=_modes, default=list(MODES))
+    parser.add_argument("--modes", type=several(MODES, "mode"), default=list(MODES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the report to this file")
     return parser.parse_args(arguments)
-
-
-def _modes(text: str) -> list[str]:
-    found = text.split(",")
-    if unknown := set(found) - set(MODES):
-        raise argparse.ArgumentTypeError(f"no mode {', '.join(unknown)}; there are {list(MODES)}")
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 
+from ..choices import several
 from ..kernels.environment import environment
 from ..kernels.probes import MatmulProbe
 from ..kernels.tables import print_environment
@@ -228,7 +229,7 @@ def print_ratios(found: dict[str, Any]) -> None:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu")
-    parser.add_argument("--lengths", type=_kinds, default=list(KINDS))
+    parser.add_argument("--lengths", type=several(KINDS, "lengths"), default=list(KINDS))
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
     parser.add_argument("--warmups", type=int, default=2, help="steps that are not timed")
@@ -240,13 +241,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="also where our step's time goes")
     parser.add_argument("--json", type=Path, help="write the report to this file")
     return parser.parse_args(arguments)
-
-
-def _kinds(text: str) -> list[str]:
-    found = text.split(",")
-    if unknown := set(found) - set(KINDS):
-        raise argparse.ArgumentTypeError(f"no lengths {', '.join(unknown)}; there are {KINDS}")
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
