@@ -26,9 +26,10 @@ void run_swiglu(int64_t count, uintptr_t gate, uintptr_t up, uintptr_t out, uint
   swiglu(args);
 }
 
-// shape: (tokens, heads, half); strides: of a token and a head of x.
+// shape: (tokens, heads, half); strides: of a token and a head of x and of out.
 void run_rotary(const py::tuple& shape, uintptr_t x, const py::tuple& strides, uintptr_t cos,
-                uintptr_t sin, uintptr_t out, bool transposed, int threads) {
+                uintptr_t sin, uintptr_t out, const py::tuple& out_strides, bool transposed,
+                int threads) {
   RotaryArgs args;
   args.tokens = shape[0].cast<int64_t>();
   args.heads = shape[1].cast<int64_t>();
@@ -39,6 +40,8 @@ void run_rotary(const py::tuple& shape, uintptr_t x, const py::tuple& strides, u
   args.cos = at<const float>(cos);
   args.sin = at<const float>(sin);
   args.out = at<float>(out);
+  args.out_token_stride = out_strides[0].cast<int64_t>();
+  args.out_head_stride = out_strides[1].cast<int64_t>();
   args.transposed = transposed;
   args.threads = threads;
   const py::gil_scoped_release release;
@@ -46,14 +49,15 @@ void run_rotary(const py::tuple& shape, uintptr_t x, const py::tuple& strides, u
 }
 
 void run_rms_norm_backward(int64_t rows, int64_t columns, uintptr_t x, uintptr_t weight,
-                           uintptr_t grad_y, float eps, uintptr_t grad_x, uintptr_t grad_weight,
-                           int threads) {
+                           uintptr_t grad_y, float eps, uintptr_t residual, uintptr_t grad_x,
+                           uintptr_t grad_weight, int threads) {
   const RmsNormBackwardArgs args = {rows,
                                     columns,
                                     at<const float>(x),
                                     at<const float>(weight),
                                     at<const float>(grad_y),
                                     eps,
+                                    at<const float>(residual),
                                     at<float>(grad_x),
                                     at<float>(grad_weight),
                                     threads};

@@ -34,10 +34,12 @@ void swiglu_part(const SwigluArgs& args, int64_t begin, int64_t count) {
   }
   const float* grad_out = args.grad_out + begin;
   float *grad_gate = args.grad_gate + begin, *grad_up = args.grad_up + begin;
+  float* out = args.out == nullptr ? nullptr : args.out + begin;
   each_vector(count, [&](const auto& at, const auto& put) {
-    const vfloat g = at(gate), above = at(grad_out), s = sigmoid(g);
-    put(grad_up, above * (g * s));
-    put(grad_gate, above * at(up) * (s * (splat(1.0f) + g * (splat(1.0f) - s))));
+    const vfloat g = at(gate), u = at(up), above = at(grad_out), s = sigmoid(g), silu = g * s;
+    put(grad_up, above * silu);
+    put(grad_gate, above * u * (s * (splat(1.0f) + g * (splat(1.0f) - s))));
+    if (out != nullptr) put(out, silu * u);
   });
 }
 
@@ -72,9 +74,11 @@ void norm_row(const RmsNormBackwardArgs& args, int64_t row, float* grad_weight) 
   const vfloat pull = splat(static_cast<float>(r * r * r * (add_lanes(products) / width)));
   const vfloat inverse = splat(static_cast<float>(r));
   float* grad_x = args.grad_x + row * columns;
+  const float* residual = args.residual == nullptr ? nullptr : args.residual + row * columns;
   each_vector(columns, [&](const auto& at, const auto& put) {
     const vfloat v = at(x), y = at(above);
-    put(grad_x, inverse * (y * at(args.weight)) - pull * v);
+    const vfloat own = inverse * (y * at(args.weight)) - pull * v;
+    put(grad_x, residual == nullptr ? own : at(residual) + own);
     put(grad_weight, at(grad_weight) + y * (v * inverse));
   });
 }
@@ -96,7 +100,7 @@ void rotary(const RotaryArgs& args) {
                    for (int64_t h = 0; h < args.heads; ++h) {
                      const float* x = args.x + t * args.token_stride + h * args.head_stride;
                      rotate_head(args, x, args.cos + t * width, args.sin + t * width,
-                                 args.out + t * row + h * width);
+                                 args.out + t * args.out_token_stride + h * args.out_head_stride);
                    }
                  }
                });

@@ -109,8 +109,8 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool) -> Tensor
     out = x.new_empty(x.shape)
     native.core().rotary(
         (tokens, heads, width // 2),
-        *(x.data_ptr(), x.stride()[:2], cos.data_ptr(), sin.data_ptr(), out.data_ptr()),
-        *(transposed, native.thread_count()),
+        *(x.data_ptr(), x.stride()[:2], cos.data_ptr(), sin.data_ptr()),
+        *(out.data_ptr(), out.stride()[:2], transposed, native.thread_count()),
     )
     return out
 
@@ -162,7 +162,7 @@ class _TrainedRmsNorm(torch.autograd.Function):
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
         native.core().rms_norm_backward(
             *(x.numel() // max(columns, 1), columns),
-            *(x.data_ptr(), weight.data_ptr(), grad_out.data_ptr(), ctx.eps),
+            *(x.data_ptr(), weight.data_ptr(), grad_out.data_ptr(), ctx.eps, 0),
             *(grad_x.data_ptr(), grad_weight.data_ptr(), native.thread_count()),
         )
         return grad_x, grad_weight, None

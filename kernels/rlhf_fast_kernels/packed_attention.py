@@ -69,35 +69,59 @@ def _heads(x: Tensor) -> tuple[int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1)
 
 
-class _Native:
-    @staticmethod
-    def _run(
-        function: Any,
-        tensors: tuple[Tensor, ...],
-        cu: Tensor,
-        lse: Tensor,
-        scale: float,
-        window: int | None,
-    ) -> None:
-        q, k = tensors[:2]
-        function(
-            native.DTYPE_CODES[q.dtype],
-            (len(cu) - 1, q.shape[1], k.shape[1], q.shape[2]),
-            cu.data_ptr(),
-            scale,
-            window or 0,
-            tuple(map(_heads, tensors)),
-            lse.data_ptr(),
-            native.thread_count(),
-        )
+def _run_native(
+    function: Any,
+    tensors: tuple[Tensor, ...],
+    cu: Tensor,
+    lse: Tensor,
+    scale: float,
+    window: int | None,
+) -> None:
+    q, k = tensors[:2]
+    function(
+        native.DTYPE_CODES[q.dtype],
+        (len(cu) - 1, q.shape[1], k.shape[1], q.shape[2]),
+        cu.data_ptr(),
+        scale,
+        window or 0,
+        tuple(map(_heads, tensors)),
+        lse.data_ptr(),
+        native.thread_count(),
+    )
 
+
+def native_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) in C++ on CPU tensors that fit, for ops that made sure of it."""
+    out, lse = _results(q)
+    _run_native(native.core().packed_attention, (q, k, v, out), cu, lse, scale, window)
+    return out, lse
+
+
+def native_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: Tensor,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grads: Gradients,
+) -> None:
+    """Write the gradients of q, k and v, of any strides of tokens and heads."""
+    function = native.core().packed_attention_backward
+    _run_native(function, (q, k, v, out, grad_out, *grads), cu, lse, scale, window)
+
+
+class _Native:
     @staticmethod
     def forward(
         q: Tensor, k: Tensor, v: Tensor, cu: Tensor, scale: float, window: int | None, _longest: int
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _results(q)
-        _Native._run(native.core().packed_attention, (q, k, v, out), cu, lse, scale, window)
-        return out, lse
+        return native_forward(q, k, v, cu, scale, window)
 
     @staticmethod
     def backward(
@@ -110,10 +134,8 @@ class _Native:
         _longest: int,
         *of_out: Tensor,
     ) -> Gradients:
-        out, lse, grad_out = of_out
         grads = _like(q), _like(k), _like(v)
-        function = native.core().packed_attention_backward
-        _Native._run(function, (q, k, v, out, grad_out, *grads), cu, lse, scale, window)
+        native_backward(q, k, v, cu, scale, window, *of_out, grads)  # type: ignore[call-arg,arg-type]
         return grads
 
 
@@ -204,7 +226,7 @@ def _op(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     if reads_values(q):
-        _check_values(q, cu_seqlens)
+        _check_values(OP, q, cu_seqlens)
     return _forward(q, k, v, cu_seqlens, (scale, window, max_length, impl))
 
 
@@ -263,25 +285,37 @@ def _check(
         raise ValueError(f"{OP}: {found}; expected k and v [{len(q)}, Hkv, {q.shape[2]}]")
     if k.shape[1] < 1 or q.shape[1] % k.shape[1] != 0:
         raise ValueError(f"{OP}: q has {q.shape[1]} heads, k {k.shape[1]}; expected a multiple")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
-        raise ValueError(f"{OP}: cu_seqlens is {list(cu_seqlens.shape)}; expected [K + 1]")
-    check_index(OP, "cu_seqlens", cu_seqlens, torch.int32, tuple(cu_seqlens.shape), q)
+    _check_offsets(OP, q, cu_seqlens)
     if not math.isfinite(scale):
         raise ValueError(f"{OP}: scale is {scale}; expected a finite number")
     if window is not None and window < 1:
         raise ValueError(f"{OP}: window is {window}; expected at least 1 or None")
 
 
-def _check_values(q: Tensor, cu_seqlens: Tensor) -> None:
-    # Three looks at a short tensor: this runs once a layer.
-    first, last, least = 0, 0, 0
-    if len(cu_seqlens) > 0:
-        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if len(cu_seqlens) > 1:
-        least = int(cu_seqlens.diff().min())
-    if first != 0 or last != len(q) or least < 0:
-        found = f"cu_seqlens is {cu_seqlens.tolist()}"
-        raise ValueError(f"{OP}: {found}; expected offsets that rise from 0 to {len(q)}")
+def check_segments(op: str, x: Tensor, cu_seqlens: Tensor) -> None:
+    """Refuse offsets that do not cut the rows of x into segments; their values on a CPU alone.
+
+    Raises:
+        ValueError, TypeError: naming `op`.
+    """
+    _check_offsets(op, x, cu_seqlens)
+    if reads_values(x):
+        _check_values(op, x, cu_seqlens)
+
+
+def _check_offsets(op: str, x: Tensor, cu_seqlens: Tensor) -> None:
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
+        raise ValueError(f"{op}: cu_seqlens is {list(cu_seqlens.shape)}; expected [K + 1]")
+    check_index(op, "cu_seqlens", cu_seqlens, torch.int32, tuple(cu_seqlens.shape), x)
+
+
+def _check_values(op: str, x: Tensor, cu_seqlens: Tensor) -> None:
+    # This runs once a layer: a list of some numbers is quicker than three operations on a tensor.
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != len(x) or offsets != sorted(offsets):
+        raise ValueError(
+            f"{op}: cu_seqlens is {offsets}; expected offsets that rise from 0 to {len(x)}"
+        )
 
 
 # ---- the public function ------------------------------------------------------------------------
@@ -328,7 +362,7 @@ def packed_attention(
         compiled: tuple[Tensor, Tensor] = _op(q, k, v, cu_seqlens, *settings)
         return compiled[0], compiled[1].detach()
     if reads_values(q):
-        _check_values(q, cu_seqlens)
+        _check_values(OP, q, cu_seqlens)
     result: tuple[Tensor, Tensor] = _PackedAttention.apply(q, k, v, cu_seqlens, settings)
     return result
 

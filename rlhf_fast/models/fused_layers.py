@@ -1,10 +1,12 @@
-"""Layers of Llama, Mistral, Qwen2 and Qwen3 with our ops in place of their element-wise parts.
+"""Layers of Llama, Mistral, Qwen2 and Qwen3 with our ops in place of transformers' operations.
 
 transformers computes RMSNorm, rotation and SwiGLU operation by operation, each of them a pass over
 the activations and another in backward. On a CPU in fp32 those passes take a quarter of a packed
 forward and backward; inside `packed_attention_mode` the modules' `forward` is ours, with the same
-parameters, projections (adapters and hooks included) and numbers up to rounding. Outside it, and
-for a class that is not transformers' own, the model is stock.
+parameters and numbers up to rounding: a whole layer is one op, `decoder_layer`, where its
+projections are plain and nobody listens to its parts; elsewhere norm, MLP and attention each have a
+forward of ours, around projections that are called as they are, adapters and hooks included.
+Outside the mode, and for a class that is not transformers' own, the model is stock.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast_kernels import dispatch
+from rlhf_fast_kernels.decoder_layer import LayerSettings, LayerWeights, decoder_layer
 from rlhf_fast_kernels.layer_ops import rotary, swiglu, trained_rms_norm
 
 FUSED_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-OPS = ("swiglu", "rotary", "trained_rms_norm")
+OPS = ("swiglu", "rotary", "trained_rms_norm", "decoder_layer")
 
 # An attention implementation as transformers calls it.
 Attend = Callable[..., tuple[Tensor, Any]]
@@ -45,25 +48,78 @@ def fused_layers(module: nn.Module, attend: Attend) -> FusedLayers:
         return ()
     if any(dispatch.choose(op, None, parameter).impl == "reference" for op in OPS):
         return ()
-    found = []
-    for child in module.modules():
-        forward = _forward_of(child, family, attend)
-        if forward is not None and "forward" not in vars(child):  # somebody else's otherwise
-            found.append((child, forward))
+    found: list[tuple[nn.Module, Any]] = []
+    _collect(module, family, attend, found)
     return tuple(found)
 
 
-def _forward_of(child: nn.Module, family: str, attend: Attend) -> Any:
+def _collect(
+    module: nn.Module, family: str, attend: Attend, found: list[tuple[nn.Module, Any]]
+) -> None:
+    """Add (layer, forward) of the module and what is in it; of a whole layer, that alone."""
+    forward, whole = _forward_of(module, family, attend)
+    if forward is not None and "forward" not in vars(module):  # somebody else's otherwise
+        found.append((module, forward))
+        if whole:
+            return
+    for child in module.children():
+        _collect(child, family, attend, found)
+
+
+def _forward_of(child: nn.Module, family: str, attend: Attend) -> tuple[Any, bool]:
+    """(forward of ours or None, whether it does all that the module's children do)."""
     kind = type(child)
     if kind.__module__ != f"transformers.models.{family.lower()}.modeling_{family.lower()}":
-        return None
+        return None, False
+    if kind.__name__ == f"{family}DecoderLayer" and _is_plain_layer(child, family):
+        return functools.partial(_layer, child), True
     if kind.__name__ == f"{family}RMSNorm":
-        return functools.partial(_norm, child)
+        return functools.partial(_norm, child), False
     if kind.__name__ == f"{family}MLP" and isinstance(child.act_fn, _silu_types()):
-        return functools.partial(_mlp, child)
+        return functools.partial(_mlp, child), False
     if kind.__name__ == f"{family}Attention":
-        return functools.partial(_attention, child, attend)
-    return None
+        return functools.partial(_attention, child, attend), False
+    return None, False
+
+
+_PROJECTIONS = frozenset(
+    {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+)
+
+
+def _is_plain_layer(layer: Any, family: str) -> bool:
+    """Whether `decoder_layer` computes what the parts of a layer would, and nobody would notice."""
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+    projections = [
+        part
+        for owner in (attention, mlp)
+        for name, part in owner.named_children()
+        if name in _PROJECTIONS
+    ]
+    if len(projections) != len(_PROJECTIONS) or not all(type(p) is nn.Linear for p in projections):
+        return False
+    if any(type(norm).__name__ != f"{family}RMSNorm" for norm in norms):
+        return False
+    if any(part.bias is not None for part in mlp.children() if isinstance(part, nn.Linear)):
+        return False
+    if not isinstance(mlp.act_fn, _silu_types()) or len({n.variance_epsilon for n in norms}) > 1:
+        return False
+    return not (layer.training and attention.attention_dropout) and not any(
+        _is_watched(part) for part in layer.modules() if part is not layer
+    )
+
+
+def _is_watched(part: nn.Module) -> bool:
+    """Whether calling the part does more than its class's forward."""
+    return bool(
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+        or "forward" in vars(part)
+    )
 
 
 @functools.cache
@@ -82,6 +138,56 @@ def _mlp(module: Any, x: Tensor) -> Tensor:
     return out
 
 
+def _layer(
+    layer: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    position_embeddings: tuple[Tensor, Tensor],
+    packed_layout: Any,
+    cache: Any = None,
+    **kwargs: Any,
+) -> Tensor:
+    """One packed row, [1, N, H]; without a cache."""
+    attention, mlp = layer.self_attn, layer.mlp
+    _require_no_cache(layer, cache, kwargs)
+    if attention_mask is not None:
+        raise ValueError(f"{type(layer).__name__}: packed attention has no mask")
+    normed = hasattr(attention, "q_norm")
+    weights = LayerWeights(
+        layer.input_layernorm.weight,
+        *(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight),
+        attention.o_proj.weight,
+        layer.post_attention_layernorm.weight,
+        *(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight),
+        *(attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias),
+        attention.o_proj.bias,
+        *((attention.q_norm.weight, attention.k_norm.weight) if normed else (None, None)),
+    )
+    window = _window(attention)
+    settings = LayerSettings(
+        attention.head_dim,
+        layer.input_layernorm.variance_epsilon,
+        attention.scaling,
+        window if (window or 0) < packed_layout.max_length else None,
+    )
+    cos, sin = position_embeddings
+    rows, cu_seqlens = hidden_states.squeeze(0), packed_layout.cu_seqlens
+    return decoder_layer(rows, weights, cos[0], sin[0], cu_seqlens, settings)[None]
+
+
+def _window(attention: Any) -> int | None:
+    """Tokens that a token sees, as the attention class of its family reads it."""
+    owner = attention.config if attention.config.model_type == "mistral" else attention
+    window: int | None = getattr(owner, "sliding_window", None)
+    return window
+
+
+def _require_no_cache(module: nn.Module, cache: Any, further: dict[str, Any]) -> None:
+    if cache is not None or further.get("past_key_values") is not None:
+        raise ValueError(f"{type(module).__name__}: packed attention has no cache")
+
+
 def _attention(
     module: Any,
     attend: Attend,
@@ -92,8 +198,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """One packed row, [1, N, H]; without a cache."""
-    if cache is not None or kwargs.get("past_key_values") is not None:
-        raise ValueError(f"{type(module).__name__}: packed attention has no cache")
+    _require_no_cache(module, cache, kwargs)
     rows, cos, sin = hidden_states, position_embeddings[0][0], position_embeddings[1][0]
     q, k, v = (  # squeeze and not [0]: the backward of an index copies into zeros
         project(rows).squeeze(0).unflatten(-1, (-1, module.head_dim))
@@ -102,16 +207,13 @@ def _attention(
     if hasattr(module, "q_norm"):
         q, k = module.q_norm(q), module.k_norm(k)
     q, k = rotary(q, cos, sin), rotary(k, cos, sin)
-    window = getattr(module, "sliding_window", None)
-    if module.config.model_type == "mistral":
-        window = module.config.sliding_window
     out, weights = attend(
         module,
         *(x.transpose(0, 1)[None] for x in (q, k, v)),
         attention_mask,
         scaling=module.scaling,
         dropout=module.attention_dropout if module.training else 0.0,
-        sliding_window=window,
+        sliding_window=_window(module),
         **kwargs,
     )
     return module.o_proj(out.flatten(2)), weights

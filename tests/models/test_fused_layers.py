@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from rlhf_fast.models.dropout import disable_dropout
 from rlhf_fast.models.forward import enable_gradient_checkpointing, packed_hidden
-from rlhf_fast.models.fused_layers import FUSED_FAMILIES, fused_layers
+from rlhf_fast.models.fused_layers import FUSED_FAMILIES, OPS, fused_layers
 from rlhf_fast.models.packed_attention import packed_attention_forward, packed_attention_mode
 from rlhf_fast.types import PackedSequences
 from rlhf_fast_kernels import native
@@ -19,7 +21,7 @@ from tests.models.tiny import build, random_sequences
 pytestmark = pytest.mark.skipif(
     native.missing("swiglu", "rotary", "rms_norm_backward") is not None, reason="no compiled module"
 )
-STOCK = "swiglu=reference,rotary=reference,trained_rms_norm=reference"
+STOCK = ",".join(f"{op}=reference" for op in OPS)
 LENGTHS = [9, 1, 30, 4]
 
 
@@ -36,16 +38,36 @@ def gradients(model: nn.Module, sequences: PackedSequences) -> tuple[Tensor, dic
     return loss.detach(), {name: p.grad for name, p in named if p.grad is not None}
 
 
+def kinds(model: nn.Module) -> set[str]:
+    layers = fused_layers(model, packed_attention_forward)
+    return {
+        type(child).__name__.removeprefix(FUSED_FAMILIES[model.config.model_type])
+        for child, _ in layers
+    }  # type: ignore[union-attr,index]
+
+
+def watch_projections(model: nn.Module) -> None:
+    """A hook that changes nothing, on one projection of every layer."""
+    for name, child in model.named_modules():
+        if name.endswith("o_proj"):
+            child.register_forward_hook(lambda *_: None)
+
+
 @pytest.mark.parametrize("family", sorted(FUSED_FAMILIES))
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("parts", ["whole layers", "watched parts"])
 def test_gradients_no_further_from_fp64_than_stock(
-    family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, checkpointing: bool, parts: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, sequences = build(family).train(), random_sequences(LENGTHS)
     disable_dropout(model)
     if checkpointing:
         enable_gradient_checkpointing(model)
-    assert len(fused_layers(model, packed_attention_forward)) >= 9
+    if parts == "watched parts":
+        watch_projections(model)
+        assert kinds(model) == {"RMSNorm", "MLP", "Attention"}
+    else:
+        assert kinds(model) == {"RMSNorm", "DecoderLayer"}
     loss, ours = gradients(model, sequences)
     exact_loss, exact = gradients(copy.deepcopy(model).double(), sequences)
     monkeypatch.setenv("RLHF_FAST_OPS", STOCK)
@@ -88,6 +110,40 @@ def test_what_is_not_transformers_own_is_left_alone() -> None:
         assert "model.norm" not in replaced(model)
         assert theirs.forward.__func__ is type(theirs).forward
     assert replaced(model) == ["model.layers.0.mlp"]
+
+
+@pytest.mark.parametrize("what", ["an adapter", "a bias of the MLP", "a backward hook", "dropout"])
+def test_a_layer_that_is_not_plain_keeps_its_parts(what: str) -> None:
+    model = build("llama", attention_dropout=0.1 if what == "dropout" else 0.0).train()
+    layer: Any = model.model.layers[0]
+    if what == "an adapter":
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["down_proj"]), layer)
+    elif what == "a bias of the MLP":
+        layer.mlp.up_proj.bias = nn.Parameter(torch.ones(layer.mlp.up_proj.out_features))
+    elif what == "a backward hook":
+        layer.self_attn.register_full_backward_hook(lambda *_: None)
+    names = {child: name for name, child in model.named_modules()}
+    found = {names[child] for child, _ in fused_layers(model, packed_attention_forward)}
+    assert "model.layers.0" not in found
+    assert {"model.layers.0.mlp", "model.layers.0.self_attn"} <= found
+    assert ("model.layers.1" in found) == (what != "dropout")
+
+
+def test_adapters_of_a_layer_beside_whole_ones_learn() -> None:
+    model, sequences = build("llama"), random_sequences(LENGTHS)
+    model.requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model.model.layers[0])
+    _, grads = gradients(model, sequences)
+    assert grads
+    assert all("lora_" in name for name in grads)
+
+
+def test_hooks_of_a_whole_layer_run() -> None:
+    model, sequences = build("llama"), random_sequences(LENGTHS)
+    seen: list[tuple[int, ...]] = []
+    model.model.layers[1].register_forward_hook(lambda _, __, out: seen.append(tuple(out.shape)))
+    packed_hidden(model, sequences)
+    assert seen == [(1, sum(LENGTHS), model.config.hidden_size)]
 
 
 def test_bf16_autocast_and_other_families_stay_stock() -> None:

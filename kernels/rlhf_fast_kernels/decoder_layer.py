@@ -1,0 +1,499 @@
+"""A decoder layer of Llama's form over packed tokens, with gradients, as one node of the graph.
+
+    q, k, v = n W_q^T, n W_k^T, n W_v^T (+ biases),   n = rms_norm(x)
+    q, k    = rotary(rms_norm_heads(q)), rotary(rms_norm_heads(k))      (the norms: Qwen3 alone)
+    y       = x + attention(q, k, v) W_o^T (+ bias)
+    out     = y + swiglu(m W_gate^T, m W_up^T) W_down^T,   m = rms_norm(y)
+
+with the ops of `layer_ops` and `packed_attention`, whose formulas and gradients these are. What one
+node has over eleven: products add to the residual and to each other's gradients instead of a pass
+of their own; q, k and v are one product where their weights lie side by side; norms and swiglu are
+formed again in backward, so a third less is kept; and gradients are written over what they were
+made from.
+
+C++ for the parts and PyTorch's products, fp32 on a CPU. Elsewhere, and under torch.compile, plain
+operations, which a compiler fuses by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from rlhf_fast_kernels import dispatch, native
+from rlhf_fast_kernels.packed_attention import check_segments, native_backward, native_forward
+from rlhf_fast_kernels.reference.decoder_layer import decoder_layer as reference_layer
+from rlhf_fast_kernels.registry import is_plain
+from rlhf_fast_kernels.rms_norm import unchecked as norm
+
+OP = "decoder_layer"
+
+
+class LayerWeights(NamedTuple):
+    """The parameters of a layer, as `torch.nn.Linear` lays them out: `[out, in]`.
+
+    H is the width of the stream, I that of the inner one, Hq and Hkv heads of D.
+
+    Attributes:
+        input_norm, post_norm: `[H]`.
+        q, k, v: `[Hq D, H]`, `[Hkv D, H]`, `[Hkv D, H]`.
+        o: `[H, Hq D]`.
+        gate, up, down: `[I, H]`, `[I, H]`, `[H, I]`.
+        q_bias, k_bias, v_bias, o_bias: as wide as their product, or None.
+        q_norm, k_norm: `[D]`, both or none.
+    """
+
+    input_norm: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    post_norm: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """Numbers of a layer.
+
+    Attributes:
+        head_dim: D.
+        eps: of the norms.
+        scale: of the scores.
+        window: tokens that a token sees, itself included; None: all before it.
+    """
+
+    head_dim: int
+    eps: float
+    scale: float
+    window: int | None = None
+
+
+class Kept(NamedTuple):
+    """What forward leaves to backward beside its arguments.
+
+    qkv `[N, (Hq + 2 Hkv) D]` holds rotated q and k, or raw ones where they are normed: q and k
+    `[N, heads, D]` are apart then. attended `[N, Hq, D]`, lse `[N, Hq]`, y `[N, H]`, gate and up
+    `[N, I]`.
+    """
+
+    qkv: Tensor
+    q: Tensor
+    k: Tensor
+    attended: Tensor
+    lse: Tensor
+    y: Tensor
+    gate: Tensor
+    up: Tensor
+
+
+# ---- the parts ----------------------------------------------------------------------------------
+
+
+class _Product(NamedTuple):
+    """A product that makes columns `start` to `stop` of q|k|v."""
+
+    weight: Tensor
+    bias: Tensor | None
+    start: int
+    stop: int
+
+
+def _products(w: LayerWeights) -> list[_Product]:
+    """One product for q, k and v if their weights lie side by side, or three."""
+    weights, biases = (w.q, w.k, w.v), (w.q_bias, w.k_bias, w.v_bias)
+    whole = _side_by_side(weights)
+    if whole is not None:
+        bias = None if biases[0] is None else _side_by_side(biases)
+        if bias is not None or biases[0] is None:
+            return [_Product(whole, bias, 0, len(whole))]
+    products, start = [], 0
+    for weight, bias in zip(weights, biases, strict=True):
+        products.append(_Product(weight, bias, start, start + len(weight)))
+        start += len(weight)
+    return products
+
+
+def _side_by_side(parts: Sequence[Any]) -> Tensor | None:
+    """Contiguous tensors as one along dim 0, if each begins where the one before ends."""
+    first = parts[0]
+    memory, offset = first.untyped_storage().data_ptr(), first.storage_offset()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != memory or part.storage_offset() != offset:
+            return None
+        offset += part.numel()
+    whole: Tensor = first.detach().as_strided(
+        (sum(map(len, parts)), *first.shape[1:]), first.stride()
+    )
+    return whole
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _swiglu(
+    gate: Tensor, up: Tensor, out: Tensor, above: Tensor | None, grads: tuple[Tensor, Tensor] | None
+) -> None:
+    addresses = (gate.data_ptr(), up.data_ptr(), out.data_ptr())
+    further = (0, 0, 0)
+    if above is not None and grads is not None:
+        further = (above.data_ptr(), grads[0].data_ptr(), grads[1].data_ptr())
+    native.core().swiglu(gate.numel(), *addresses, *further, native.thread_count())
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool) -> None:
+    """In place; x `[N, heads, D]` with adjacent elements of a head."""
+    tokens, heads, width = x.shape
+    place = (x.data_ptr(), x.stride()[:2])
+    native.core().rotary(
+        (tokens, heads, width // 2),
+        *(*place, cos.data_ptr(), sin.data_ptr(), *place, transposed, native.thread_count()),
+    )
+
+
+def _norm_backward(
+    x: Tensor, weight: Tensor, above: Tensor, eps: float, residual: Tensor | None, out: Tensor
+) -> Tensor:
+    """Gradient of weight; that of x, plus residual, goes to out, which may be the residual."""
+    grad_weight, columns = torch.empty_like(weight), x.shape[-1]
+    native.core().rms_norm_backward(
+        *(x.numel() // columns, columns, x.data_ptr(), weight.data_ptr(), above.data_ptr(), eps),
+        *(0 if residual is None else residual.data_ptr(), out.data_ptr()),
+        *(grad_weight.data_ptr(), native.thread_count()),
+    )
+    return grad_weight
+
+
+def _heads(qkv: Tensor, w: LayerWeights, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v `[N, heads, D]` as views of q|k|v."""
+    parts = qkv.split([len(w.q), len(w.k), len(w.v)], dim=1)
+    q, k, v = (x.unflatten(1, (-1, width)) for x in parts)
+    return q, k, v
+
+
+# ---- forward and backward -----------------------------------------------------------------------
+
+
+def _forward(
+    x: Tensor,
+    w: LayerWeights,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    settings: LayerSettings,
+    *,
+    keep: bool,
+) -> tuple[Tensor, Kept | None]:
+    """(out, what backward needs, if it is to be kept)."""
+    eps = settings.eps
+    rows = torch.empty_like(x)
+    norm(x, w.input_norm, eps, None, 0.0, rows)
+    products = _products(w)
+    qkv = x.new_empty(len(x), products[-1].stop)
+    for p in products:
+        _multiply(rows, p.weight, p.bias, qkv[:, p.start : p.stop])
+    q, k, v = _heads(qkv, w, settings.head_dim)
+    if w.q_norm is not None and w.k_norm is not None:
+        raw, q, k = (q, k), torch.empty(q.shape), torch.empty(k.shape)
+        norm(raw[0], w.q_norm, eps, None, 0.0, q)
+        norm(raw[1], w.k_norm, eps, None, 0.0, k)
+    for part in (q, k):
+        _rotate(part, cos, sin, transposed=False)
+    attended, lse = native_forward(q, k, v, cu_seqlens, settings.scale, settings.window)
+    y = torch.addmm(x, attended.flatten(1), w.o.t())
+    if w.o_bias is not None:
+        y += w.o_bias
+    norm(y, w.post_norm, eps, None, 0.0, rows)
+    gate, up = torch.mm(rows, w.gate.t()), torch.mm(rows, w.up.t())
+    inner = torch.empty_like(gate) if keep else gate
+    _swiglu(gate, up, inner, None, None)
+    out = torch.addmm(y, inner, w.down.t(), out=rows)
+    return out, Kept(qkv, q, k, attended, lse, y, gate, up) if keep else None
+
+
+class _Backward:
+    """Gradients of one layer, from its last operation to its first.
+
+    Args:
+        x, w, cos, sin, cu_seqlens, settings: as in forward.
+        kept: what forward left; qkv, gate and up are overwritten.
+        wanted: weights whose gradient is asked for.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        w: LayerWeights,
+        tables: tuple[Tensor, Tensor],
+        cu_seqlens: Tensor,
+        settings: LayerSettings,
+        kept: Kept,
+        wanted: frozenset[str],
+    ) -> None:
+        self.x, self.w, self.tables, self.cu_seqlens = x, w, tables, cu_seqlens
+        self.settings, self.kept, self.wanted = settings, kept, wanted
+        self.grads: dict[str, Tensor] = {}
+        self.rows = torch.empty_like(x)  # of a norm, formed again
+
+    def run(self, above: Tensor) -> Tensor:
+        """The gradient of x; those of weights stand in `grads`."""
+        of_y = self._inner(above)
+        of_qkv = self._attention(of_y)
+        return self._input(of_y, of_qkv)
+
+    def _inner(self, above: Tensor) -> Tensor:
+        """Gradient of y from that of out."""
+        w, kept, eps = self.w, self.kept, self.settings.eps
+        spread, inner = torch.mm(above, w.down), torch.empty_like(kept.gate)
+        _swiglu(kept.gate, kept.up, inner, spread, (kept.gate, kept.up))
+        of_gate, of_up = kept.gate, kept.up
+        norm(kept.y, w.post_norm, eps, None, 0.0, self.rows)
+        self._weight("down", above, inner)
+        self._weight("gate", of_gate, self.rows)
+        self._weight("up", of_up, self.rows)
+        of_rows = torch.mm(of_gate, w.gate).addmm_(of_up, w.up)
+        of_y = torch.empty_like(self.x)
+        self.grads["post_norm"] = _norm_backward(kept.y, w.post_norm, of_rows, eps, above, of_y)
+        return of_y
+
+    def _attention(self, of_y: Tensor) -> Tensor:
+        """Gradient of q|k|v, before norms and rotation, from that of y."""
+        w, kept, settings = self.w, self.kept, self.settings
+        self._weight("o", of_y, kept.attended.flatten(1))
+        self._bias("o_bias", of_y)
+        of_attended = torch.mm(of_y, w.o).view_as(kept.attended)
+        of_qkv = torch.empty_like(kept.qkv)
+        raw_q, raw_k, v = _heads(kept.qkv, w, settings.head_dim)
+        of_q, of_k, of_v = _heads(of_qkv, w, settings.head_dim)
+        heads = (("q_norm", raw_q, of_q), ("k_norm", raw_k, of_k))
+        normed = w.q_norm is not None
+        apart = [torch.empty(of.shape) if normed else of for _, _, of in heads]
+        native_backward(
+            *(kept.q, kept.k, v, self.cu_seqlens, settings.scale, settings.window),
+            *(kept.attended, kept.lse, of_attended, (*apart, of_v)),
+        )
+        for (name, raw, of), grad in zip(heads, apart, strict=True):
+            _rotate(grad, *self.tables, transposed=True)
+            if normed:
+                weight, raw = getattr(w, name), raw.contiguous()
+                self.grads[name] = _norm_backward(raw, weight, grad, settings.eps, None, grad)
+                of.copy_(grad)
+        return of_qkv
+
+    def _input(self, of_y: Tensor, of_qkv: Tensor) -> Tensor:
+        """Gradient of x from those of y and of q|k|v."""
+        x, w, eps = self.x, self.w, self.settings.eps
+        norm(x, w.input_norm, eps, None, 0.0, self.rows)
+        of_rows: Tensor | None = None
+        for p in _products(w):
+            part = of_qkv[:, p.start : p.stop]
+            if of_rows is None:
+                of_rows = torch.mm(part, p.weight)
+            else:
+                of_rows.addmm_(part, p.weight)
+        assert of_rows is not None
+        sizes = [len(w.q), len(w.k), len(w.v)]
+        if not self.wanted.isdisjoint(("q", "k", "v")):
+            parts = torch.mm(of_qkv.t(), self.rows).split(sizes)
+            self.grads |= dict(zip(("q", "k", "v"), parts, strict=True))
+        for name, columns in zip(("q", "k", "v"), of_qkv.split(sizes, dim=1), strict=True):
+            self._bias(f"{name}_bias", columns)
+        self.grads["input_norm"] = _norm_backward(x, w.input_norm, of_rows, eps, of_y, of_y)
+        return of_y
+
+    def _weight(self, name: str, above: Tensor, rows: Tensor) -> None:
+        if name in self.wanted:
+            self.grads[name] = torch.mm(above.t(), rows)
+
+    def _bias(self, name: str, above: Tensor) -> None:
+        if name in self.wanted:
+            self.grads[name] = above.sum(0)
+
+
+class _DecoderLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        settings: LayerSettings,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor,
+        *weights: Tensor | None,
+    ) -> Tensor:
+        given = (x, LayerWeights(*weights), cos, sin, cu_seqlens)  # type: ignore[arg-type]
+        out, kept = _forward(*given, settings, keep=True)
+        assert kept is not None
+        ctx.settings = settings
+        # All of it this way, so that checkpointing finds it: it drops what was saved and no more.
+        ctx.save_for_backward(x, cos, sin, cu_seqlens, *weights, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+        # `once_differentiable` would let a gradient of the gradient pass that misses this part.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{OP}: gradients of its gradients do not exist in C++; call backward without "
+                "create_graph=True, or pass impl='reference'"
+            )
+        x, cos, sin, cu_seqlens, *rest = ctx.saved_tensors
+        count = len(LayerWeights._fields)
+        weights, kept = LayerWeights(*rest[:count]), Kept(*rest[count:])
+        needed = zip(LayerWeights._fields, ctx.needs_input_grad[-count:], strict=True)
+        wanted = frozenset(name for name, needs in needed if needs)
+        tables = (cos, sin)
+        backward = _Backward(x, weights, tables, cu_seqlens, ctx.settings, kept, wanted)
+        grad = backward.run(above.contiguous())
+        # What was kept is overwritten: a second backward of a retained graph must notice.
+        increment_version((kept.qkv, kept.gate, kept.up))
+        of_weights = (backward.grads.get(name) for name in LayerWeights._fields)
+        return (None, grad, None, None, None, *of_weights)
+
+
+def _native(
+    x: Tensor,
+    weights: LayerWeights,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    settings: LayerSettings,
+) -> Tensor:
+    x = x.contiguous()
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
+        out: Tensor = _DecoderLayer.apply(settings, x, cos, sin, cu_seqlens, *weights)
+        return out
+    return _forward(x, weights, cos, sin, cu_seqlens, settings, keep=False)[0]
+
+
+# ---- the public function ------------------------------------------------------------------------
+
+
+def decoder_layer(
+    x: Tensor,
+    weights: LayerWeights,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    settings: LayerSettings,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """One layer over packed segments, with gradients of x and of the weights that ask for one.
+
+    Args:
+        x: `[N, H]`.
+        weights: the layer's, contiguous, in x's dtype and on its device.
+        cos, sin: `[N, D]` in x's dtype; no gradient.
+        cu_seqlens: `[K + 1]` int32 offsets of the segments, from 0 to N.
+        settings: numbers of the layer.
+        impl: implementation by name, see `rlhf_fast_kernels.dispatch`.
+
+    Returns:
+        `[N, H]`.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or offsets that do not fit.
+        RuntimeError: by backward, called with create_graph=True, or a second time.
+    """
+    _check(x, weights, cos, sin, settings)
+    check_segments(OP, x, cu_seqlens)
+    choice = dispatch.choose(OP, impl, x)
+    if torch.compiler.is_compiling() or not is_plain((x, *weights)):
+        choice = dispatch.choose(OP, "reference", x)
+    out: Tensor = choice.function(
+        x, weights, cos.contiguous(), sin.contiguous(), cu_seqlens, settings
+    )
+    return out
+
+
+def _check(
+    x: Tensor, weights: LayerWeights, cos: Tensor, sin: Tensor, settings: LayerSettings
+) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"{OP}: x is {list(x.shape)}; expected [N, H]")
+    width, head = x.shape[1], settings.head_dim
+    q, kv, inner = len(weights.q), len(weights.k), len(weights.gate)
+    if head % 2 or q % head or kv % head or kv == 0 or q % kv:
+        raise ValueError(
+            f"{OP}: q has {q} rows and k {kv}; expected multiples of head_dim {head}, an even "
+            "number, and of k's"
+        )
+    if (weights.q_norm is None) != (weights.k_norm is None):
+        raise ValueError(f"{OP}: one of q_norm and k_norm is missing; expected both or none")
+    expected: dict[str, tuple[int, ...]] = {
+        "input_norm": (width,),
+        "post_norm": (width,),
+        "q": (q, width),
+        "k": (kv, width),
+        "v": (kv, width),
+        "o": (width, q),
+        "gate": (inner, width),
+        "up": (inner, width),
+        "down": (width, inner),
+        "q_bias": (q,),
+        "k_bias": (kv,),
+        "v_bias": (kv,),
+        "o_bias": (width,),
+        "q_norm": (head,),
+        "k_norm": (head,),
+    }
+    tables = {"cos": (cos, (len(x), head)), "sin": (sin, (len(x), head))}
+    given = {name: (tensor, expected[name]) for name, tensor in weights._asdict().items()}
+    for name, (tensor, shape) in (given | tables).items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape or not (tensor.is_contiguous() or name in tables):
+            found = f"{name} is {list(tensor.shape)} with strides {list(tensor.stride())}"
+            raise ValueError(f"{OP}: {found}; expected contiguous {list(shape)}")
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            found = f"{name} is {tensor.dtype} on {tensor.device}"
+            raise TypeError(f"{OP}: {found}; x is {x.dtype} on {x.device}")
+
+
+# ---- registration -------------------------------------------------------------------------------
+
+
+def _selftest(
+    device: torch.device, dtype: torch.dtype, generator: torch.Generator
+) -> dispatch.SelftestRun:
+    def normal(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(device, dtype)
+
+    x, (cos, sin) = 4 * normal(9, 16), (normal(9, 8), normal(9, 8))
+    square, narrow, wide = (16, 16), (8, 16), (24, 16)
+    shapes = ((16,), square, narrow, narrow, square, (16,), wide, wide, (16, 24))
+    weights = LayerWeights(*(normal(*shape) for shape in shapes))
+    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32).to(device)
+    settings = LayerSettings(head_dim=8, eps=1e-6, scale=8**-0.5, window=3)
+
+    def run(impl: str) -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in (x, *weights[:9])]
+        layer = LayerWeights(*leaves[1:])
+        out = decoder_layer(leaves[0], layer, cos, sin, cu_seqlens, settings, impl=impl)
+        return out.detach(), *torch.autograd.grad(out, leaves, torch.cos(out.detach()))
+
+    return run
+
+
+_PARTS = ("swiglu", "rotary", "rms_norm", "rms_norm_backward")
+_ATTENTION = ("packed_attention", "packed_attention_backward")
+dispatch.register(OP, "reference", reference_layer)
+dispatch.register(OP, "cpu", _native, native.on_cpu(*_PARTS, *_ATTENTION), dtypes=(torch.float32,))
+dispatch.register_selftest(OP, _selftest)
