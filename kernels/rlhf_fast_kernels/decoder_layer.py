@@ -219,12 +219,14 @@ def _forward(
     y = torch.addmm(x, attended.flatten(1), w.o.t())
     if w.o_bias is not None:
         y += w.o_bias
+    of_attention = (qkv, q, k, attended, lse) if keep else None
+    del qkv, q, k, v, part, attended, lse  # the widest part is still to come
     norm(y, w.post_norm, eps, None, 0.0, rows)
     gate, up = torch.mm(rows, w.gate.t()), torch.mm(rows, w.up.t())
     inner = torch.empty_like(gate) if keep else gate
     _swiglu(gate, up, inner, None, None)
     out = torch.addmm(y, inner, w.down.t(), out=rows)
-    return out, Kept(qkv, q, k, attended, lse, y, gate, up) if keep else None
+    return out, None if of_attention is None else Kept(*of_attention, y, gate, up)
 
 
 class _Backward:

@@ -13,7 +13,8 @@ adapter. Residual stream and norms are fp32 under autocast over fp32 weights.
         norms 2 * 4H;  inputs 2 * c H;  attention (2q + 2k) c + 4 heads;  inner 5 * c I
 
 On a CPU in fp32 the gated families run our layer ops (`rlhf_fast.models.fused_layers`), which save
-their inputs alone: norms 2 * 4H, inner 3 * c I.
+their inputs alone: norms 2 * 4H, inner 3 * c I. Where a whole layer is one op, it forms normalised
+inputs and the product again: inputs 0, inner 2 * c I.
 
 Norms of q and k (Qwen3) add their inputs and normalised inputs. With an adapter the base weights
 are frozen: normalised inputs are not saved, inputs are saved by the adapted layers alone, and each
@@ -51,6 +52,7 @@ class DecoderShape:
             of the nearest one.
         layers, width, inner, heads, kv_heads, head_dim, vocab: as in its config.
         qk_norm: whether queries and keys are normalised.
+        plain: whether the layers of a gated family have no bias in their MLP.
     """
 
     gated: bool
@@ -63,6 +65,7 @@ class DecoderShape:
     head_dim: int
     vocab: int
     qk_norm: bool
+    plain: bool
 
     @classmethod
     def of(cls, config: Any) -> DecoderShape:
@@ -97,6 +100,7 @@ class DecoderShape:
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             vocab=text.vocab_size,
             qk_norm=config.model_type == "qwen3",
+            plain=not getattr(text, "mlp_bias", False),
         )
 
 
@@ -124,6 +128,11 @@ class ForwardPlan:
     checkpointing: bool = False
     lean: bool = False
 
+    @property
+    def whole(self) -> bool:
+        """Whether a layer is one op: no adapter and no bias in the MLP."""
+        return self.lean and self.rank == 0 and self.shape.plain
+
     def saved(self) -> int:
         """Bytes saved for backward when the forward has ended, weights and casts of them aside."""
         return self.shape.layers * self.saved_by_layer() + self._saved_outside()
@@ -143,6 +152,8 @@ class ForwardPlan:
     def without_graph(self) -> int:
         """Bytes a forward without graph holds at once: in the MLP of a layer, and the result."""
         s, c = self.shape, self.compute
+        if self.whole:  # the layer's input, the stream in its middle, the result
+            return self.tokens * (3 * 4 * s.width + 2 * s.inner * c)
         inner = (3 if s.gated else 4) * s.inner * c
         return self.tokens * (s.width * (2 * self._stream + c + 4) + inner)
 
@@ -179,6 +190,8 @@ class ForwardPlan:
             norms = (4 if full else 2) * 4 * s.width + 8
             if s.qk_norm:
                 norms += (q + k) * (4 + (c if full else 0)) + 4 * (s.heads + s.kv_heads)
+        if self.whole:
+            return norms, 0, 2 * s.inner * c
         read = set(_READ_ONE_INPUT) if full else set(self.adapted)
         of_attention = len(read & {"q_proj", "k_proj", "v_proj"})
         of_mlp = len(read & {"gate_proj", "up_proj"})

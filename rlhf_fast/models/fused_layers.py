@@ -149,10 +149,29 @@ def _layer(
     **kwargs: Any,
 ) -> Tensor:
     """One packed row, [1, N, H]; without a cache."""
-    attention, mlp = layer.self_attn, layer.mlp
     _require_no_cache(layer, cache, kwargs)
     if attention_mask is not None:
         raise ValueError(f"{type(layer).__name__}: packed attention has no mask")
+    run = functools.partial(_as_one_op, layer, position_embeddings, packed_layout)
+    if _checkpoints_in_forward(layer) and torch.is_grad_enabled():
+        out: Tensor = layer._gradient_checkpointing_func(run, hidden_states)
+        return out
+    return run(hidden_states)
+
+
+def _checkpoints_in_forward(layer: Any) -> bool:
+    """Whether the forward that ours stands for would recompute itself in backward.
+
+    Versions of transformers differ: some do it around the call of the module, where it still is.
+    """
+    in_call = type(layer).__call__ is not nn.Module.__call__
+    return not in_call and layer.gradient_checkpointing and layer.training
+
+
+def _as_one_op(
+    layer: Any, tables: tuple[Tensor, Tensor], packed_layout: Any, hidden_states: Tensor
+) -> Tensor:
+    attention, mlp = layer.self_attn, layer.mlp
     normed = hasattr(attention, "q_norm")
     weights = LayerWeights(
         layer.input_layernorm.weight,
@@ -171,9 +190,8 @@ def _layer(
         attention.scaling,
         window if (window or 0) < packed_layout.max_length else None,
     )
-    cos, sin = position_embeddings
-    rows, cu_seqlens = hidden_states.squeeze(0), packed_layout.cu_seqlens
-    return decoder_layer(rows, weights, cos[0], sin[0], cu_seqlens, settings)[None]
+    (cos, sin), rows = (table[0] for table in tables), hidden_states.squeeze(0)
+    return decoder_layer(rows, weights, cos, sin, packed_layout.cu_seqlens, settings)[None]
 
 
 def _window(attention: Any) -> int | None:
