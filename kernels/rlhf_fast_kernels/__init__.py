@@ -1,7 +1,9 @@
 """Fused ops for PPO: PyTorch reference, C++ for CPUs, CUDA C++ and Triton; needs only torch."""
 
+from rlhf_fast_kernels.decoder_layer import decoder_layer
 from rlhf_fast_kernels.kl_from_logits import kl_from_logits
 from rlhf_fast_kernels.kv_pages import Extension, PageAllocator
+from rlhf_fast_kernels.layer_arguments import LayerSettings, LayerWeights
 from rlhf_fast_kernels.layer_ops import rotary, swiglu, trained_rms_norm
 from rlhf_fast_kernels.linear_kl import linear_kl
 from rlhf_fast_kernels.linear_logprobs import linear_logprobs
@@ -22,6 +24,8 @@ from rlhf_fast_kernels.whiten import masked_moments, merge_moments, whiten
 
 __all__ = [
     "Extension",
+    "LayerSettings",
+    "LayerWeights",
     "LinearPPOLossOutput",
     "PPOLossOutput",
     "PageAllocator",
@@ -29,6 +33,7 @@ __all__ = [
     "RewardsAndGAE",
     "RopeAndStore",
     "SampleOutput",
+    "decoder_layer",
     "finalize_metrics",
     "gae",
     "kl_from_logits",

@@ -18,7 +18,6 @@ operations, which a compiler fuses by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,60 +25,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from rlhf_fast_kernels import dispatch, native
+from rlhf_fast_kernels.layer_arguments import OP, LayerSettings, LayerWeights, check_layer
 from rlhf_fast_kernels.packed_attention import check_segments, native_backward, native_forward
 from rlhf_fast_kernels.reference.decoder_layer import decoder_layer as reference_layer
 from rlhf_fast_kernels.registry import is_plain
 from rlhf_fast_kernels.rms_norm import unchecked as norm
-
-OP = "decoder_layer"
-
-
-class LayerWeights(NamedTuple):
-    """The parameters of a layer, as `torch.nn.Linear` lays them out: `[out, in]`.
-
-    H is the width of the stream, I that of the inner one, Hq and Hkv heads of D.
-
-    Attributes:
-        input_norm, post_norm: `[H]`.
-        q, k, v: `[Hq D, H]`, `[Hkv D, H]`, `[Hkv D, H]`.
-        o: `[H, Hq D]`.
-        gate, up, down: `[I, H]`, `[I, H]`, `[H, I]`.
-        q_bias, k_bias, v_bias, o_bias: as wide as their product, or None.
-        q_norm, k_norm: `[D]`, both or none.
-    """
-
-    input_norm: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    post_norm: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-    q_bias: Tensor | None = None
-    k_bias: Tensor | None = None
-    v_bias: Tensor | None = None
-    o_bias: Tensor | None = None
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class LayerSettings:
-    """Numbers of a layer.
-
-    Attributes:
-        head_dim: D.
-        eps: of the norms.
-        scale: of the scores.
-        window: tokens that a token sees, itself included; None: all before it.
-    """
-
-    head_dim: int
-    eps: float
-    scale: float
-    window: int | None = None
 
 
 class Kept(NamedTuple):
@@ -414,7 +364,7 @@ def decoder_layer(
         ValueError, TypeError: shapes, dtypes, devices or offsets that do not fit.
         RuntimeError: by backward, called with create_graph=True, or a second time.
     """
-    _check(x, weights, cos, sin, settings)
+    check_layer(x, weights, cos, sin, settings)
     check_segments(OP, x, cu_seqlens)
     choice = dispatch.choose(OP, impl, x)
     if torch.compiler.is_compiling() or not is_plain((x, *weights)):
@@ -423,50 +373,6 @@ def decoder_layer(
         x, weights, cos.contiguous(), sin.contiguous(), cu_seqlens, settings
     )
     return out
-
-
-def _check(
-    x: Tensor, weights: LayerWeights, cos: Tensor, sin: Tensor, settings: LayerSettings
-) -> None:
-    if x.dim() != 2:
-        raise ValueError(f"{OP}: x is {list(x.shape)}; expected [N, H]")
-    width, head = x.shape[1], settings.head_dim
-    q, kv, inner = len(weights.q), len(weights.k), len(weights.gate)
-    if head % 2 or q % head or kv % head or kv == 0 or q % kv:
-        raise ValueError(
-            f"{OP}: q has {q} rows and k {kv}; expected multiples of head_dim {head}, an even "
-            "number, and of k's"
-        )
-    if (weights.q_norm is None) != (weights.k_norm is None):
-        raise ValueError(f"{OP}: one of q_norm and k_norm is missing; expected both or none")
-    expected: dict[str, tuple[int, ...]] = {
-        "input_norm": (width,),
-        "post_norm": (width,),
-        "q": (q, width),
-        "k": (kv, width),
-        "v": (kv, width),
-        "o": (width, q),
-        "gate": (inner, width),
-        "up": (inner, width),
-        "down": (width, inner),
-        "q_bias": (q,),
-        "k_bias": (kv,),
-        "v_bias": (kv,),
-        "o_bias": (width,),
-        "q_norm": (head,),
-        "k_norm": (head,),
-    }
-    tables = {"cos": (cos, (len(x), head)), "sin": (sin, (len(x), head))}
-    given = {name: (tensor, expected[name]) for name, tensor in weights._asdict().items()}
-    for name, (tensor, shape) in (given | tables).items():
-        if tensor is None:
-            continue
-        if tensor.shape != shape or not (tensor.is_contiguous() or name in tables):
-            found = f"{name} is {list(tensor.shape)} with strides {list(tensor.stride())}"
-            raise ValueError(f"{OP}: {found}; expected contiguous {list(shape)}")
-        if tensor.dtype != x.dtype or tensor.device != x.device:
-            found = f"{name} is {tensor.dtype} on {tensor.device}"
-            raise TypeError(f"{OP}: {found}; x is {x.dtype} on {x.device}")
 
 
 # ---- registration -------------------------------------------------------------------------------

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast_kernels import dispatch
-from rlhf_fast_kernels.decoder_layer import LayerSettings, LayerWeights, decoder_layer
+from rlhf_fast_kernels import LayerSettings, LayerWeights, decoder_layer, dispatch
 from rlhf_fast_kernels.layer_ops import rotary, swiglu, trained_rms_norm
 
 FUSED_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_fast_kernels import native
-from rlhf_fast_kernels.decoder_layer import LayerSettings, LayerWeights, decoder_layer
+from rlhf_fast_kernels import LayerSettings, LayerWeights, decoder_layer, native
 
 pytestmark = pytest.mark.skipif(
     native.missing("swiglu", "packed_attention_backward") is not None, reason="no compiled module"

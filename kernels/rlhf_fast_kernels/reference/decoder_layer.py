@@ -11,7 +11,7 @@ from rlhf_fast_kernels.reference.layer_ops import rotary, swiglu, trained_rms_no
 from rlhf_fast_kernels.reference.packed_attention import packed_attention
 
 if TYPE_CHECKING:
-    from rlhf_fast_kernels.decoder_layer import LayerSettings, LayerWeights
+    from rlhf_fast_kernels.layer_arguments import LayerSettings, LayerWeights
 
 
 def decoder_layer(
