@@ -1,10 +1,11 @@
 """pytest plugin: another trainer's own tests, unchanged, on our functions.
 
-    RLHF_FAST_SWAP=trl python -m pytest -p tests.integrations.swapped tests/test_utils.py
+    export PYTHONPATH=$PROJECT:$PROJECT/kernels:$PROJECT/tests/integrations
+    RLHF_FAST_SWAP=trl python -m pytest -p swapped tests/test_utils.py
 
-in a checkout of the trainer's tests, with this project on PYTHONPATH. Installs the adapter
-`rlhf_fast.integrations.<name>` before a test module is imported, says what it replaced, and fails
-the session if at its end ours are no longer where they were put.
+in a checkout of the trainer's tests, which is likely to have a package `tests` of its own. Installs
+the adapter `rlhf_fast.integrations.<name>` before a test module is imported, says what it replaced,
+and fails the session if at its end ours are no longer where they were put.
 """
 
 from __future__ import annotations
