@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_fast.errors import EnvironmentFault
 from rlhf_fast.integrations import trl as adapter
 from rlhf_fast.integrations import trl_rollout
+from rlhf_fast.models.forward import compute_dtype
 from tests.integrations.peers import installed
 from tests.integrations.trl_cases import LIMIT, Recorder, online_trainer
 
@@ -109,6 +110,21 @@ def test_sampled_runs_are_finite_within_limits_and_repeatable(kind: str, tmp_pat
     assert found[0].completions == found[1].completions
     assert found[0].series("loss") == found[1].series("loss")
     assert found[0].completions != found[2].completions
+
+
+@only_new
+def test_mixed_precision_generates_in_bf16_on_the_fused_path(tmp_path: Path) -> None:
+    """Through accelerate's autocast, which lies over TRL's forward on the model."""
+    recorder = Recorder()
+    trainer = online_trainer("GRPO", tmp_path, recorder, bf16=True)
+    rollout = trl_rollout.attach(trainer)
+    trainer.train()
+    assert torch.tensor(recorder.series("loss")).isfinite().all()
+    assert "forward" in vars(trainer.model)
+    assert rollout.engine is not None
+    assert rollout.engine.path == "fused"
+    assert compute_dtype(trainer.model) == "bfloat16"
+    assert trainer.model.dtype is torch.float32
 
 
 @only_new
