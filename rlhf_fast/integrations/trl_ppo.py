@@ -135,7 +135,7 @@ class PPOTrainer:
             quiet=bool(args.disable_tqdm),
         )
         roles = self.trainer.roles
-        if stop != eos:
+        if args.missing_eos_penalty is not None and stop != eos:
             roles.generator = _EndsWithEOS(roles.generator, eos)
 
     def train(self) -> stage.PPOResult:

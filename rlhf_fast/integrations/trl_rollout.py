@@ -232,6 +232,8 @@ def _option_faults(trainer: Any) -> Iterator[str]:
         off = not value or (name in _OFF_AT_ONE and value == 1)
         if name not in _READ | _HARMLESS and not name.startswith("_") and not off:
             yield f"{name}={value}"
+    if config.eos_token_id != trainer.eos_token_ids:
+        yield f"eos_token_id={config.eos_token_id} beside the trainer's {trainer.eos_token_ids}"
     # None would be transformers' default, which is 50 for top_k.
     yield from (f"{n} is None" for n in ("temperature", "top_k", "top_p") if n not in given)
 

@@ -103,14 +103,15 @@ def test_completions_of_the_evaluation_prompts(
 ) -> None:
     models = ppo_models()
     count_even(models)
-    rows = [{"input_ids": models["train_dataset"][i]["input_ids"]} for i in range(6)]
+    pad = models["processing_class"].pad_token_id  # on the left, as a collator leaves them
+    rows = [{"input_ids": [pad] * i + models["train_dataset"][i]["input_ids"]} for i in range(6)]
     args = PPOConfig(**ppo_settings(tmp_path, per_device_eval_batch_size=4, stop_token=None))
     trainer = PPOTrainer(args=args, eval_dataset=rows, **models)
     table = trainer.generate_completions()
     assert len(table) == 6
     assert len(trainer.generate_completions(sampling=True)) == 4
     for row in table:
-        assert row["query"].startswith("review of the")
+        assert row["query"].startswith("review of the")  # and not with padding
         assert abs(row["score"]) == pytest.approx(1.0, abs=1e-3)
     assert table[0]["model response"] in capsys.readouterr().out
 

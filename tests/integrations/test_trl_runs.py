@@ -180,15 +180,17 @@ def test_ranks_draw_different_samples() -> None:
 @only_new
 @KINDS
 def test_every_option_in_the_way_is_named_before_training(kind: str, tmp_path: Path) -> None:
-    options = {"repetition_penalty": 1.2, "generation_kwargs": {"no_repeat_ngram_size": 2}}
+    kwargs = {"no_repeat_ngram_size": 2, "eos_token_id": [5], "top_k": None}
+    options = {"repetition_penalty": 1.2, "generation_kwargs": kwargs}
     trainer = online_trainer(kind, tmp_path, Recorder(), **options)
     trainer.is_deepspeed_enabled = True
     trainer.model.generation_config.bad_words_ids = [[7]]
     with pytest.raises(EnvironmentFault) as caught:
         trl_rollout.attach(trainer)
     assert caught.value.code == "RF7321"
-    for word in ("repetition_penalty=1.2", "no_repeat_ngram_size", "bad_words_ids", "DeepSpeed"):
+    for word in ("repetition_penalty=1.2", *kwargs, "bad_words_ids", "DeepSpeed"):
         assert word in caught.value.what
+    assert "top_p" not in caught.value.what
     assert getattr(trainer, "rollout_func", None) is None
     assert "_generate_single_turn" not in vars(trainer)
 
