@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -159,7 +163,27 @@ def test_a_run_resumed_from_a_checkpoint_draws_what_it_would_have_drawn(tmp_path
         assert torch.equal(parameter, loaded[name])
 
 
-def test_ranks_draw_different_samples() -> None:
+@only_new
+def test_two_ranks_draw_different_samples_and_keep_equal_weights(tmp_path: Path) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = Path(__file__).with_name("trl_ranks.py")
+    run = subprocess.run(
+        [sys.executable, *launch, str(script), str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=script.parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    first, second = (json.loads((tmp_path / f"rank-{r}.json").read_text()) for r in range(2))
+    assert first["wrapper"] == second["wrapper"] == "DistributedDataParallel"
+    assert first["weights"] == second["weights"]
+    drawn = {tuple(ids) for ids in first["completions"]}
+    assert len(drawn) > 12
+    assert not drawn & {tuple(ids) for ids in second["completions"] if len(ids) == LIMIT}
+
+
+def test_seeds_differ_by_rank_step_and_call() -> None:
     def seeds(rank: int, step: int) -> list[int]:
         trainer = SimpleNamespace(
             args=SimpleNamespace(seed=1),
