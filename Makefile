@@ -58,8 +58,8 @@ PEERS_TEST = PYTHONPATH=$(1).:kernels $(PEERS)/bin/python -m pytest tests/integr
 test-integrations: $(PEERS_READY)
 	$(call PEERS_TEST,,test_openrlhf.py)
 	$(call PEERS_TEST,,test_verl.py)
-	$(call PEERS_TEST,,test_trl.py)
-	$(call PEERS_TEST,$(TRL_OLD):,test_trl.py)
+	$(call PEERS_TEST,,test_trl*.py)
+	$(call PEERS_TEST,$(TRL_OLD):,test_trl*.py)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -114,7 +114,7 @@ class Patch:
                 name (RF7303) or cannot be imported (RF7304). Nothing has been replaced.
         """
         if not self._version:
-            version = self._supported_version()
+            version = require_version(self.package, self.replacements)
             wanted = self.replacements[version]
             now = [r for r in wanted if not on_import or r.module in sys.modules]
             self._apply(now, version)
@@ -161,27 +161,6 @@ class Patch:
         awaited = () if self._awaiting is None else tuple(map(str, self._awaiting.awaited))
         return Report(self.package, self._version, tuple(places), awaited)
 
-    def _supported_version(self) -> str:
-        supported = ", ".join(self.replacements)
-        try:
-            installed = importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError as error:
-            raise EnvironmentFault(
-                "RF7301",
-                f"{self.package} is not installed",
-                expected=f"{self.package} {supported}",
-                remedy=f"pip install {self.package}=={next(iter(self.replacements))}",
-            ) from error
-        version = installed.partition("+")[0]
-        if version not in self.replacements:
-            raise EnvironmentFault(
-                "RF7302",
-                f"{self.package} {installed} is not a version that was tested",
-                expected=f"{self.package} {supported}; nothing of it was replaced",
-                remedy="install one of these, or train without the adapter",
-            )
-        return version
-
     def _apply(self, wanted: Sequence[Replacement], version: str) -> None:
         swaps = _find(wanted, self.package, version)
         for swap in swaps:
@@ -190,6 +169,34 @@ class Patch:
             else:
                 setattr(swap.owner, swap.name, swap.ours)
         self._swaps += swaps
+
+
+def require_version(package: str, supported: Iterable[str]) -> str:
+    """The installed version of a peer, without what a build adds to it.
+
+    Raises:
+        EnvironmentFault: the peer is missing (RF7301) or of another version (RF7302).
+    """
+    versions = tuple(supported)
+    named = ", ".join(versions)
+    try:
+        installed = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise EnvironmentFault(
+            "RF7301",
+            f"{package} is not installed",
+            expected=f"{package} {named}",
+            remedy=f"pip install {package}=={versions[0]}",
+        ) from error
+    version = installed.partition("+")[0]
+    if version not in versions:
+        raise EnvironmentFault(
+            "RF7302",
+            f"{package} {installed} is not a version that was tested",
+            expected=f"{package} {named}; nothing of it was replaced",
+            remedy="install one of these, or train without the adapter",
+        )
+    return version
 
 
 def _find(wanted: Sequence[Replacement], package: str, version: str) -> list[_Swap]:

@@ -43,6 +43,11 @@ def _own_dtype(logits: Tensor) -> torch.dtype:
     return logits.dtype
 
 
+def _theirs_to_the_bit(logits: Tensor) -> bool:
+    """TRL's tests hold half precision on CPUs to its own roundings, which are not the nearest."""
+    return logits.device.type == "cpu" and logits.dtype in (torch.bfloat16, torch.float16)
+
+
 def _selective_log_softmax(
     dtype: Callable[[Tensor], torch.dtype], own: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
@@ -54,10 +59,11 @@ def _selective_log_softmax(
     ) -> Tensor:
         """log softmax(logits / temperature) at `index` `[...]`; logits `[..., V]`.
 
-        Rows whose `row_mask` is 0 are not read and give 0. An index of several entries a row runs
-        TRL's own function. TRL 1.12 has neither temperature nor row_mask.
+        Rows whose `row_mask` is 0 are not read and give 0. An index of several entries a row, and
+        half precision on a CPU, run TRL's own function. TRL 1.12 has neither temperature nor
+        row_mask.
         """
-        if index.dim() != logits.dim() - 1:
+        if index.dim() != logits.dim() - 1 or _theirs_to_the_bit(logits):
             options: dict[str, Any] = {} if row_mask is None else {"row_mask": row_mask}
             options |= {} if temperature == 1.0 else {"temperature": temperature}
             return own(logits, index, **options)
@@ -67,10 +73,15 @@ def _selective_log_softmax(
 
 
 def _entropy_from_logits(
-    dtype: Callable[[Tensor], torch.dtype], _own: Callable[..., Tensor]
+    dtype: Callable[[Tensor], torch.dtype], own: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
     def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-        """Entropy of each row in nats, `[...]`; a logit of -inf adds nothing. Needs no chunks."""
+        """Entropy of each row in nats, `[...]`; a logit of -inf adds nothing. Needs no chunks.
+
+        Half precision on a CPU runs TRL's own function.
+        """
+        if _theirs_to_the_bit(logits):
+            return own(logits, chunk_size)
         return row_entropy(logits).to(dtype(logits))
 
     return entropy_from_logits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,8 @@ class PPOTrainer:
         model: the policy, a Hugging Face causal LM; trained in place, its weights as fp32. With
             `config.lora` the trunk: frozen, its linear layers replaced in place.
         tokenizer: its tokenizer.
-        train_dataset: rows with a `prompt` column: path, list of dicts or `datasets.Dataset`.
+        train_dataset: rows with a `prompt` column: path, list of dicts or `datasets.Dataset`; or
+            prompts that are loaded already.
         reference: frozen reference; None copies the policy as it is now.
         critic: sequence classifier with one label; None copies the reward model, or puts a zero
             head on a copy of the policy's trunk.
@@ -128,6 +129,8 @@ class PPOTrainer:
         pretraining_dataset: rows for the PPO-ptx term.
         on_step: called after each step with (step, StepOutput), on every rank; the metrics it
             returns are logged.
+        end_ids: ids that end a response, none if empty; None: what the tokenizer and the policy's
+            generation config name.
         quiet: rare plain lines instead of progress bars.
         world: the ranks that torchrun started, from `joined`; None: this process alone.
     """
@@ -138,7 +141,7 @@ class PPOTrainer:
         *,
         model: nn.Module | None = None,
         tokenizer: Any = None,
-        train_dataset: RowSource | None = None,
+        train_dataset: RowSource | LoadedData[PromptExample] | None = None,
         reference: nn.Module | None = None,
         critic: nn.Module | None = None,
         reward_model: nn.Module | None = None,
@@ -146,6 +149,7 @@ class PPOTrainer:
         reward_function: RewardFunction | None = None,
         pretraining_dataset: RowSource | None = None,
         on_step: OnStep | None = None,
+        end_ids: Sequence[int] | None = None,
         quiet: bool = False,
         world: World | None = None,
     ) -> None:
@@ -163,12 +167,14 @@ class PPOTrainer:
         require_ranks_can(config, self.world)
         self.tokenizer = tokenizer or load_stage_tokenizer(config.actor, config.data)
         options = LoadOptions.from_config(config.data)
-        self.data: LoadedData[PromptExample] = load_prompts(
-            config.data.train if train_dataset is None else train_dataset,
-            self.tokenizer,
-            options,
-            split=config.data.split,
-        )
+        if not isinstance(train_dataset, LoadedData):
+            train_dataset = load_prompts(
+                config.data.train if train_dataset is None else train_dataset,
+                self.tokenizer,
+                options,
+                split=config.data.split,
+            )
+        self.data: LoadedData[PromptExample] = train_dataset
         self.sampler = EpochSampler(
             len(self.data),
             config.rollout.prompts,
@@ -188,6 +194,7 @@ class PPOTrainer:
             reward_tokenizer=reward_tokenizer,
             reward_function=reward_function,
             pretraining=self.pretraining,
+            end_ids=end_ids,
             world=self.world,
         )
         longest = max(len(e) for e in self.data.examples)

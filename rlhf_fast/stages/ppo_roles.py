@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.settings import engine_settings
 from rlhf_fast.engine.sharded_views import WeightView
+from rlhf_fast.engine.stopping import stops_of
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.models.adapter_roles import AdapterGenerator
 from rlhf_fast.models.loading import (
@@ -140,9 +141,13 @@ def build_roles(
     reward_tokenizer: Any = None,
     reward_function: RewardFunction | None = None,
     pretraining: PretrainingBatches | None = None,
+    end_ids: Sequence[int] | None = None,
     world: World | None = None,
 ) -> Roles:
     """All roles and optimizers, on `device`; modules given come before the config's directories.
+
+    A response ends with one of `end_ids`; None: what the tokenizer and the actor's generation
+    config name.
 
     On the ranks of `world` every model is whole or cut, as `place` says; None: this process alone.
 
@@ -175,7 +180,9 @@ def build_roles(
     if config.lora.rank > 0:
         judge = reward_model if config.lora.reward_adapter else None
         refuse_modules(config, critic=critic, reward_model=judge)
-        return _shared_roles(config, tokenizer, world, actor, reference, reward, pretraining)
+        return _shared_roles(
+            config, tokenizer, world, actor, reference, reward, pretraining, end_ids
+        )
     if reference is None:
         reference = copy.deepcopy(actor)
         round_layer_weights(reference)
@@ -186,7 +193,7 @@ def build_roles(
     if value_head is not None:
         value_head.to(device)
     policy = Actor(actor)
-    engine = build_engine(config, actor, tokenizer, lambda: policy.weight_version, view)
+    engine = build_engine(config, actor, tokenizer, lambda: policy.weight_version, view, end_ids)
     actor_optimizer = build_optimizer(config, actor, "actor", value_head, ranks=ranks)
     engine.guard(actor_optimizer.optimizer)
     critic_optimizer = None
@@ -222,13 +229,14 @@ def _shared_roles(
     reference: nn.Module | None,
     reward: Callable[..., Reward],
     pretraining: PretrainingBatches | None,
+    end_ids: Sequence[int] | None,
 ) -> Roles:
     """The roles of LoRA mode: `trunk` carries them all, but a reference or reward of its own."""
     ranks = RankGradients.of(world)
     shared = share_trunk(config, trunk, world, own_reference=reference is not None)
     policy, value_model = shared.actor, shared.critic
     model, version = policy.trunk.model, lambda: policy.weight_version
-    engine = build_engine(config, model, tokenizer, version, shared.view)
+    engine = build_engine(config, model, tokenizer, version, shared.view, end_ids)
     actor_optimizer = guarded_optimizer(config, policy.module, "actor", ranks=ranks)
     engine.guard(actor_optimizer.optimizer)
     critic_optimizer = None
@@ -261,11 +269,15 @@ def build_engine(
     tokenizer: Any,
     weight_version: Callable[[], int],
     view: WeightView | None = None,
+    end_ids: Sequence[int] | None = None,
 ) -> HybridEngine:
     """The engine that generates from the trained weights, or from a view of their shards."""
-    return HybridEngine.from_tokenizer(
-        module if view is None else view.module,
-        tokenizer,
+    generating = module if view is None else view.module
+    named, decode = stops_of(generating, tokenizer)
+    return HybridEngine(
+        generating,
+        eos_ids=named if end_ids is None else end_ids,
+        decode=decode,
         weight_version=weight_version,
         settings=engine_settings(config.engine, config.rollout.max_batch),
         view=view,

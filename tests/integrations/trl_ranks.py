@@ -1,0 +1,28 @@
+"""A GRPO run on our generator under torchrun: each rank writes what it drew and where it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from rlhf_fast.integrations import trl_rollout
+from tests.integrations.trl_cases import Recorder, online_trainer
+
+
+def main(folder: Path) -> None:
+    recorder = Recorder()
+    trainer = online_trainer("GRPO", folder, recorder)
+    trl_rollout.attach(trainer)
+    trainer.train()
+    found = {
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "completions": recorder.completions,
+        "weights": [float(p.detach().double().sum()) for p in trainer.model.parameters()],
+    }
+    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
