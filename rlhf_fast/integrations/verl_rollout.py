@@ -103,17 +103,13 @@ class Rollout:
             raise _misfit(f"nothing for {', '.join(missing)}")
 
     def _make_module(self) -> nn.Module:
-        """A module of the model's architecture, whose weights are still to come."""
+        """A module of an architecture that transformers has, whose weights are still to come."""
         from transformers import AutoModelForCausalLM
 
         dtype = importlib.import_module("verl.utils.torch_dtypes").PrecisionType.to_dtype(
             self.config.dtype
         )
-        module = AutoModelForCausalLM.from_config(
-            self.model_config.hf_config,
-            dtype=dtype,
-            trust_remote_code=self.model_config.trust_remote_code,
-        )
+        module = AutoModelForCausalLM.from_config(self.model_config.hf_config, dtype=dtype)
         return module.to(_device()).requires_grad_(False)
 
     async def resume(self, tags: list[str]) -> None:

@@ -210,7 +210,6 @@ def test_neither_a_tokenizer_nor_ids_is_an_error(rollout: Rollout) -> None:
 class ModelConfig:
     """What a rollout with weights of its own reads of verl's `HFModelConfig`."""
 
-    trust_remote_code = False
     tokenizer = None
 
     def __init__(self, hf_config: Any) -> None:
