@@ -58,10 +58,8 @@ $(PEERS_READY): Makefile $(READY)
 PEERS_TEST = PYTHONPATH=$(1).:kernels $(PEERS)/bin/python -m pytest tests/integrations/$(2)
 
 test-integrations: $(PEERS_READY)
-	$(call PEERS_TEST,,test_openrlhf.py)
-	$(call PEERS_TEST,,test_verl.py)
-	$(call PEERS_TEST,,test_verl_losses.py)
-	$(call PEERS_TEST,,test_verl_rollout.py)
+	$(call PEERS_TEST,,test_openrlhf*.py)
+	$(call PEERS_TEST,,test_verl*.py)
 	$(call PEERS_TEST,,test_trl.py)
 	$(call PEERS_TEST,$(TRL_OLD):,test_trl.py)
 

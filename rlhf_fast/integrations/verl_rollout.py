@@ -44,7 +44,7 @@ class Rollout:
         device_mesh: with a dimension `dp`; None: one process.
 
     Raises:
-        EnvironmentFault: RF7321, an option that our generator lacks.
+        EnvironmentFault: RF7331, an option that our generator lacks.
     """
 
     def __init__(self, config: Any, model_config: Any, device_mesh: Any = None) -> None:
@@ -78,7 +78,7 @@ class Rollout:
         """Copy named tensors into the module that generates; a shared module has them already.
 
         Raises:
-            EnvironmentFault: RF7321 another wire format or adapters alone, RF7322 names or shapes
+            EnvironmentFault: RF7331 another wire format or adapters alone, RF7332 names or shapes
                 that are not those of the module.
         """
         if self._shared:
@@ -145,7 +145,7 @@ class Rollout:
             under the distribution that was drawn from. R is `rollout.response_length`.
 
         Raises:
-            EnvironmentFault: RF7322, no weights have come yet.
+            EnvironmentFault: RF7332, no weights have come yet.
             GenerationError: as `HybridEngine.complete`.
             ValueError: meta_info asks for more tokens than `rollout.response_length`, or neither it
                 nor a tokenizer names the ids that end and fill a response.
@@ -161,7 +161,7 @@ class Rollout:
     def _ready(self) -> HybridEngine:
         if self._module is None:
             raise EnvironmentFault(
-                "RF7322",
+                "RF7332",
                 "the rollout has no weights yet",
                 expected="update_weights() or share() before generate_sequences()",
             )
@@ -269,7 +269,7 @@ def _unsupported(config: Any) -> list[str]:
 def _refuse(faults: list[str]) -> None:
     if faults:
         raise EnvironmentFault(
-            "RF7321",
+            "RF7331",
             f"the rollout {NAME} lacks what verl asks of it: {'; '.join(faults)}",
             where="actor_rollout_ref.rollout",
             remedy="change these, or use another rollout",
@@ -278,7 +278,7 @@ def _refuse(faults: list[str]) -> None:
 
 def _misfit(what: str) -> EnvironmentFault:
     return EnvironmentFault(
-        "RF7322",
+        "RF7332",
         f"weights that do not fit the rollout's module: {what}",
         expected="every parameter under its name in the model of transformers",
         remedy="check model.path and the names that the training engine exports",

@@ -285,7 +285,7 @@ def test_released_and_resumed_it_goes_on(model: nn.Module, free: bool) -> None:
 
 
 def test_nothing_generates_before_weights_have_come(model: nn.Module) -> None:
-    with pytest.raises(EnvironmentFault, match="RF7322"):
+    with pytest.raises(EnvironmentFault, match="RF7332"):
         own_rollout(model).generate_sequences(left_padded())
 
 
@@ -298,7 +298,7 @@ def test_weights_that_do_not_fit_are_refused(model: nn.Module, change: str) -> N
         weights["module." + name] = tensor
     elif change == "shape":
         weights[name] = tensor[:-1]
-    with pytest.raises(EnvironmentFault, match=rf"RF7322.*{name}"):
+    with pytest.raises(EnvironmentFault, match=rf"RF7332.*{name}"):
         asyncio.run(own_rollout(model).update_weights(iter(weights.items())))
 
 
@@ -306,7 +306,7 @@ def test_weights_that_do_not_fit_are_refused(model: nn.Module, change: str) -> N
 def test_other_ways_of_handing_weights_over_are_refused(
     model: nn.Module, options: dict[str, Any]
 ) -> None:
-    with pytest.raises(EnvironmentFault, match="RF7321"):
+    with pytest.raises(EnvironmentFault, match="RF7331"):
         asyncio.run(own_rollout(model).update_weights(pairs(model), **options))
 
 
@@ -328,5 +328,5 @@ def test_it_has_every_method_of_verls_rollouts() -> None:
 
 def test_options_that_the_generator_lacks_are_refused_together() -> None:
     config = make_config(tensor_model_parallel_size=2, repetition_penalty=1.1)
-    with pytest.raises(EnvironmentFault, match=r"RF7321.*tensor_model.*repetition_penalty=1\.1"):
+    with pytest.raises(EnvironmentFault, match=r"RF7331.*tensor_model.*repetition_penalty=1\.1"):
         Rollout(config, None)
