@@ -17,20 +17,15 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from . import models
+
 MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Of the model and of the batch."""
+class Sizes(models.Sizes):
+    """Of the model and of the batch, and where the KL penalty goes."""
 
-    vocab: int
-    hidden: int
-    layers: int
-    rows: int
-    prompt: int
-    response: int
-    loss_agg_mode: str = "token-mean"
     kl_in_loss: bool = False
 
 
@@ -46,7 +41,10 @@ class Run:
         actor = importlib.import_module("openrlhf.models.actor").Actor
         actor_trainer = importlib.import_module("openrlhf.trainer.ray.ppo_actor").ActorPPOTrainer
         critic_trainer = importlib.import_module("openrlhf.trainer.ray.ppo_critic").CriticPPOTrainer
-        self.actor, self.reference = actor(_causal(sizes, 0)), actor(_causal(sizes, 1))
+        self.actor, self.reference = (
+            actor(models.causal_lm(sizes, 0)),
+            actor(models.causal_lm(sizes, 1)),
+        )
         for module in (self.actor, self.reference):
             module.packing_samples = False
             module.temperature = 0.9
@@ -218,35 +216,11 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     return {n: float(torch.as_tensor(v).float().mean()) for n, v in metrics.items()}
 
 
-# ---- models -------------------------------------------------------------------------------------
-
-
-def _config(sizes: Sizes) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=sizes.vocab,
-        hidden_size=sizes.hidden,
-        intermediate_size=2 * sizes.hidden,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-
-
-def _causal(sizes: Sizes, seed: int) -> nn.Module:
-    from transformers import LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(_config(sizes))
-
-
 def _critic(sizes: Sizes) -> nn.Module:
     from transformers import LlamaModel
     from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-    config = _config(sizes)
-    config.normalize_reward = False
+    config = models.llama_config(sizes, normalize_reward=False)
     torch.manual_seed(2)
     make = importlib.import_module("openrlhf.models.model")._get_critic_model
     return make(LlamaPreTrainedModel, LlamaModel)(config)

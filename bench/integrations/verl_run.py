@@ -18,25 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import models
+
 PAD = 0
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Of the model and of the batch."""
+class Sizes(models.Sizes):
+    """Of the model and of the batch, and which loss."""
 
-    vocab: int
-    hidden: int
-    layers: int
-    rows: int
-    prompt: int
-    response: int
-    microbatch: int
+    microbatch: int = 2
     loss_mode: str = "vanilla"
-    loss_agg_mode: str = "token-mean"
 
 
-TINY = Sizes(vocab=64, hidden=32, layers=2, rows=4, prompt=6, response=10, microbatch=2)
+TINY = Sizes(vocab=64, hidden=32, layers=2, rows=4, prompt=6, response=10)
 
 
 def one_process() -> None:
@@ -88,8 +83,8 @@ class Run:
         critic_config = workers.CriticConfig(
             strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, loss_agg_mode=sizes.loss_agg_mode
         )
-        self.actor = _engine("FSDPEngineWithLMHead", _causal(sizes, 0))
-        self.reference = _engine("FSDPEngineWithLMHead", _causal(sizes, 1))
+        self.actor = _engine("FSDPEngineWithLMHead", models.causal_lm(sizes, 0))
+        self.reference = _engine("FSDPEngineWithLMHead", models.causal_lm(sizes, 1))
         self.critic = _engine("FSDPEngineWithValueHead", _value(sizes))
         self.actor_loss = partial(losses.ppo_loss, config=self.actor_config)
         self.critic_loss = partial(losses.value_loss, config=critic_config)
@@ -196,35 +191,14 @@ def _number(metric: Any) -> float:
     return float(torch.as_tensor(metric, dtype=torch.float64).mean())
 
 
-# ---- models -------------------------------------------------------------------------------------
-
-
-def _causal(sizes: Sizes, seed: int) -> nn.Module:
-    from transformers import LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(_llama(sizes))
+# ---- engines ------------------------------------------------------------------------------------
 
 
 def _value(sizes: Sizes) -> nn.Module:
     from transformers import LlamaForTokenClassification
 
     torch.manual_seed(2)
-    return LlamaForTokenClassification(_llama(sizes, num_labels=1))
-
-
-def _llama(sizes: Sizes, **options: Any) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=sizes.vocab,
-        hidden_size=sizes.hidden,
-        intermediate_size=2 * sizes.hidden,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        **options,
-    )
+    return LlamaForTokenClassification(models.llama_config(sizes, num_labels=1))
 
 
 def _engine(name: str, module: nn.Module) -> Any:
