@@ -91,17 +91,17 @@ class Run:
 
     # ---- the trainer's part ---------------------------------------------------------------------
 
-    def step(self) -> dict[str, Any]:
-        """Rollout batch to stepped weights; what was computed on the way."""
-        batch = self.batch()
+    def step(self, batch: Any = None) -> dict[str, Any]:
+        """Rollout batch (None: `batch()`) to stepped weights; what was computed on the way."""
+        batch = self.batch() if batch is None else batch
         trainer = importlib.import_module("verl.trainer.ppo.ray_trainer")
         core = importlib.import_module("verl.trainer.ppo.core_algos")
-        old = self._inferred(self.actor, batch, "log_probs")
+        old = self.inferred(self.actor, batch, "log_probs")
         # As of an older policy: with every ratio 1 nothing would be clipped.
         generator = torch.Generator().manual_seed(1)
         batch.batch["old_log_probs"] = old + 0.3 * torch.randn(old.shape, generator=generator)
-        batch.batch["ref_log_prob"] = self._inferred(self.reference, batch, "log_probs")
-        batch.batch["values"] = self._inferred(self.critic, batch, "values")
+        batch.batch["ref_log_prob"] = self.inferred(self.reference, batch, "log_probs")
+        batch.batch["values"] = self.inferred(self.critic, batch, "values")
         kl = core.FixedKLController(0.1)
         batch, reward_metrics = trainer.apply_kl_penalty(batch, kl, "low_var_kl")
         gae = core.AdvantageEstimator.GAE
@@ -166,7 +166,8 @@ class Run:
         )
         return data
 
-    def _inferred(self, engine: Any, batch: Any, name: str) -> Tensor:
+    def inferred(self, engine: Any, batch: Any, name: str) -> Tensor:
+        """`log_probs` or `values` of an engine, fp32 `[B, R]`."""
         padding = importlib.import_module("verl.workers.utils.padding")
         data = self._as_engine_input(batch)
         with engine.eval_mode():

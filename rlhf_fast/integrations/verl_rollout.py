@@ -87,10 +87,10 @@ class Rollout:
         if options.get("peft_config") is not None:
             faults.append("the weights of adapters alone; use model.lora.merge=True")
         _refuse(faults)
-        if self._module is None:
-            self._module = self._make_module()
-        targets = self._module.state_dict(keep_vars=True)
-        waiting = {id(p) for p in self._module.parameters()}
+        module = self._make_module() if self._module is None else self._module
+        self._module = None  # what a failure leaves behind must not generate
+        targets = module.state_dict(keep_vars=True)
+        waiting = {id(p) for p in module.parameters()}
         with torch.no_grad():
             async for name, tensor in _each(weights):
                 target = targets.get(name)
@@ -99,8 +99,9 @@ class Rollout:
                 target.copy_(tensor)
                 waiting.discard(id(target))
         if waiting:
-            missing = [n for n, p in self._module.named_parameters() if id(p) in waiting]
+            missing = [n for n, p in module.named_parameters() if id(p) in waiting]
             raise _misfit(f"nothing for {', '.join(missing)}")
+        self._module = module
 
     def _make_module(self) -> nn.Module:
         """A module of an architecture that transformers has, whose weights are still to come."""

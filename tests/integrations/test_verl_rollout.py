@@ -298,8 +298,12 @@ def test_weights_that_do_not_fit_are_refused(model: nn.Module, change: str) -> N
         weights["module." + name] = tensor
     elif change == "shape":
         weights[name] = tensor[:-1]
+    rollout = own_rollout(model)
+    asyncio.run(rollout.update_weights(pairs(model)))
     with pytest.raises(EnvironmentFault, match=rf"RF7332.*{name}"):
-        asyncio.run(own_rollout(model).update_weights(iter(weights.items())))
+        asyncio.run(rollout.update_weights(iter(weights.items())))
+    with pytest.raises(EnvironmentFault, match="RF7332"):
+        greedy(rollout)
 
 
 @pytest.mark.parametrize("options", [{"wire_format": "delta_flush"}, {"peft_config": object()}])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
 from bench.integrations import verl_run
 from bench.integrations.stubs import stand_in
 from rlhf_fast.integrations import verl as adapter
+from rlhf_fast.integrations.verl_rollout import Rollout
 from tests.integrations.peer_runs import compare_runs
 from tests.integrations.peers import installed
 
@@ -47,6 +50,46 @@ def test_the_name_of_ours_by_verls_own_configuration() -> None:
             for name in ("vanilla", "rlhf_fast")
         )
     assert vanilla == ours
+
+
+def test_a_loop_generates_from_the_weights_that_verls_engine_trains() -> None:
+    """The rollout's batch goes through the whole step as it is; the next one sees the step."""
+    sizes = verl_run.TINY
+    config = importlib.import_module("verl.workers.config").RolloutConfig(
+        name="rlhf_fast",
+        tensor_model_parallel_size=1,
+        response_length=sizes.response,
+        calculate_log_probs=True,
+        temperature=0.9,
+    )
+    with adapter.patched():
+        run, rollout = verl_run.Run(sizes), Rollout(config, None)
+        parameters = list(run.actor.module.parameters())
+        rollout.share(run.actor.module)
+
+        def generated(**meta: bool) -> Any:
+            prompts = run.batch().batch.select("prompts", "attention_mask")
+            prompts["input_ids"] = prompts["prompts"]
+            prompts["attention_mask"] = prompts["attention_mask"][:, : sizes.prompt]
+            special = {"eos_token_id": 3, "pad_token_id": verl_run.PAD}
+            return rollout.generate_sequences(
+                importlib.import_module("verl").DataProto(batch=prompts, meta_info=special | meta)
+            )
+
+        before = generated(do_sample=False).batch["responses"]
+        for _ in range(3):
+            batch = generated()
+            scores = torch.randn(batch.batch["responses"].shape) * batch.batch["response_mask"]
+            batch.batch["token_level_scores"] = scores
+            batch.meta_info["temperature"] = config.temperature
+            old = run.inferred(run.actor, batch, "log_probs")
+            mask = batch.batch["response_mask"].bool()
+            drawn = batch.batch["rollout_log_probs"]
+            torch.testing.assert_close(drawn[mask], old[mask], rtol=1e-4, atol=1e-4)
+            run.step(batch)
+        after = generated(do_sample=False).batch["responses"]
+    assert not torch.equal(before, after)
+    assert all(a is b for a, b in zip(parameters, run.actor.module.parameters(), strict=True))
 
 
 def test_the_step_runs_on_ours() -> None:
