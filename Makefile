@@ -39,7 +39,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-# verl and OpenRLHF bring ray, vllm, deepspeed and flash-attn, which their loss functions never use:
+# verl and OpenRLHF bring vllm, deepspeed and flash-attn, which their training on a CPU never uses:
 # without their dependencies, and with those that they do use.
 $(PEERS_READY): Makefile $(READY)
 	$(PYTHON) -m venv $(PEERS)
@@ -47,6 +47,8 @@ $(PEERS_READY): Makefile $(READY)
 	$(PEERS)/bin/python -m pip install --quiet "$(TORCH)"
 	$(PEERS)/bin/python -m pip install --quiet trl==1.16.0 peft rich omegaconf requests pandas \
 		pytest pytest-timeout hypothesis
+	$(PEERS)/bin/python -m pip install --quiet ray tensordict codetiming torchdata hydra-core orjson \
+		pillow psutil cachetools uvicorn fastapi
 	$(PEERS)/bin/python -m pip install --quiet --no-deps verl==0.9.1 openrlhf==0.11.2
 	$(PEERS)/bin/python -m pip install --quiet --no-deps --target $(TRL_OLD) trl==1.12.0
 	@touch $@
@@ -56,8 +58,8 @@ $(PEERS_READY): Makefile $(READY)
 PEERS_TEST = PYTHONPATH=$(1).:kernels $(PEERS)/bin/python -m pytest tests/integrations/$(2)
 
 test-integrations: $(PEERS_READY)
-	$(call PEERS_TEST,,test_openrlhf.py)
-	$(call PEERS_TEST,,test_verl.py)
+	$(call PEERS_TEST,,test_openrlhf*.py)
+	$(call PEERS_TEST,,test_verl*.py)
 	$(call PEERS_TEST,,test_trl*.py)
 	$(call PEERS_TEST,$(TRL_OLD):,test_trl*.py)
 

@@ -49,6 +49,26 @@ class Replacement:
         return f"{self.module}.{self.name}"
 
 
+@dataclass(frozen=True)
+class Entry:
+    """Something new under a name of its own in a registry of a peer.
+
+    Attributes:
+        module: where the peer defines the registry.
+        name: of the dict in that module.
+        key: what users ask for; taken out again when the peer gets its own functions back.
+        value: what they get.
+    """
+
+    module: str
+    name: str
+    key: Any
+    value: Any
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
 def constant(function: Callable[..., Any]) -> Callable[[Any], Any]:
     """`build` of a replacement that needs nothing of the peer's own function."""
     return lambda _own: function
@@ -86,20 +106,57 @@ class _Swap:
     own: Any
     ours: Any
 
+    def apply(self, package: str) -> None:
+        self._exchange(package, self.own, self.ours)
+
+    def undo(self, package: str) -> None:
+        self._exchange(package, self.ours, self.own)
+
+    def _exchange(self, package: str, old: Any, new: Any) -> None:
+        if self.owner is not None:
+            setattr(self.owner, self.name, new)
+            return
+        for _, namespace, key in _held(package, old):
+            namespace[key] = new
+
+    def places(self, package: str) -> list[str]:
+        if self.owner is not None:
+            return [f"{self.owner.__module__}.{self.owner.__qualname__}.{self.name}"]
+        return sorted({f"{name}.{key}" for name, _, key in _held(package, self.ours)})
+
+
+@dataclass(frozen=True)
+class _Added:
+    """An entry that was made."""
+
+    registry: dict[Any, Any]
+    entry: Entry
+
+    def apply(self, package: str) -> None:
+        self.registry[self.entry.key] = self.entry.value
+
+    def undo(self, package: str) -> None:
+        self.registry.pop(self.entry.key, None)
+
+    def places(self, package: str) -> list[str]:
+        return [f"{self.entry}.{self.entry.key}"]
+
 
 class Patch:
     """The replacements of one peer, switched on and off together.
 
     Args:
         package: name under which the peer is imported, and of its distribution.
-        replacements: what to replace, for each version of the peer that is supported.
+        replacements: what to replace and to add, for each version of the peer that is supported.
     """
 
-    def __init__(self, package: str, replacements: Mapping[str, Sequence[Replacement]]) -> None:
+    def __init__(
+        self, package: str, replacements: Mapping[str, Sequence[Replacement | Entry]]
+    ) -> None:
         self.package = package
         self.replacements = replacements
         self._version = ""
-        self._swaps: list[_Swap] = []
+        self._swaps: list[_Swap | _Added] = []
         self._awaiting: _AfterImport | None = None
 
     def install(self, *, on_import: bool = False) -> Report:
@@ -132,10 +189,7 @@ class Patch:
             sys.meta_path.remove(self._awaiting)
             self._awaiting = None
         for swap in reversed(self._swaps):
-            if swap.owner is None:
-                _exchange(self.package, swap.ours, swap.own)
-            else:
-                setattr(swap.owner, swap.name, swap.own)
+            swap.undo(self.package)
         self._swaps.clear()
         self._version = ""
 
@@ -152,22 +206,14 @@ class Patch:
 
     def report(self) -> Report:
         """What is replaced at this moment."""
-        places: list[str] = []
-        for swap in self._swaps:
-            if swap.owner is None:
-                places += _places(self.package, swap.ours)
-            else:
-                places.append(f"{swap.owner.__module__}.{swap.owner.__qualname__}.{swap.name}")
+        places = [place for swap in self._swaps for place in swap.places(self.package)]
         awaited = () if self._awaiting is None else tuple(map(str, self._awaiting.awaited))
-        return Report(self.package, self._version, tuple(places), awaited)
+        return Report(self.package, self._version, tuple(dict.fromkeys(places)), awaited)
 
-    def _apply(self, wanted: Sequence[Replacement], version: str) -> None:
+    def _apply(self, wanted: Sequence[Replacement | Entry], version: str) -> None:
         swaps = _find(wanted, self.package, version)
         for swap in swaps:
-            if swap.owner is None:
-                _exchange(self.package, swap.own, swap.ours)
-            else:
-                setattr(swap.owner, swap.name, swap.ours)
+            swap.apply(self.package)
         self._swaps += swaps
 
 
@@ -199,12 +245,22 @@ def require_version(package: str, supported: Iterable[str]) -> str:
     return version
 
 
-def _find(wanted: Sequence[Replacement], package: str, version: str) -> list[_Swap]:
+def _find(
+    wanted: Sequence[Replacement | Entry], package: str, version: str
+) -> list[_Swap | _Added]:
     """The swap of every replacement, or one error that names all that are missing."""
-    swaps, missing = [], []
+    swaps: list[_Swap | _Added] = []
+    missing = []
     for replacement in wanted:
         owner_name, _, name = replacement.name.rpartition(".")
         module = _import(replacement.module, package, version)
+        if isinstance(replacement, Entry):
+            registry = vars(module).get(name)
+            if not isinstance(registry, dict):
+                missing.append(str(replacement))
+                continue
+            swaps.append(_Added(registry, replacement))
+            continue
         owner = vars(module).get(owner_name) if owner_name else None
         holder = module if not owner_name else owner
         own = None if holder is None else vars(holder).get(name)
@@ -270,15 +326,6 @@ def _held(package: str, wanted: Any) -> Iterator[tuple[str, dict[str, Any], str]
                 yield name, namespace, key
 
 
-def _exchange(package: str, old: Any, new: Any) -> None:
-    for _, namespace, key in _held(package, old):
-        namespace[key] = new
-
-
-def _places(package: str, wanted: Any) -> list[str]:
-    return sorted({f"{name}.{key}" for name, _, key in _held(package, wanted)})
-
-
 # ---- modules that are not loaded yet ------------------------------------------------------------
 
 
@@ -286,7 +333,9 @@ class _AfterImport(MetaPathFinder):
     """Calls `apply` with the replacements of a module as soon as it has been imported."""
 
     def __init__(
-        self, awaited: Iterable[Replacement], apply: Callable[[list[Replacement]], None]
+        self,
+        awaited: Iterable[Replacement | Entry],
+        apply: Callable[[list[Replacement | Entry]], None],
     ) -> None:
         self.awaited = list(awaited)
         self._apply = apply

@@ -15,24 +15,25 @@ sequence runs verl's own code.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.integrations.patching import Patch, Replacement, Report, constant
+from rlhf_fast.integrations.patching import Entry, Patch, Replacement, Report, constant
 from rlhf_fast.integrations.peer_ops import (
-    Aggregation,
     kl_estimate,
     masked_total,
     moments_fit,
-    policy_loss,
     row_entropy,
     scale_to_unit,
-    sequence_mean_weights,
-    value_loss,
+)
+from rlhf_fast.integrations.verl_losses import (
+    compute_policy_loss_clip_cov,
+    compute_policy_loss_gspo,
+    compute_policy_loss_vanilla,
+    value_loss_or,
 )
 from rlhf_fast_kernels import (
     gae,
@@ -127,7 +128,7 @@ def _require_two(mask: Tensor) -> None:
         raise ValueError("a variance needs a mask with more than one true slot")
 
 
-# ---- verl.trainer.ppo.core_algos ----------------------------------------------------------------
+# ---- verl.trainer.ppo.core_algos; its losses are in verl_losses ---------------------------------
 
 
 def compute_gae_advantage_return(
@@ -160,103 +161,6 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     bound = _K3_BOUND if estimator == "k3" else torch.inf
     value = kl_estimate(logprob, ref_logprob, estimator, bound, weight)
     return value.to(torch.promote_types(logprob.dtype, ref_logprob.dtype))
-
-
-def compute_policy_loss_vanilla(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, float]]:
-    """The clipped policy loss with dual clip, `[]` fp32, and verl's metrics."""
-    low, high = config.clip_ratio_low, config.clip_ratio_high
-    mask = response_mask.bool()
-    how = _aggregation(mask, loss_agg_mode, **config.global_batch_info)
-    weights = how.weights
-    if rollout_is_weights is not None:
-        given = rollout_is_weights.expand(mask.shape)
-        weights = given if weights is None else weights * given
-    loss, sums = policy_loss(
-        log_prob,
-        old_log_prob,
-        advantages,
-        mask,
-        Aggregation(how.normalizer, weights),
-        clip_eps_low=config.clip_ratio if low is None else low,
-        clip_eps_high=config.clip_ratio if high is None else high,
-        dual_clip=config.get("clip_ratio_c", 3.0),
-    )
-    with torch.no_grad():
-        drift = torch.where(
-            mask, (old_log_prob.float() - log_prob.float()).clamp(-20.0, 20.0), 0
-        ).sum()
-        counts = (sums["clip_low"] + sums["clip_high"], drift, sums["clip_dual"])
-        # One transfer for all three: each item() of its own would wait for the device.
-        means = (torch.stack([x.detach() for x in counts]) / sums["tokens"].clamp(min=1)).tolist()
-    names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
-    return loss, dict(zip(names, means, strict=True))
-
-
-def _value_loss(own: Callable[..., Any]) -> Callable[..., Any]:
-    def compute_value_loss(
-        vpreds: Tensor,
-        returns: Tensor,
-        values: Tensor,
-        response_mask: Tensor,
-        cliprange_value: float,
-        loss_agg_mode: str = "token-mean",
-        dp_size: int = 1,
-        batch_num_tokens: int | None = None,
-        global_batch_size: int | None = None,
-        loss_scale_factor: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Half the clipped squared error and the clipped fraction, both `[]` fp32."""
-        totals = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
-        mask = response_mask.bool()
-        how = _aggregation(mask, loss_agg_mode, *totals)
-        if how.weights is not None:
-            inputs = (vpreds, returns, values, response_mask, cliprange_value, loss_agg_mode)
-            return own(*inputs, *totals)
-        loss, sums = value_loss(vpreds, values, returns, mask, how.normalizer, cliprange_value)
-        return loss, sums["value_clip"] / sums["value_tokens"].clamp(min=1)
-
-    return compute_value_loss
-
-
-def _aggregation(
-    mask: Tensor,
-    mode: str,
-    dp_size: int = 1,
-    batch_num_tokens: float | None = None,
-    global_batch_size: float | None = None,
-    loss_scale_factor: float | None = None,
-) -> Aggregation:
-    """verl's `loss_agg_mode` as one normalizer and, for means per sequence, weights."""
-    if mode == "token-sum":
-        return Aggregation(1 / dp_size)
-    if mode == "token-mean":
-        return Aggregation(_total("batch_num_tokens", batch_num_tokens, dp_size, mask.sum()))
-    sequences = mask.any(-1).sum()
-    if mode in ("seq-mean-token-sum", "seq-mean-token-sum-norm"):
-        total = _total("global_batch_size", global_batch_size, dp_size, sequences)
-        if mode == "seq-mean-token-sum":
-            return Aggregation(total)
-        return Aggregation(total * (loss_scale_factor or mask.shape[-1]))
-    if mode == "seq-mean-token-mean":
-        total = _total("global_batch_size", global_batch_size, dp_size, sequences)
-        return Aggregation(total, sequence_mean_weights(mask))
-    raise ValueError(f"Invalid loss_agg_mode: {mode}")
-
-
-def _total(name: str, given: float | None, dp_size: int, here: Tensor) -> float | Tensor:
-    if given is not None:
-        return given / dp_size
-    if dp_size > 1:
-        raise ValueError(f"{name} is required when dp_size > 1")
-    return here
 
 
 # ---- the fused head -----------------------------------------------------------------------------
@@ -301,11 +205,22 @@ _PATCH = Patch(
             Replacement(
                 _CORE, "compute_policy_loss_vanilla", constant(compute_policy_loss_vanilla)
             ),
-            Replacement(_CORE, "compute_value_loss", _value_loss),
+            Replacement(_CORE, "compute_policy_loss_gspo", constant(compute_policy_loss_gspo)),
+            Replacement(
+                _CORE, "compute_policy_loss_clip_cov", constant(compute_policy_loss_clip_cov)
+            ),
+            Replacement(_CORE, "compute_value_loss", value_loss_or),
             Replacement(
                 "verl.utils.experimental.torch_functional",
                 "FusedLinearForPPO.forward",
                 constant(_fused_linear_forward),
+            ),
+            Entry(_CORE, "POLICY_LOSS_REGISTRY", "rlhf_fast", compute_policy_loss_vanilla),
+            Entry(
+                "verl.workers.rollout.base",
+                "_ROLLOUT_REGISTRY",
+                ("rlhf_fast", "async"),
+                "rlhf_fast.integrations.verl_rollout.Rollout",
             ),
         )
     },

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rlhf_fast.errors import EnvironmentFault
-from rlhf_fast.integrations.patching import Patch, Replacement, constant
+from rlhf_fast.integrations.patching import Entry, Patch, Replacement, constant
 
 MATHS = """
 def double(x):
@@ -63,7 +63,7 @@ DOUBLE = Replacement("toypeer.maths", "double", constant(triple))
 FORWARD = Replacement("toypeer.maths", "Loss.forward", _negated)
 
 
-def make(*replacements: Replacement, versions: tuple[str, ...] = ("1.2.3",)) -> Patch:
+def make(*replacements: Replacement | Entry, versions: tuple[str, ...] = ("1.2.3",)) -> Patch:
     return Patch("toypeer", dict.fromkeys(versions, replacements or (DOUBLE, FORWARD)))
 
 
@@ -89,6 +89,35 @@ def test_a_scope_replaces_everywhere_and_restores_everywhere() -> None:
     )
     assert (report.peer, report.version) == ("toypeer", "1.2.3")
     assert "toypeer.maths.Loss.forward" in str(report)
+
+
+@pytest.mark.usefixtures("peer")
+def test_an_entry_of_a_registry_is_there_inside_the_scope_alone() -> None:
+    maths = load("maths")
+    entry = Entry("toypeer.maths", "REGISTRY", "triple", triple)
+    with make(DOUBLE, entry).scoped() as report:
+        assert {"double": triple, "triple": triple} == maths.REGISTRY
+        assert report.replaced.count("toypeer.maths.REGISTRY.triple") == 1
+    assert list(maths.REGISTRY) == ["double"]
+    assert maths.REGISTRY["double"] is maths.double
+
+
+@pytest.mark.usefixtures("peer")
+def test_an_entry_waits_for_its_module_like_a_replacement() -> None:
+    patch = make(Entry("toypeer.maths", "REGISTRY", "triple", triple))
+    assert patch.install(on_import=True).awaited == ("toypeer.maths.REGISTRY",)
+    assert load("maths").REGISTRY["triple"] is triple
+    patch.remove()
+    assert "triple" not in load("maths").REGISTRY
+
+
+@pytest.mark.usefixtures("peer")
+@pytest.mark.parametrize("name", ["GONE", "double"])
+def test_a_registry_that_is_not_there_is_an_error_and_nothing_is_replaced(name: str) -> None:
+    own = load("maths").double
+    with pytest.raises(EnvironmentFault, match=rf"RF7303.*toypeer\.maths\.{name}"):
+        make(DOUBLE, Entry("toypeer.maths", name, "triple", triple)).install()
+    assert load("maths").double is own
 
 
 @pytest.mark.usefixtures("peer")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bench.integrations.stubs import stand_in
 from rlhf_fast.integrations import verl as adapter
+from rlhf_fast.integrations import verl_losses
 from tests.integrations.peers import EXAMPLES, Batch, batches, compare, installed
 
 installed("verl", "0.9.1")
@@ -273,20 +274,20 @@ def test_value_loss(batch: Batch, mode: str, totals: dict[str, Any]) -> None:
         )
 
     own = core_algos.compute_value_loss
-    compare(call(own), call(adapter._value_loss(own)), values)
+    compare(call(own), call(verl_losses.value_loss_or(own)), values)
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum"])
 def test_several_ranks_without_totals_raise_as_theirs(mode: str) -> None:
     ones = torch.ones(2, 3)
-    for function in (core_algos.compute_value_loss, adapter._value_loss(_unreachable)):
+    for function in (core_algos.compute_value_loss, verl_losses.value_loss_or(_unreachable)):
         with pytest.raises(ValueError, match="is required when dp_size > 1"):
             function(ones, ones, ones, ones, 0.2, mode, dp_size=2)
 
 
 def test_an_unknown_aggregation_raises_as_theirs() -> None:
     ones = torch.ones(2, 3)
-    for function in (core_algos.compute_value_loss, adapter._value_loss(_unreachable)):
+    for function in (core_algos.compute_value_loss, verl_losses.value_loss_or(_unreachable)):
         with pytest.raises(ValueError, match="Invalid loss_agg_mode: mean"):
             function(ones, ones, ones, ones, 0.2, "mean")
 
