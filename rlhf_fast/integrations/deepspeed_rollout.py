@@ -150,15 +150,25 @@ class FastRolloutMixin:
 
 @functools.cache
 def fast_rollout_class() -> type:
-    """`FastRolloutMixin` as a subclass of DeepSpeed's `RolloutEngine`, imported now."""
-    base = importlib.import_module(_PACKAGE).RolloutEngine
+    """`FastRolloutMixin` as a subclass of DeepSpeed's `RolloutEngine`, imported now.
+
+    Raises:
+        EnvironmentFault: RF7301 to RF7304.
+    """
+    with patched():  # for its checks of version and names; nothing of it stays
+        base = importlib.import_module(_PACKAGE).RolloutEngine
     return type("FastRollout", (FastRolloutMixin, base), {"__module__": __name__})
 
 
 def fast_rollout(
     engine: Any, tokenizer: Any, *, settings: EngineSettings | None = None, seed: int = 0
 ) -> Any:
-    """A `RolloutEngine` of DeepSpeed that generates with ours; see `FastRolloutMixin`."""
+    """A `RolloutEngine` of DeepSpeed that generates with ours.
+
+    Raises:
+        EnvironmentFault: RF7301 to RF7304, DeepSpeed is missing or not the one that was tested.
+        GenerationError: see `FastRolloutMixin`, which also describes the arguments.
+    """
     return fast_rollout_class()(engine, tokenizer, settings=settings, seed=seed)
 
 

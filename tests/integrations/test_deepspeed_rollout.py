@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import os
 import weakref
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.engine.settings import EngineSettings
-from rlhf_fast.errors import GenerationError
+from rlhf_fast.errors import EnvironmentFault, GenerationError
 from rlhf_fast.integrations import deepspeed_rollout
 from rlhf_fast.integrations.deepspeed_rollout import fast_rollout
 from tests.integrations.peers import installed
@@ -299,6 +300,13 @@ def test_partitioned_parameters_and_moved_buffers_are_refused() -> None:
         fast_rollout(deepspeed_engine(2), tokens(), settings=EngineSettings(path="fused"))
     with pytest.raises(GenerationError, match="RF4043"):
         fast_rollout(deepspeed_engine(3), tokens())
+
+
+def test_another_version_of_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    deepspeed_rollout.fast_rollout_class.cache_clear()
+    monkeypatch.setattr(importlib.metadata, "version", lambda _package: "0.18.9")
+    with pytest.raises(EnvironmentFault, match=r"RF7302: deepspeed 0\.18\.9"):
+        fast_rollout(model(), tokens())
 
 
 # ---- the factory --------------------------------------------------------------------------------
