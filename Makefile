@@ -39,17 +39,17 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-# verl and OpenRLHF bring vllm, deepspeed and flash-attn, which their training on a CPU never uses:
-# without their dependencies, and with those that they do use.
+# verl, OpenRLHF and AReaL bring vllm and flash-attn, which their training on a CPU never uses: without
+# their dependencies, and with those that they do use. DeepSpeed without its compiled ops.
 $(PEERS_READY): Makefile $(READY)
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --upgrade pip
 	$(PEERS)/bin/python -m pip install --quiet "$(TORCH)"
 	$(PEERS)/bin/python -m pip install --quiet trl==1.16.0 peft rich omegaconf requests pandas \
-		pytest pytest-timeout hypothesis
-	$(PEERS)/bin/python -m pip install --quiet ray tensordict codetiming torchdata hydra-core orjson \
-		pillow psutil cachetools uvicorn fastapi
-	$(PEERS)/bin/python -m pip install --quiet --no-deps verl==0.9.1 openrlhf==0.11.2
+		colorlog einops hjson msgpack ninja psutil py-cpuinfo pydantic ray tensordict codetiming \
+		torchdata hydra-core orjson pillow cachetools uvicorn fastapi pytest pytest-timeout hypothesis
+	DS_BUILD_OPS=0 $(PEERS)/bin/python -m pip install --quiet --no-deps \
+		verl==0.9.1 openrlhf==0.11.2 areal==1.0.4 deepspeed==0.19.8
 	$(PEERS)/bin/python -m pip install --quiet --no-deps --target $(TRL_OLD) trl==1.12.0
 	@touch $@
 
@@ -58,6 +58,8 @@ $(PEERS_READY): Makefile $(READY)
 PEERS_TEST = PYTHONPATH=$(1).:kernels $(PEERS)/bin/python -m pytest tests/integrations/$(2)
 
 test-integrations: $(PEERS_READY)
+	$(call PEERS_TEST,,test_areal.py)
+	$(call PEERS_TEST,,test_deepspeed_rollout.py)
 	$(call PEERS_TEST,,test_openrlhf*.py)
 	$(call PEERS_TEST,,test_verl*.py)
 	$(call PEERS_TEST,,test_trl*.py)

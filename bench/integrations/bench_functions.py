@@ -2,15 +2,15 @@
 
     make .venv-peers/.ready
     PYTHONPATH=.:kernels .venv-peers/bin/python -m bench.integrations.bench_functions
-        [--peer verl openrlhf trl] [--device cpu] [--threads 2] [--repeats 9] [--quick]
+        [--peer areal verl openrlhf trl] [--device cpu] [--threads 2] [--repeats 9] [--quick]
         [--json FILE]
 
 TRL 1.12: PYTHONPATH=.venv-peers/trl-1.12:.:kernels and --peer trl.
 
 A turn is one call with its backward where the function has one. Printed are the median of the turns
 in ms, the memory at the peak beyond the inputs in MiB, how many times faster ours is, and the
-largest difference of the results. verl's and OpenRLHF's own code is what runs without flash-attn,
-and `compute_entropy` of OpenRLHF is compiled before it is timed.
+largest difference of the results. verl's and OpenRLHF's own code is what runs without flash-attn.
+`compute_entropy` of OpenRLHF and AReaL's functions are compiled before they are timed.
 """
 
 from __future__ import annotations
@@ -242,7 +242,15 @@ def trl(device: torch.device, quick: bool) -> Iterator[Case]:
     yield case("_ChunkedLogProbFunction", utils, call, leaves=(0, 1), make=lambda head: head.apply)
 
 
-CASES = {"openrlhf": openrlhf, "trl": trl, "verl": verl}
+def areal(device: torch.device, quick: bool) -> Iterator[Case]:
+    x = Inputs(device, quick)
+    for name in ("gather_logprobs", "gather_logprobs_entropy"):
+        packed = [x.draw(x.tokens, x.vocab), x.labels().flatten()]
+        yield case(name, "areal.utils.functional", packed)
+        yield case(name, "areal.utils.functional", packed, leaves=(0,))
+
+
+CASES = {"areal": areal, "openrlhf": openrlhf, "trl": trl, "verl": verl}
 
 if __name__ == "__main__":
     sys.exit(main())

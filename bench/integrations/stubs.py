@@ -1,7 +1,7 @@
 """Importing the other trainers' loss functions without the heavy packages beside them.
 
-verl and OpenRLHF import ray, vllm, deepspeed and flash-attn, which their loss functions never use.
-Where these are not installed, empty modules stand in. For tests and benches alone.
+verl, OpenRLHF and AReaL import ray, vllm, flash-attn and more, which their loss functions never
+use. Where these are not installed, empty modules stand in. For tests and benches alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from typing import Any
 from unittest.mock import MagicMock
 
 PACKAGES = {
+    "areal": (
+        *("aiofiles", "aiohttp", "fastapi", "flask", "httpx", "hydra", "lark"),
+        *("msgspec", "numba", "openai", "orjson", "pebble", "PIL", "ray", "setproctitle"),
+        *("tabulate", "tenacity", "torchdata", "uvicorn", "uvloop", "werkzeug", "zmq"),
+    ),
     "verl": ("ray", "tensordict", "codetiming", "torchdata", "hydra", "orjson"),
     "openrlhf": (
         *("ray", "vllm", "deepspeed", "optree", "aiohttp", "peft", "bitsandbytes", "datasets"),

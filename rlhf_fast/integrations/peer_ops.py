@@ -26,6 +26,11 @@ def row_entropy(logits: Tensor) -> Tensor:
     return entropy
 
 
+def vocabulary_group(group: Any) -> Any:
+    """The process group over which a vocabulary is split, or None if one rank has all of it."""
+    return None if group is None or group.size() == 1 else group
+
+
 # ---- KL estimates -------------------------------------------------------------------------------
 
 

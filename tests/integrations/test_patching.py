@@ -239,7 +239,7 @@ def test_a_peer_that_is_not_installed() -> None:
     assert "pip install toypeer_absent==1.0" in caught.value.remedy
 
 
-@pytest.mark.parametrize("name", ["openrlhf", "verl", "trl"])
+@pytest.mark.parametrize("name", ["areal", "openrlhf", "slime", "trl", "verl"])
 def test_an_adapter_imports_without_its_peer(name: str) -> None:
     """Checked in a process of its own: here another test may have imported the peer."""
     code = (
