@@ -19,7 +19,7 @@ READY := $(VENV)/.ready
 PEERS_READY := $(PEERS)/.ready
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test test-integrations check bench env clean setup
+.PHONY: demo test test-all test-integrations check bench env clean setup
 
 setup: $(READY)
 
@@ -37,6 +37,9 @@ demo: $(READY)
 	$(BIN)/rlhf-fast demo
 
 test: $(READY)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not long"
+
+test-all: $(READY)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 # verl, OpenRLHF and AReaL bring vllm and flash-attn, which their training on a CPU never uses: without

@@ -76,7 +76,9 @@ def alone(base):
     return trained(None, base, "alone")
 
 
-@pytest.mark.parametrize(("ranks", "replicas"), [(2, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "replicas"), [(2, 1), pytest.param(4, 1, marks=pytest.mark.long), (4, 2)]
+)
 def test_ranks_follow_one_process(base, alone, ranks, replicas):
     name = f"{ranks} ranks, {replicas} replicas"
     found = on_ranks(ranks, _trained, str(base), name, replicas=replicas)

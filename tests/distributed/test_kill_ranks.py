@@ -11,7 +11,7 @@ from rlhf_fast.stages.ppo import PPOTrainer
 from tests.distributed.kill_ranks import config_of, exported, kill_one, prepare
 from tests.distributed.ranks import on_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def _to_the_end(world: World, base: str, out: str) -> int:

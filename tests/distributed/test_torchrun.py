@@ -124,6 +124,7 @@ def test_a_fault_before_the_ranks_have_joined_is_told_once(base):
     assert printed.count("RF7050: 2 ranks cannot be 3 replicas") == 1
 
 
+@pytest.mark.long
 def test_a_stop_signal_while_ranks_load_is_told_once(base):
     config = ppo_config(base, base / "loading")
     job = start(
@@ -155,6 +156,7 @@ def test_a_reward_function_that_raises_is_told_once(base):
     assert ours.count("to do:") == 1
 
 
+@pytest.mark.long
 def test_torchrun_starts_again_with_half_of_what_one_rank_had_no_memory_for(base):
     config = ppo_config(base, base / "full")
     job = start(
