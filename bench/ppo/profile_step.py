@@ -6,8 +6,9 @@ One model after another on one thread, so that the parts of a phase add up to it
 those of two threads as well, where policy and critic run side by side. Kinds:
 
     products    matrix products of PyTorch
-    attention   packed attention, forward and backward
-    kernels     our other ops: SwiGLU, rotation, norms, log-probs, losses
+    attention   packed attention, forward and backward, of layers that run as their parts
+    kernels     our other ops: what whole layers do beside their products (attention, SwiGLU,
+                rotation, norms, and the Python between them), log-probs, losses
     optimizer   fused AdamW
     elementwise all other operations of PyTorch
     python      between operations: Python, autograd's engine. Of generation it is the engine's own
@@ -39,7 +40,15 @@ PHASES = ("generate", "score", "prepare", "update")
 KINDS_OF_WORK = ("products", "attention", "kernels", "optimizer", "elementwise", "python")
 PREFIX = "phase: "
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
-KERNELS = ("_Swiglu", "_Rotary", "_TrainedRmsNorm", "LinearPPOLoss", "_LinearLogprobs", "rlhf_fast")
+KERNELS = (
+    "_DecoderLayer",
+    "_Swiglu",
+    "_Rotary",
+    "_TrainedRmsNorm",
+    "LinearPPOLoss",
+    "_LinearLogprobs",
+    "rlhf_fast",
+)
 WARMUPS = 2
 
 

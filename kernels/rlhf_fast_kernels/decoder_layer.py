@@ -18,11 +18,11 @@ operations, which a compiler fuses by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from rlhf_fast_kernels import dispatch, native
 from rlhf_fast_kernels.layer_arguments import OP, LayerSettings, LayerWeights, check_layer
@@ -66,10 +66,10 @@ def _products(w: LayerWeights) -> list[_Product]:
     """One product for q, k and v if their weights lie side by side, or three."""
     weights, biases = (w.q, w.k, w.v), (w.q_bias, w.k_bias, w.v_bias)
     whole = _side_by_side(weights)
-    if whole is not None:
-        bias = None if biases[0] is None else _side_by_side(biases)
-        if bias is not None or biases[0] is None:
-            return [_Product(whole, bias, 0, len(whole))]
+    given = [bias for bias in biases if bias is not None]
+    bias = _side_by_side(given) if len(given) == len(biases) else None
+    if whole is not None and (bias is not None or not given):
+        return [_Product(whole, bias, 0, len(whole))]
     products, start = [], 0
     for weight, bias in zip(weights, biases, strict=True):
         products.append(_Product(weight, bias, start, start + len(weight)))
@@ -140,6 +140,13 @@ def _heads(qkv: Tensor, w: LayerWeights, width: int) -> tuple[Tensor, Tensor, Te
 # ---- forward and backward -----------------------------------------------------------------------
 
 
+def _in_fp32() -> AbstractContextManager[Any]:
+    """Without autocast, whose products are bf16: C++ reads them as fp32."""
+    if torch.is_autocast_enabled("cpu"):
+        return torch.autocast("cpu", enabled=False)
+    return nullcontext()
+
+
 def _forward(
     x: Tensor,
     w: LayerWeights,
@@ -160,7 +167,7 @@ def _forward(
         _multiply(rows, p.weight, p.bias, qkv[:, p.start : p.stop])
     q, k, v = _heads(qkv, w, settings.head_dim)
     if w.q_norm is not None and w.k_norm is not None:
-        raw, q, k = (q, k), torch.empty(q.shape), torch.empty(k.shape)
+        raw, q, k = (q, k), x.new_empty(q.shape), x.new_empty(k.shape)
         norm(raw[0], w.q_norm, eps, None, 0.0, q)
         norm(raw[1], w.k_norm, eps, None, 0.0, k)
     for part in (q, k):
@@ -235,7 +242,7 @@ class _Backward:
         of_q, of_k, of_v = _heads(of_qkv, w, settings.head_dim)
         heads = (("q_norm", raw_q, of_q), ("k_norm", raw_k, of_k))
         normed = w.q_norm is not None
-        apart = [torch.empty(of.shape) if normed else of for _, _, of in heads]
+        apart = [of.new_empty(of.shape) if normed else of for _, _, of in heads]
         native_backward(
             *(kept.q, kept.k, v, self.cu_seqlens, settings.scale, settings.window),
             *(kept.attended, kept.lse, of_attended, (*apart, of_v)),
@@ -290,9 +297,10 @@ class _DecoderLayer(torch.autograd.Function):
         *weights: Tensor | None,
     ) -> Tensor:
         given = (x, LayerWeights(*weights), cos, sin, cu_seqlens)  # type: ignore[arg-type]
-        out, kept = _forward(*given, settings, keep=True)
+        with _in_fp32():
+            out, kept = _forward(*given, settings, keep=True)
         assert kept is not None
-        ctx.settings = settings
+        ctx.settings, ctx.spent = settings, False
         # All of it this way, so that checkpointing finds it: it drops what was saved and no more.
         ctx.save_for_backward(x, cos, sin, cu_seqlens, *weights, *kept)
         return out
@@ -305,6 +313,12 @@ class _DecoderLayer(torch.autograd.Function):
                 f"{OP}: gradients of its gradients do not exist in C++; call backward without "
                 "create_graph=True, or pass impl='reference'"
             )
+        if ctx.spent:
+            raise RuntimeError(
+                f"{OP}: a second backward of one graph, whose first one wrote over what was kept; "
+                "run forward again, or pass impl='reference'"
+            )
+        ctx.spent = True
         x, cos, sin, cu_seqlens, *rest = ctx.saved_tensors
         count = len(LayerWeights._fields)
         weights, kept = LayerWeights(*rest[:count]), Kept(*rest[count:])
@@ -312,9 +326,8 @@ class _DecoderLayer(torch.autograd.Function):
         wanted = frozenset(name for name, needs in needed if needs)
         tables = (cos, sin)
         backward = _Backward(x, weights, tables, cu_seqlens, ctx.settings, kept, wanted)
-        grad = backward.run(above.contiguous())
-        # What was kept is overwritten: a second backward of a retained graph must notice.
-        increment_version((kept.qkv, kept.gate, kept.up))
+        with _in_fp32():
+            grad = backward.run(above.contiguous())
         of_weights = (backward.grads.get(name) for name in LayerWeights._fields)
         return (None, grad, None, None, None, *of_weights)
 
@@ -331,7 +344,8 @@ def _native(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
         out: Tensor = _DecoderLayer.apply(settings, x, cos, sin, cu_seqlens, *weights)
         return out
-    return _forward(x, weights, cos, sin, cu_seqlens, settings, keep=False)[0]
+    with _in_fp32():
+        return _forward(x, weights, cos, sin, cu_seqlens, settings, keep=False)[0]
 
 
 # ---- the public function ------------------------------------------------------------------------

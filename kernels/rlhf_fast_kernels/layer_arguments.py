@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
+
+from rlhf_fast_kernels.page_arguments import MAX_HEAD_DIM
 
 OP = "decoder_layer"
 
@@ -75,6 +78,13 @@ def check_layer(
             f"{OP}: q has {q} rows and k {kv}; expected multiples of head_dim {head}, an even "
             "number, and of k's"
         )
+    if head > MAX_HEAD_DIM or not math.isfinite(settings.scale):
+        raise ValueError(
+            f"{OP}: head_dim is {head}, scale {settings.scale}; expected at most {MAX_HEAD_DIM} "
+            "and a finite number"
+        )
+    if settings.window is not None and settings.window < 1:
+        raise ValueError(f"{OP}: window is {settings.window}; expected at least 1 or None")
     if (weights.q_norm is None) != (weights.k_norm is None):
         raise ValueError(f"{OP}: one of q_norm and k_norm is missing; expected both or none")
     expected: dict[str, tuple[int, ...]] = {

@@ -152,8 +152,9 @@ class ForwardPlan:
     def without_graph(self) -> int:
         """Bytes a forward without graph holds at once: in the MLP of a layer, and the result."""
         s, c = self.shape, self.compute
-        if self.whole:  # the layer's input, the stream in its middle, the result
-            return self.tokens * (3 * 4 * s.width + 2 * s.inner * c)
+        if self.whole:  # input, stream in the middle, result; beside them the MLP or attention
+            heads = (s.heads + s.kv_heads) * s.head_dim * (3 if s.qk_norm else 2)
+            return self.tokens * (3 * 4 * s.width + c * max(2 * s.inner, heads))
         inner = (3 if s.gated else 4) * s.inner * c
         return self.tokens * (s.width * (2 * self._stream + c + 4) + inner)
 

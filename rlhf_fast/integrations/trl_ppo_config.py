@@ -140,7 +140,8 @@ class PPOConfig(TrainingArguments):
             "save_strategy": _name(self.save_strategy) in ("no", "steps"),
             "vf_coef": self.vf_coef > 0,
             "cliprange_value": self.cliprange_value > 0,
-            "num_mini_batches": self.rollout % self.num_mini_batches == 0,
+            "num_mini_batches": self.num_mini_batches > 0
+            and self.rollout % self.num_mini_batches == 0,
             "missing_eos_penalty": self.missing_eos_penalty is None or self.missing_eos_penalty > 0,
         }
         named = [name for name, holds in rules.items() if not holds]

@@ -29,6 +29,7 @@ from rlhf_fast.engine.requests import Completions, Request
 from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.engine.stopping import stops_of
 from rlhf_fast.errors import EnvironmentFault
+from rlhf_fast.models.forward import set_compute_dtype
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import SamplingParams
 
@@ -67,7 +68,7 @@ class Rollout:
 
         The parameters stay the same objects. Their gradients must not exist yet.
         """
-        self._module, self._shared, self._engine = module, True, None
+        self._module, self._shared, self._engine = _computing_in_its_type(module), True, None
 
     async def update_weights(
         self,
@@ -87,7 +88,9 @@ class Rollout:
         if options.get("peft_config") is not None:
             faults.append("the weights of adapters alone; use model.lora.merge=True")
         _refuse(faults)
-        module = self._make_module() if self._module is None else self._module
+        module = self._module
+        if module is None:
+            module, self._engine = self._make_module(), None
         self._module = None  # what a failure leaves behind must not generate
         targets = module.state_dict(keep_vars=True)
         waiting = {id(p) for p in module.parameters()}
@@ -111,7 +114,7 @@ class Rollout:
             self.config.dtype
         )
         module = AutoModelForCausalLM.from_config(self.model_config.hf_config, dtype=dtype)
-        return module.to(_device()).requires_grad_(False)
+        return _computing_in_its_type(module.to(_device()).requires_grad_(False))
 
     async def resume(self, tags: list[str]) -> None:
         """Bring the weights back to their device; pages come with the next call that generates."""
@@ -256,6 +259,13 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "enable_rollout_routing_replay": (False,),
     "logprobs_mode": ("processed_logprobs", None),
 }
+
+
+def _computing_in_its_type(module: nn.Module) -> nn.Module:
+    """The module, which computes in bf16 if its weights are, and so may run fused."""
+    if next(module.parameters()).dtype is torch.bfloat16:
+        set_compute_dtype(module, "bfloat16")
+    return module
 
 
 def _unsupported(config: Any) -> list[str]:

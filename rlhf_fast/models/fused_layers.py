@@ -67,18 +67,22 @@ def _collect(
 
 def _forward_of(child: nn.Module, family: str, attend: Attend) -> tuple[Any, bool]:
     """(forward of ours or None, whether it does all that the module's children do)."""
-    kind = type(child)
-    if kind.__module__ != f"transformers.models.{family.lower()}.modeling_{family.lower()}":
-        return None, False
-    if kind.__name__ == f"{family}DecoderLayer" and _is_plain_layer(child, family):
+    if _is_stock(child, family, "DecoderLayer") and _is_plain_layer(child, family):
         return functools.partial(_layer, child), True
-    if kind.__name__ == f"{family}RMSNorm":
+    if _is_stock(child, family, "RMSNorm"):
         return functools.partial(_norm, child), False
-    if kind.__name__ == f"{family}MLP" and isinstance(child.act_fn, _silu_types()):
+    if _is_stock(child, family, "MLP") and isinstance(child.act_fn, _silu_types()):
         return functools.partial(_mlp, child), False
-    if kind.__name__ == f"{family}Attention":
+    if _is_stock(child, family, "Attention"):
         return functools.partial(_attention, child, attend), False
     return None, False
+
+
+def _is_stock(part: nn.Module, family: str, name: str) -> bool:
+    """Whether the part is of transformers' own class of this name, not of one derived from it."""
+    kind = type(part)
+    home = f"transformers.models.{family.lower()}.modeling_{family.lower()}"
+    return kind.__module__ == home and kind.__name__ == f"{family}{name}"
 
 
 _PROJECTIONS = frozenset(
@@ -99,7 +103,10 @@ def _is_plain_layer(layer: Any, family: str) -> bool:
     ]
     if len(projections) != len(_PROJECTIONS) or not all(type(p) is nn.Linear for p in projections):
         return False
-    if any(type(norm).__name__ != f"{family}RMSNorm" for norm in norms):
+    parts = [(attention, "Attention"), (mlp, "MLP"), *((norm, "RMSNorm") for norm in norms)]
+    if any(not _is_stock(part, family, name) for part, name in parts):
+        return False
+    if not all(p.is_contiguous() and p.dtype == torch.float32 for p in layer.parameters()):
         return False
     if any(part.bias is not None for part in mlp.children() if isinstance(part, nn.Linear)):
         return False
@@ -148,6 +155,12 @@ def _layer(
     **kwargs: Any,
 ) -> Tensor:
     """One packed row, [1, N, H]; without a cache."""
+    if hidden_states.device.type != "cpu":  # weights lay on the host and were sent after
+        where = {"position_embeddings": position_embeddings, "packed_layout": packed_layout}
+        stock: Tensor = type(layer).forward(
+            layer, hidden_states, attention_mask, cache=cache, **where, **kwargs
+        )
+        return stock
     _require_no_cache(layer, cache, kwargs)
     if attention_mask is not None:
         raise ValueError(f"{type(layer).__name__}: packed attention has no mask")

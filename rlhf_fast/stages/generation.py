@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from rlhf_fast.engine.dealt_generator import DealtGenerator
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.progress import Progress
-from rlhf_fast.models.adapter_roles import AdapterGenerator
 from rlhf_fast.protocols import Generator
 
 # Often enough to look alive; a redraw of the bar costs more than a decoding step of a small model.
@@ -16,8 +16,9 @@ SECONDS_BETWEEN_REPORTS = 0.25
 
 def engine_of(generator: Generator) -> HybridEngine | None:
     """The engine behind a generator; None if it is of another kind."""
-    inner = generator.generator if isinstance(generator, DealtGenerator) else generator
-    inner = inner.generator if isinstance(inner, AdapterGenerator) else inner
+    inner: Any = generator
+    while not isinstance(inner, HybridEngine) and hasattr(inner, "generator"):
+        inner = inner.generator  # dealt over ranks, under an adapter, with other ends
     return inner if isinstance(inner, HybridEngine) else None
 
 

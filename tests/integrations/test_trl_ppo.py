@@ -174,6 +174,11 @@ def test_everything_that_cannot_be_followed_is_named_at_once(tmp_path: Path) -> 
         assert word in caught.value.where
 
 
+def test_no_minibatch_is_one_message(tmp_path):
+    with pytest.raises(ConfigError, match="num_mini_batches"):
+        PPOTrainer(args=PPOConfig(**ppo_settings(tmp_path, num_mini_batches=0)), **ppo_models())
+
+
 # ---- beside TRL's own ---------------------------------------------------------------------------
 
 

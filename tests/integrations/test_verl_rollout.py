@@ -300,10 +300,21 @@ def test_weights_that_do_not_fit_are_refused(model: nn.Module, change: str) -> N
         weights[name] = tensor[:-1]
     rollout = own_rollout(model)
     asyncio.run(rollout.update_weights(pairs(model)))
+    before = greedy(rollout)
     with pytest.raises(EnvironmentFault, match=rf"RF7332.*{name}"):
         asyncio.run(rollout.update_weights(iter(weights.items())))
     with pytest.raises(EnvironmentFault, match="RF7332"):
         greedy(rollout)
+    asyncio.run(rollout.update_weights(pairs(model)))
+    assert torch.equal(greedy(rollout), before)
+
+
+def test_weights_kept_in_bf16_run_fused(model: nn.Module) -> None:
+    rollout = own_rollout(model, dtype="bfloat16")
+    asyncio.run(rollout.update_weights(pairs(model)))
+    greedy(rollout)
+    assert rollout._engine is not None
+    assert rollout._engine.path == "fused"
 
 
 @pytest.mark.parametrize("options", [{"wire_format": "delta_flush"}, {"peft_config": object()}])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_fast_kernels import LayerSettings, LayerWeights, decoder_layer, native
@@ -63,9 +65,10 @@ class Layer:
         if self.adjacent:
             for suffix in ("", "_bias"):
                 names = [f"{name}{suffix}" for name in "qkv"]
-                parts = [cast[name] for name in names if cast[name] is not None]
-                views = torch.cat(parts).split(ROWS) if parts else [None] * 3  # type: ignore[arg-type]
-                cast |= dict(zip(names, views, strict=True))
+                parts = [cast[name] for name in names]
+                if all(part is not None for part in parts):
+                    views = torch.cat(parts).split(ROWS)  # type: ignore[arg-type]
+                    cast |= dict(zip(names, views, strict=True))
         return LayerWeights(**{n: None if w is None else nn.Parameter(w) for n, w in cast.items()})
 
     def run(
@@ -182,12 +185,40 @@ def test_recomputed_under_checkpointing_the_same_bits() -> None:
     torch.testing.assert_close(weights.gate.grad, want["gate"], rtol=0, atol=0)
 
 
-def test_a_second_backward_is_refused() -> None:
+@pytest.mark.parametrize("saved", ["as they are", "through hooks"])
+def test_a_second_backward_is_refused(saved: str) -> None:
     layer = Layer()
-    out = forward(layer, layer.x.float().requires_grad_(), layer.leaves(torch.float32))
+    with save_on_cpu() if saved == "through hooks" else nullcontext():
+        out = forward(layer, layer.x.float().requires_grad_(), layer.leaves(torch.float32))
     out.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="a second backward of one graph"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_autocast_and_defaults_around_change_nothing(norms: bool) -> None:
+    layer = Layer(norms=norms)
+    want = layer.run(torch.float32, "cpu")
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = layer.run(torch.float32, "cpu")
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
+@pytest.mark.parametrize("bias", ["q_bias", "k_bias", "v_bias"])
+def test_one_bias_alone_counts(bias: str) -> None:
+    layer = Layer(biases=True, adjacent=True)
+    for name in ("q_bias", "k_bias", "v_bias"):
+        if name != bias:
+            layer.weights[name] = None
+    want, got = layer.run(torch.float32, "reference"), layer.run(torch.float32, "cpu")
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_a_gradient_of_the_gradient_is_refused() -> None:
@@ -240,3 +271,13 @@ def test_arguments_that_do_not_fit(
     weights = weights._replace(**{n: t for n, t in change.items() if n not in given})
     with pytest.raises(error, match=message):
         decoder_layer(given["x"], weights, given["cos"], given["sin"], given["cu"], SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"window": 0}, "window is 0"), ({"scale": float("nan")}, "scale nan")]
+)
+def test_settings_that_do_not_fit(change: dict[str, Any], message: str) -> None:
+    layer = Layer()
+    given = (layer.x.float(), layer.leaves(torch.float32), layer.cos.float(), layer.sin.float(), CU)
+    with pytest.raises(ValueError, match=message):
+        decoder_layer(*given, dataclasses.replace(SETTINGS, **change))

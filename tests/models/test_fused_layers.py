@@ -112,7 +112,9 @@ def test_what_is_not_transformers_own_is_left_alone() -> None:
     assert replaced(model) == ["model.layers.0.mlp"]
 
 
-@pytest.mark.parametrize("what", ["an adapter", "a bias of the MLP", "a backward hook", "dropout"])
+@pytest.mark.parametrize(
+    "what", ["an adapter", "a bias of the MLP", "a backward hook", "dropout", "strides"]
+)
 def test_a_layer_that_is_not_plain_keeps_its_parts(what: str) -> None:
     model = build("llama", attention_dropout=0.1 if what == "dropout" else 0.0).train()
     layer: Any = model.model.layers[0]
@@ -120,6 +122,8 @@ def test_a_layer_that_is_not_plain_keeps_its_parts(what: str) -> None:
         inject_adapter_in_model(LoraConfig(r=2, target_modules=["down_proj"]), layer)
     elif what == "a bias of the MLP":
         layer.mlp.up_proj.bias = nn.Parameter(torch.ones(layer.mlp.up_proj.out_features))
+    elif what == "strides":
+        layer.mlp.up_proj.weight.data = layer.mlp.up_proj.weight.data.t().contiguous().t()
     elif what == "a backward hook":
         layer.self_attn.register_full_backward_hook(lambda *_: None)
     names = {child: name for name, child in model.named_modules()}
@@ -127,6 +131,28 @@ def test_a_layer_that_is_not_plain_keeps_its_parts(what: str) -> None:
     assert "model.layers.0" not in found
     assert {"model.layers.0.mlp", "model.layers.0.self_attn"} <= found
     assert ("model.layers.1" in found) == (what != "dropout")
+
+
+@pytest.mark.parametrize("part", ["mlp", "self_attn", "input_layernorm"])
+def test_a_derived_part_computes_what_its_class_says(part: str) -> None:
+    model, sequences = build("llama"), random_sequences(LENGTHS)
+    stock = packed_hidden(model, sequences)
+    child = getattr(model.model.layers[0], part)
+    kind = type(child)
+
+    class Doubled(kind):  # type: ignore[misc, valid-type]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = kind.forward(self, *args, **kwargs)
+            return (2 * out[0], *out[1:]) if isinstance(out, tuple) else 2 * out
+
+    child.__class__ = Doubled
+    ours = packed_hidden(model, sequences)
+    assert not torch.allclose(ours, stock)
+    child.__class__ = kind
+    child.register_forward_hook(
+        lambda _, __, out: (2 * out[0], *out[1:]) if isinstance(out, tuple) else 2 * out
+    )
+    torch.testing.assert_close(packed_hidden(model, sequences), ours)
 
 
 def test_adapters_of_a_layer_beside_whole_ones_learn() -> None:
