@@ -28,6 +28,7 @@ from rlhf_fast.stages.evaluate import SAMPLES_NAME, EvalResult, run_evaluate
 from rlhf_fast.stages.messages import say
 from rlhf_fast.stages.ppo import PPOTrainer
 from rlhf_fast.stages.reward_model import RewardModelResult, run_reward_model
+from rlhf_fast.stages.run_files import read_json
 from rlhf_fast.stages.sft import run_sft
 from rlhf_fast.tasks.demo_results import (
     DEMO_RESULTS_NAME,
@@ -111,12 +112,13 @@ def _claim(folder: Path, arguments: dict[str, Any], overwrite: bool) -> None:
             where="--output",
             remedy="choose another folder",
         )
-    if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) != arguments:
+    held = read_json(mark)
+    if held is not None and held != arguments:
         raise CheckpointError(
             "RF8402",
             f"{folder} holds a demo with other arguments",
             where=str(mark),
-            expected=mark.read_text(encoding="utf-8").strip(),
+            expected=json.dumps(held),
             remedy="repeat those arguments, choose another --output, or --overwrite",
         )
     folder.mkdir(parents=True, exist_ok=True)

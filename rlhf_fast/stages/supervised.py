@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from rlhf_fast.config import RewardModelConfig, SFTConfig
 from rlhf_fast.data import EpochSampler
 from rlhf_fast.data.packing import Share, share_of
+from rlhf_fast.distributed import Checkpoint
 from rlhf_fast.distributed.gradients import RankGradients
 from rlhf_fast.distributed.sharding import start_anew as start_anew_of
 from rlhf_fast.distributed.work import WorldSplit
@@ -23,7 +24,7 @@ from rlhf_fast.stages.adapted import trunk_digest
 from rlhf_fast.stages.found_to_fit import remembering
 from rlhf_fast.stages.ranks import require_same_data
 from rlhf_fast.stages.run import Run
-from rlhf_fast.stages.saved_state import load_part
+from rlhf_fast.stages.saved_state import load_part, refusing
 from rlhf_fast.stages.training import (
     TrainingState,
     load_stage_tokenizer,
@@ -109,10 +110,17 @@ class SupervisedStage(ABC, Generic[Config]):
             allow_data_change=config.run.allow_data_change,
             world=self.world,
         )
-        checkpoint, extra = self.run.checkpoint, self.state.extra
-        if (
-            checkpoint is not None and "token_budget" in extra
-        ):  # not in those of before there was one
+        if self.run.checkpoint is not None:
+            self._load_extra(self.run.checkpoint, self.state.extra)
+
+    def _load_extra(self, checkpoint: Checkpoint, extra: Mapping[str, Any]) -> None:
+        """Check what the summary at the end reads, and load what the stage saved of its own."""
+        with refusing(checkpoint, "losses"):
+            if self.state.step > 0:
+                float(extra["train_loss"])
+            for value in extra.get("eval", {}).values():
+                float(value)
+        if "token_budget" in extra:  # not in those of before there was one
             load_part(checkpoint, self.budget, extra["token_budget"], "token_budget")
 
     def in_halves(self, accumulate: Callable[[], None], longest: int) -> None:

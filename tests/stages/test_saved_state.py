@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,12 @@ from rlhf_fast.distributed import Checkpoint, load, load_rng_state, rng_state
 from rlhf_fast.distributed.manifest import seal
 from rlhf_fast.engine.expected_lengths import ExpectedLengths
 from rlhf_fast.errors import CheckpointError, DataError
+from rlhf_fast.ppo.out_of_memory import TokenBudget
 from rlhf_fast.ppo.trainer import PPOLearner
 from rlhf_fast.stages.found_to_fit import remembering
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.saved_state import load_part
+from rlhf_fast.stages.supervised import SupervisedStage
 from rlhf_fast.stages.training import TrainingState, load_training_state, save_training_state
 from tests.ppo.synthetic import learner as learner_of
 from tests.ppo.synthetic import small_config
@@ -313,3 +316,24 @@ def test_a_malformed_note_of_what_fits(tmp_path: Path, text: str, named: str) ->
         remembering(run, learner.budget, learner),
     ):
         raise AssertionError("it began")
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({}, "losses lacks 'train_loss'"),
+        ({"train_loss": "x"}, "losses cannot be used"),
+        ({"train_loss": 1.0, "eval": []}, "losses cannot be used"),
+        ({"train_loss": 1.0, "eval": {"loss/eval": {}}}, "losses cannot be used"),
+        ({"train_loss": 1.0, "token_budget": 3}, "token_budget is 3"),
+    ],
+)
+def test_what_a_supervised_stage_saved_of_its_own_is_checked(
+    checkpoint: Checkpoint, extra: dict[str, Any], named: str
+) -> None:
+    stage = SimpleNamespace(state=SimpleNamespace(step=3), budget=TokenBudget(64))
+    load: Any = SupervisedStage._load_extra
+    load(stage, checkpoint, {"train_loss": 1.0, "eval": {"loss/eval": 2.0}})
+    with pytest.raises(CheckpointError, match=named) as caught:
+        load(stage, checkpoint, extra)
+    assert caught.value.code == "RF8001"
