@@ -6,7 +6,7 @@
 
 Both sides have the same four models, prompts, response lengths, minibatches and hyper-parameters
 (`bench.ppo.case`), each in a process of its own, and take turns: a round is `--steps` steps of
-each. `docs/benchmarks.md` says what is in the time of each side. Sides:
+each. `docs/benchmarking.md` says what is in the time of each side. Sides:
 
     ours            as configured by default: the anchors of the ratio are recomputed by the policy
     ours, rollout   anchors from the generator, measured against the policy: what TRL does

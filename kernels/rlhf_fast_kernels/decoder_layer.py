@@ -191,7 +191,7 @@ class _Backward:
 
     Args:
         x, w, cos, sin, cu_seqlens, settings: as in forward.
-        kept: what forward left; qkv, gate and up are overwritten.
+        kept: what forward left; gate and up are overwritten.
         wanted: weights whose gradient is asked for.
     """
 
