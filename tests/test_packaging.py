@@ -162,6 +162,7 @@ def test_a_compiler_that_fails_gives_a_pure_wheel_with_its_words(checkout, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(
     os.environ.get("RLHF_FAST_EXPECT_CORE") != "1"
     and not all(shutil.which(name) for name in ("c++", "cmake", "ninja")),

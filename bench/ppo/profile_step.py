@@ -6,9 +6,9 @@ One model after another on one thread, so that the parts of a phase add up to it
 those of two threads as well, where policy and critic run side by side. Kinds:
 
     products    matrix products of PyTorch
-    attention   packed attention, forward and backward, of layers that run as their parts
-    kernels     our other ops: what whole layers do beside their products (attention, SwiGLU,
-                rotation, norms, and the Python between them), log-probs, losses
+    layers      what decoder layers do beside their products: attention, SwiGLU, rotation, norms; of
+                forwards without a graph PyTorch's profiler does not see it, and python has it
+    kernels     our other ops: log-probs, losses, norms outside of layers
     optimizer   fused AdamW
     elementwise all other operations of PyTorch
     python      between operations: Python, autograd's engine. Of generation it is the engine's own
@@ -37,18 +37,10 @@ from .case import KINDS, PRESETS, Case, build_models
 from .our_step import build_trainer
 
 PHASES = ("generate", "score", "prepare", "update")
-KINDS_OF_WORK = ("products", "attention", "kernels", "optimizer", "elementwise", "python")
+KINDS_OF_WORK = ("products", "layers", "kernels", "optimizer", "elementwise", "python")
 PREFIX = "phase: "
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
-KERNELS = (
-    "_DecoderLayer",
-    "_Swiglu",
-    "_Rotary",
-    "_TrainedRmsNorm",
-    "LinearPPOLoss",
-    "_LinearLogprobs",
-    "rlhf_fast",
-)
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
+KERNELS = ("_Swiglu", "_Rotary", "_TrainedRmsNorm", "LinearPPOLoss", "_LinearLogprobs", "rlhf_fast")
 WARMUPS = 2
 
 
@@ -56,8 +48,8 @@ def kind_of(name: str) -> str:
     """The kind of work of an event of the profiler."""
     if name in PRODUCTS:
         return "products"
-    if "PackedAttention" in name and not name.startswith("autograd::"):
-        return "attention"
+    if ("PackedAttention" in name or "_DecoderLayer" in name) and "autograd::" not in name:
+        return "layers"
     if any(name.lstrip(":").startswith(kernel) for kernel in KERNELS) or "PPOLoss" in name:
         return "python" if name.startswith("autograd::") else "kernels"
     if "_fused_adamw" in name:

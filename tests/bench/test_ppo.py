@@ -260,7 +260,7 @@ def test_the_profile_accounts_for_every_phase() -> None:
     found = profile_step.profile_step(replace(TINY, threads=1))
     assert set(found) == set(profile_step.PHASES)
     assert found["update"]["products"] > 0
-    assert found["update"]["attention"] > 0
+    assert found["update"]["layers"] > 0
     assert found["update"]["optimizer"] > 0
     assert sum(found["generate"].values()) > 0
 
