@@ -245,7 +245,7 @@ class _Backward:
         apart = [of.new_empty(of.shape) if normed else of for _, _, of in heads]
         native_backward(
             *(kept.q, kept.k, v, self.cu_seqlens, settings.scale, settings.window),
-            *(kept.attended, kept.lse, of_attended, (*apart, of_v)),
+            *(kept.attended, kept.lse, of_attended, (apart[0], apart[1], of_v)),
         )
         for (name, raw, of), grad in zip(heads, apart, strict=True):
             _rotate(grad, *self.tables, transposed=True)
