@@ -7,8 +7,10 @@ import os
 import sys
 from pathlib import Path
 
+# By the name it has beside this script: verl and OpenRLHF bring a package called `tests`.
+from trl_cases import Recorder, online_trainer
+
 from rlhf_fast.integrations import trl_rollout
-from tests.integrations.trl_cases import Recorder, online_trainer
 
 
 def main(folder: Path) -> None:
