@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import harness
+from ..kernels.environment import environment
 from .stubs import stand_in
 
 ADAPTERS = "rlhf_fast.integrations"
@@ -52,11 +53,12 @@ def main() -> int:
     for peer in options.peer:
         stand_in(peer)
         adapter = importlib.import_module(f"{ADAPTERS}.{peer}")
-        print(f"\n{peer} {importlib.metadata.version(peer)} on {device}, {options.threads} threads")
+        version = importlib.metadata.version(peer)
+        print(f"\n{peer} {version} on {device}, {options.threads} threads")
         print(f"{'':44} {'theirs':>9} {'ours':>9} {'gain':>6} {'MiB':>8} {'MiB':>8} {'diff':>9}")
         for case in CASES[peer](device, options.quick):
             row = compare(case, adapter.patched, device, 3 if options.quick else options.repeats)
-            rows.append({"peer": peer, **row})
+            rows.append({"peer": f"{peer} {version}", **row})
             print(
                 f"{row['name']:44} {row['theirs_ms']:9.3f} {row['ours_ms']:9.3f} "
                 f"{row['gain']:5.2f}x {row['theirs_mib']:8.1f} {row['ours_mib']:8.1f} "
@@ -65,7 +67,8 @@ def main() -> int:
             )
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+            found = {"environment": environment(options.threads, device), "rows": rows}
+            json.dump(found, file, indent=1)
     return 0
 
 
