@@ -26,6 +26,7 @@ from torch import Tensor
 
 from rlhf_fast_kernels import dispatch, native
 from rlhf_fast_kernels.layer_arguments import OP, LayerSettings, LayerWeights, check_layer
+from rlhf_fast_kernels.layer_ops import run_rms_norm_backward, run_rotary, run_swiglu
 from rlhf_fast_kernels.packed_attention import check_segments, native_backward, native_forward
 from rlhf_fast_kernels.reference.decoder_layer import decoder_layer as reference_layer
 from rlhf_fast_kernels.registry import is_plain
@@ -97,39 +98,6 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Te
     return torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _swiglu(
-    gate: Tensor, up: Tensor, out: Tensor, above: Tensor | None, grads: tuple[Tensor, Tensor] | None
-) -> None:
-    addresses = (gate.data_ptr(), up.data_ptr(), out.data_ptr())
-    further = (0, 0, 0)
-    if above is not None and grads is not None:
-        further = (above.data_ptr(), grads[0].data_ptr(), grads[1].data_ptr())
-    native.core().swiglu(gate.numel(), *addresses, *further, native.thread_count())
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool) -> None:
-    """In place; x `[N, heads, D]` with adjacent elements of a head."""
-    tokens, heads, width = x.shape
-    place = (x.data_ptr(), x.stride()[:2])
-    native.core().rotary(
-        (tokens, heads, width // 2),
-        *(*place, cos.data_ptr(), sin.data_ptr(), *place, transposed, native.thread_count()),
-    )
-
-
-def _norm_backward(
-    x: Tensor, weight: Tensor, above: Tensor, eps: float, residual: Tensor | None, out: Tensor
-) -> Tensor:
-    """Gradient of weight; that of x, plus residual, goes to out, which may be the residual."""
-    grad_weight, columns = torch.empty_like(weight), x.shape[-1]
-    native.core().rms_norm_backward(
-        *(x.numel() // columns, columns, x.data_ptr(), weight.data_ptr(), above.data_ptr(), eps),
-        *(0 if residual is None else residual.data_ptr(), out.data_ptr()),
-        *(grad_weight.data_ptr(), native.thread_count()),
-    )
-    return grad_weight
-
-
 def _heads(qkv: Tensor, w: LayerWeights, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v `[N, heads, D]` as views of q|k|v."""
     parts = qkv.split([len(w.q), len(w.k), len(w.v)], dim=1)
@@ -171,7 +139,7 @@ def _forward(
         norm(raw[0], w.q_norm, eps, None, 0.0, q)
         norm(raw[1], w.k_norm, eps, None, 0.0, k)
     for part in (q, k):
-        _rotate(part, cos, sin, transposed=False)
+        run_rotary(part, cos, sin, part, transposed=False)
     attended, lse = native_forward(q, k, v, cu_seqlens, settings.scale, settings.window)
     y = torch.addmm(x, attended.flatten(1), w.o.t())
     if w.o_bias is not None:
@@ -181,7 +149,7 @@ def _forward(
     norm(y, w.post_norm, eps, None, 0.0, rows)
     gate, up = torch.mm(rows, w.gate.t()), torch.mm(rows, w.up.t())
     inner = torch.empty_like(gate) if keep else gate
-    _swiglu(gate, up, inner, None, None)
+    run_swiglu(gate, up, inner)
     out = torch.addmm(y, inner, w.down.t(), out=rows)
     return out, None if of_attention is None else Kept(*of_attention, y, gate, up)
 
@@ -220,7 +188,7 @@ class _Backward:
         """Gradient of y from that of out."""
         w, kept, eps = self.w, self.kept, self.settings.eps
         spread, inner = torch.mm(above, w.down), torch.empty_like(kept.gate)
-        _swiglu(kept.gate, kept.up, inner, spread, (kept.gate, kept.up))
+        run_swiglu(kept.gate, kept.up, inner, spread, kept.gate, kept.up)
         of_gate, of_up = kept.gate, kept.up
         norm(kept.y, w.post_norm, eps, None, 0.0, self.rows)
         self._weight("down", above, inner)
@@ -228,7 +196,9 @@ class _Backward:
         self._weight("up", of_up, self.rows)
         of_rows = torch.mm(of_gate, w.gate).addmm_(of_up, w.up)
         of_y = torch.empty_like(self.x)
-        self.grads["post_norm"] = _norm_backward(kept.y, w.post_norm, of_rows, eps, above, of_y)
+        self.grads["post_norm"] = run_rms_norm_backward(
+            kept.y, w.post_norm, of_rows, eps, above, of_y
+        )
         return of_y
 
     def _attention(self, of_y: Tensor) -> Tensor:
@@ -248,10 +218,12 @@ class _Backward:
             *(kept.attended, kept.lse, of_attended, (apart[0], apart[1], of_v)),
         )
         for (name, raw, of), grad in zip(heads, apart, strict=True):
-            _rotate(grad, *self.tables, transposed=True)
+            run_rotary(grad, *self.tables, grad, transposed=True)
             if normed:
                 weight, raw = getattr(w, name), raw.contiguous()
-                self.grads[name] = _norm_backward(raw, weight, grad, settings.eps, None, grad)
+                self.grads[name] = run_rms_norm_backward(
+                    raw, weight, grad, settings.eps, None, grad
+                )
                 of.copy_(grad)
         return of_qkv
 
@@ -273,7 +245,7 @@ class _Backward:
             self.grads |= dict(zip(("q", "k", "v"), parts, strict=True))
         for name, columns in zip(("q", "k", "v"), of_qkv.split(sizes, dim=1), strict=True):
             self._bias(f"{name}_bias", columns)
-        self.grads["input_norm"] = _norm_backward(x, w.input_norm, of_rows, eps, of_y, of_y)
+        self.grads["input_norm"] = run_rms_norm_backward(x, w.input_norm, of_rows, eps, of_y, of_y)
         return of_y
 
     def _weight(self, name: str, above: Tensor, rows: Tensor) -> None:

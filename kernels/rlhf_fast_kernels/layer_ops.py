@@ -57,7 +57,7 @@ class _Swiglu(torch.autograd.Function):
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         out = torch.empty_like(gate)
-        _run_swiglu(gate, up, out, None, None, None)
+        run_swiglu(gate, up, out)
         return out
 
     @staticmethod
@@ -65,11 +65,24 @@ class _Swiglu(torch.autograd.Function):
         _refuse_second("swiglu")
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        _run_swiglu(gate, up, None, grad_out.contiguous(), grad_gate, grad_up)
+        run_swiglu(gate, up, None, grad_out.contiguous(), grad_gate, grad_up)
         return grad_gate, grad_up
 
 
-def _run_swiglu(gate: Tensor, up: Tensor, *others: Tensor | None) -> None:
+def run_swiglu(
+    gate: Tensor,
+    up: Tensor,
+    out: Tensor | None,
+    grad_out: Tensor | None = None,
+    grad_gate: Tensor | None = None,
+    grad_up: Tensor | None = None,
+) -> None:
+    """SwiGLU in C++ on fp32 CPU tensors that fit, contiguous, of one size.
+
+    Without grad_out `out` is written; with it the two gradients, which may be gate and up
+    themselves, and `out` as well unless it is None.
+    """
+    others = (out, grad_out, grad_gate, grad_up)
     addresses = map(_address, (gate, up, *others))
     native.core().swiglu(gate.numel(), *addresses, native.thread_count())
 
@@ -105,14 +118,22 @@ class _Rotary(torch.autograd.Function):
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool) -> Tensor:
     if x.stride(-1) != 1:
         x = x.contiguous()
-    tokens, heads, width = x.shape
     out = x.new_empty(x.shape)
+    run_rotary(x, cos, sin, out, transposed=transposed)
+    return out
+
+
+def run_rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, transposed: bool) -> None:
+    """The rotation, or its gradient, in C++ on fp32 CPU tensors that fit; out may be x.
+
+    x and out `[N, heads, D]` of any strides of tokens and heads, contiguous cos and sin.
+    """
+    tokens, heads, width = x.shape
     native.core().rotary(
         (tokens, heads, width // 2),
         *(x.data_ptr(), x.stride()[:2], cos.data_ptr(), sin.data_ptr()),
         *(out.data_ptr(), out.stride()[:2], transposed, native.thread_count()),
     )
-    return out
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str | None = None) -> Tensor:
@@ -158,14 +179,25 @@ class _TrainedRmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
         _refuse_second("trained_rms_norm")
         x, weight = ctx.saved_tensors
-        grad_out, columns = grad_out.contiguous(), x.shape[-1]
-        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-        native.core().rms_norm_backward(
-            *(x.numel() // max(columns, 1), columns),
-            *(x.data_ptr(), weight.data_ptr(), grad_out.data_ptr(), ctx.eps, 0),
-            *(grad_x.data_ptr(), grad_weight.data_ptr(), native.thread_count()),
-        )
+        grad_x = torch.empty_like(x)
+        grad_weight = run_rms_norm_backward(x, weight, grad_out.contiguous(), ctx.eps, None, grad_x)
         return grad_x, grad_weight, None
+
+
+def run_rms_norm_backward(
+    x: Tensor, weight: Tensor, grad_out: Tensor, eps: float, residual: Tensor | None, grad_x: Tensor
+) -> Tensor:
+    """The gradient of weight, in C++ on contiguous fp32 CPU tensors that fit.
+
+    That of x, plus the residual, is written to grad_x, which may be the residual or grad_out.
+    """
+    grad_weight, columns = torch.empty_like(weight), x.shape[-1]
+    native.core().rms_norm_backward(
+        *(x.numel() // max(columns, 1), columns, x.data_ptr(), weight.data_ptr()),
+        *(grad_out.data_ptr(), eps, _address(residual), grad_x.data_ptr()),
+        *(grad_weight.data_ptr(), native.thread_count()),
+    )
+    return grad_weight
 
 
 def trained_rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str | None = None) -> Tensor:
