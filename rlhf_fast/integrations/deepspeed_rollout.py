@@ -155,8 +155,8 @@ def fast_rollout_class() -> type:
     Raises:
         EnvironmentFault: RF7301 to RF7304.
     """
-    with patched():  # for its checks of version and names; nothing of it stays
-        base = importlib.import_module(_PACKAGE).RolloutEngine
+    _PATCH.check()
+    base = importlib.import_module(_PACKAGE).RolloutEngine
     return type("FastRollout", (FastRolloutMixin, base), {"__module__": __name__})
 
 

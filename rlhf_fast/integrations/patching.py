@@ -183,6 +183,12 @@ class Patch:
             _log.info("%s", self.report())
         return self.report()
 
+    def check(self) -> None:
+        """What `install` checks, with the same errors, and no more: nothing is replaced."""
+        if not self._version:
+            version = require_version(self.package, self.replacements)
+            _find(self.replacements[version], self.package, version)
+
     def remove(self) -> None:
         """Give the peer its own functions back, wherever ours are held."""
         if self._awaiting is not None:
