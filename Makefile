@@ -62,6 +62,7 @@ PEERS_TEST = PYTHONPATH=$(1).:kernels $(PEERS)/bin/python -m pytest tests/integr
 
 test-integrations: $(PEERS_READY)
 	$(call PEERS_TEST,,test_areal.py)
+	$(call PEERS_TEST,,test_benches.py)
 	$(call PEERS_TEST,,test_deepspeed_rollout.py)
 	$(call PEERS_TEST,,test_openrlhf*.py)
 	$(call PEERS_TEST,,test_verl*.py)

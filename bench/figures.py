@@ -187,11 +187,32 @@ def growth(row: Json) -> Iterator[Figure]:
     )  # fmt: skip
 
 
+def replaced(row: Json) -> Iterator[Figure]:
+    """A row of `integrations.bench_functions` or `bench_update_step`: theirs beside ours."""
+    for side in ("theirs", "ours"):
+        case, ours = f"{row['peer']} {row['name']}, {side}", side == "ours"
+        low, high = spread(row.get(f"{side}_samples_ms", []))
+        note = f"{row['gain']:.2f}x theirs" if ours else ""
+        yield Figure(case, "time", row[f"{side}_ms"], "ms", low, high, ours, note=note)
+        yield Figure(case, EXTRA, row[f"{side}_mib"], "MiB", ours=ours)
+
+
+def trainer_steps(row: Json) -> Iterator[Figure]:
+    """A row of `integrations.bench_trl_runs`: a step of one side."""
+    case, ours = f"{row['peer']} {row['kind']}, {row['side']}", row["side"] != "theirs"
+    low, high = spread(row["samples"])
+    note = f"{row['gain']:.2f}x theirs" if ours else ""
+    yield Figure(case, "seconds: step", row["seconds"], "s", low, high, ours, note=note)
+    yield Figure(case, EXTRA, row["mib"], "MiB", ours=ours)
+
+
 Reader = Callable[[Json], Iterator[Figure]]
 READERS: Sequence[tuple[set[str], Reader]] = (
     ({"contender", "median_ms", "p20_ms", "ours"}, kernel),
     ({"tokens_per_second", "times_faster", "shape"}, generation),
     ({"ranks", "view", "received"}, ranks),
     ({"subject", "axis", "milliseconds"}, growth),
+    ({"peer", "theirs_ms", "ours_ms"}, replaced),
+    ({"peer", "kind", "side", "samples"}, trainer_steps),
     ({"contender", "median_ms"}, timed),
 )

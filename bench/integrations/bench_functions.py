@@ -67,8 +67,8 @@ def main() -> int:
             )
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
-            found = {"environment": environment(options.threads, device), "rows": rows}
-            json.dump(found, file, indent=1)
+            stamp = environment(options.threads, device)
+            json.dump({"environment": stamp, "rows": rows}, file, indent=1)
     return 0
 
 
@@ -100,13 +100,16 @@ def compare(
         ours_mib = harness.extra_memory(lambda _: case.run(), device)
     theirs_mib = harness.extra_memory(lambda _: case.run(), device)
     turns = [(once(False), once(True)) for _ in range(repeats)]
-    theirs, ours = (1e3 * statistics.median(column) for column in zip(*turns, strict=True))
+    theirs, ours = ([1e3 * x for x in column] for column in zip(*turns, strict=True))
+    theirs_ms, ours_ms = statistics.median(theirs), statistics.median(ours)
     nothing = float("nan")
     return {
         "name": case.name,
-        "theirs_ms": theirs,
-        "ours_ms": ours,
-        "gain": theirs / ours,
+        "theirs_ms": theirs_ms,
+        "ours_ms": ours_ms,
+        "gain": theirs_ms / ours_ms,
+        "theirs_samples_ms": theirs,
+        "ours_samples_ms": ours,
         "theirs_mib": nothing if theirs_mib is None else theirs_mib,
         "ours_mib": nothing if ours_mib is None else ours_mib,
         "difference": max(

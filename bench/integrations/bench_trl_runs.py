@@ -13,6 +13,7 @@ without us.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import statistics
 import tempfile
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels import harness
+from ..kernels.environment import environment
 from ..ppo.side import Side
 from .trl_side import SIDES, Case
 
@@ -32,6 +34,7 @@ QUICK |= {"prompt_tokens": 4, "completion_tokens": 8}
 def main() -> int:
     """Measure, print, write the report."""
     options = arguments()
+    peer = f"trl {importlib.metadata.version('trl')}"
     rows = []
     for kind in options.kind:
         case = Case("theirs", kind, options.threads, **(QUICK if options.quick else {}))
@@ -40,7 +43,7 @@ def main() -> int:
         print(f"{'':10} {'s':>8} {'cpu s':>8} {'MiB':>8} {'tokens':>8} {'gain':>6}")
         baseline = 0.0
         for side, found in steps.items():
-            row = {"kind": kind, "side": side, **summary(found)}
+            row = {"peer": peer, "kind": kind, "side": side, **summary(found)}
             baseline = baseline or row["seconds"]
             row["gain"] = baseline / row["seconds"]
             rows.append(row)
@@ -50,7 +53,8 @@ def main() -> int:
                 flush=True,
             )
     if options.json:
-        Path(options.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        found = {"environment": environment(options.threads), "rows": rows}
+        Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
     return 0
 
 
@@ -84,10 +88,12 @@ def measure(case: Case, repeats: int) -> dict[str, list[dict[str, Any]]]:
         return steps
 
 
-def summary(steps: list[dict[str, Any]]) -> dict[str, float]:
-    """Medians of the steps of one side."""
+def summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of the steps of one side, and the seconds of each."""
+    seconds = [s["seconds"]["step"] for s in steps]
     return {
-        "seconds": statistics.median(s["seconds"]["step"] for s in steps),
+        "seconds": statistics.median(seconds),
+        "samples": seconds,
         "cpu_seconds": statistics.median(s["cpu_seconds"] for s in steps),
         "mib": statistics.median(s["extra_bytes"]["step"] for s in steps) / 2**20,
         "tokens": statistics.median(s["tokens"] for s in steps),

@@ -5,9 +5,9 @@
         [--peer verl|openrlhf] [--threads 2] [--repeats 5] [--quick] [--json FILE]
 
 One trainer a process: what stands in for a package that one imports must not be seen by another.
-What a step is: see `verl_run` and `openrlhf_run`. Printed are the median of the turns in seconds,
-the growth of the resident set at the peak of one step in MiB, how many times faster ours is, and
-the largest difference of the stepped weights. On a CPU; verl's and OpenRLHF's own code is what runs
+What a step is: see `verl_run` and `openrlhf_run`. Printed are the median of the turns in ms, the
+growth of the resident set at the peak of one step in MiB, how many times faster ours is, and the
+largest difference of the stepped weights. On a CPU; verl's and OpenRLHF's own code is what runs
 without flash-attn, and `compute_entropy` of OpenRLHF is compiled before it is timed.
 """
 
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from ..kernels import harness
+from ..kernels.environment import environment
 from . import openrlhf_run, verl_run
 from .stubs import stand_in
 
@@ -43,14 +44,15 @@ def main() -> int:
     stand_in(options.peer)
     make = MAKERS[options.peer](QUICK if options.quick else SHAPE)
     row = compare(options.peer, make, 1 if options.quick else options.repeats)
-    print(f"{'':20} {'theirs s':>9} {'ours s':>9} {'gain':>6} {'MiB':>8} {'MiB':>8} {'diff':>9}")
+    print(f"{'':20} {'theirs ms':>9} {'ours ms':>9} {'gain':>6} {'MiB':>8} {'MiB':>8} {'diff':>9}")
     print(
-        f"{row['name']:20} {row['theirs_s']:9.3f} {row['ours_s']:9.3f} {row['gain']:5.2f}x "
+        f"{row['peer']:20} {row['theirs_ms']:9.1f} {row['ours_ms']:9.1f} {row['gain']:5.2f}x "
         f"{row['theirs_mib']:8.1f} {row['ours_mib']:8.1f} {row['difference']:9.1e}"
     )
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
-            json.dump([row], file, indent=1)
+            stamp = environment(options.threads)
+            json.dump({"environment": stamp, "rows": [row]}, file, indent=1)
     return 0
 
 
@@ -67,16 +69,19 @@ def compare(peer: str, make: Callable[[], Any], repeats: int) -> dict[str, Any]:
 
     own, mine = theirs()[0].weights(), ours()[0].weights()  # and what the first call sets up
     turns = [(theirs()[1], ours()[1]) for _ in range(repeats)]
-    seconds = [statistics.median(column) for column in zip(*turns, strict=True)]
+    theirs_all, ours_all = ([1e3 * x for x in column] for column in zip(*turns, strict=True))
+    theirs_ms, ours_ms = statistics.median(theirs_all), statistics.median(ours_all)
     theirs_mib = _peak(make())
     with patched():
         ours_mib = _peak(make())
     return {
-        "name": f"{peer} {importlib.metadata.version(peer)}",
-        "repeats": repeats,
-        "theirs_s": seconds[0],
-        "ours_s": seconds[1],
-        "gain": seconds[0] / seconds[1],
+        "peer": f"{peer} {importlib.metadata.version(peer)}",
+        "name": "update step",
+        "theirs_ms": theirs_ms,
+        "ours_ms": ours_ms,
+        "gain": theirs_ms / ours_ms,
+        "theirs_samples_ms": theirs_all,
+        "ours_samples_ms": ours_all,
         "theirs_mib": theirs_mib,
         "ours_mib": ours_mib,
         "difference": max(float((own[n] - mine[n]).abs().max()) for n in own),
