@@ -6,6 +6,7 @@ has a length fixed in advance, so that both sides train on equally many tokens w
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, dataclass
 
@@ -128,10 +129,10 @@ def build_models(case: Case) -> Models:
         num_labels=1,
     )
     torch.manual_seed(0)
-    policy = LlamaForCausalLM(config)
-    reference = LlamaForCausalLM(config)
+    # A config each, as models that were loaded have: what shares one may not compute at once.
+    policy, reference = (LlamaForCausalLM(copy.deepcopy(config)) for _ in range(2))
     reference.load_state_dict(policy.state_dict())
-    critic, reward = LlamaForSequenceClassification(config), LlamaForSequenceClassification(config)
+    critic, reward = (LlamaForSequenceClassification(copy.deepcopy(config)) for _ in range(2))
     return Models(policy, reference, critic, reward)
 
 

@@ -3,6 +3,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef RLHF_FAST_TILES
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace rlhf_fast {
 namespace {
 
@@ -34,7 +40,27 @@ Isa choose() {
   return best;
 }
 
+bool grant_tiles() {
+#ifdef RLHF_FAST_TILES
+  if (active_isa() != Isa::avx512 || std::getenv("RLHF_FAST_ISA") != nullptr) return false;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
+  // The system saves a thread's 8 KiB of tiles only for a process that has asked for them.
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
+
+bool tiles_usable() {
+  static const bool usable = grant_tiles();
+  return usable;
+}
 
 Isa active_isa() {
   static const Isa isa = choose();
@@ -54,7 +80,7 @@ std::string describe_cpu() {
   for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
     if (supported(isa)) text += std::string(" ") + isa_name(isa);
   }
-  return text + ")";
+  return text + (tiles_usable() ? "), amx" : ")");
 }
 
 }  // namespace rlhf_fast

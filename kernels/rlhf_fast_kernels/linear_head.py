@@ -20,6 +20,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from rlhf_fast_kernels.matmul import matmul
+
 # 2^24 logits are 64 MiB. Below 128 rows a CPU's product is bound by reading the weight, above 512
 # it gains nothing; on a GPU 4096 rows keep reading and writing dW below a tenth of the product.
 CPU_CHUNK_ELEMENTS = 1 << 24
@@ -117,7 +119,7 @@ class Head:
             if self.mixed:
                 torch.ops.aten.mm.dtype_out(x, tile.t(), torch.float32, out=out)
             else:
-                torch.mm(x, tile.t(), out=out[:, rows])
+                matmul(x, tile.t(), out=out[:, rows])
         if self.bias is not None:
             out += self.bias.to(out.dtype)
 
@@ -128,9 +130,9 @@ class Head:
         result: Tensor | None = None
         for rows, tile in self._tiles():
             if result is None:
-                result = torch.mm(d[:, rows], tile)
+                result = matmul(d[:, rows], tile)
             else:
-                result.addmm_(d[:, rows], tile)
+                matmul(d[:, rows], tile, result, out=result)
         assert result is not None
         return result
 
@@ -138,10 +140,8 @@ class Head:
         """into (+)= D^T x; `first` overwrites what is there."""
         if self.mixed:
             _add_mixed(d, x, into, first)
-        elif first:
-            torch.mm(d.t(), x, out=into)
         else:
-            torch.addmm(into, d.t(), x, out=into)
+            matmul(d.t(), x, None if first else into, out=into)
 
 
 def _add_mixed(d: Tensor, x: Tensor, into: Tensor, first: bool) -> None:

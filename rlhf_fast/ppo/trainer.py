@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -239,17 +240,16 @@ class PPOLearner:
             texts = roles.pretraining.next_batch()
 
         def accumulate() -> None:
-            for pack in self._packs(experience.scored.rollout, minibatch):
-                microbatch = build_microbatch(
-                    experience,
-                    pack.rows,
-                    advantages=advantages,
-                    weights=weights,
-                    num_loss_tokens=max(tokens, 1),
-                    ratio_cap=ratio_cap(experience.scored, algorithm),
-                    idle=pack.idle,
-                )
-                self._backward(microbatch, statistics)
+            build = partial(
+                build_microbatch,
+                experience,
+                advantages=advantages,
+                weights=weights,
+                num_loss_tokens=max(tokens, 1),
+                ratio_cap=ratio_cap(experience.scored, algorithm),
+            )
+            packs = self._packs(experience.scored.rollout, minibatch)
+            self._backward([build(pack.rows, idle=pack.idle) for pack in packs], statistics)
             if texts is not None:
                 part = texts.backward(roles.actor, budget=self.budget.tokens, coef=ptx.coef)
                 pretraining_loss[:] = [part]
@@ -271,13 +271,13 @@ class PPOLearner:
             return False
         for part in pretraining_loss:
             statistics.add_pretraining(roles.split.sum_numbers([part])[0])
-        rates, stepped = roles.rates, roles.actor_optimizer.step()
-        statistics.add_step("policy", rates["lr"], stepped)
+        rates = roles.rates
+        optimizers = [o for o in (roles.actor_optimizer, roles.critic_optimizer) if o is not None]
+        stepped = self.side_by_side.run([o.step for o in optimizers], advantages.device)
+        statistics.add_step("policy", rates["lr"], stepped[0])
         roles.on_update()
-        if roles.critic_optimizer is not None:
-            stepped = roles.critic_optimizer.step()
         if roles.critic is not None:
-            statistics.add_step("value", rates["lr_value"], stepped)
+            statistics.add_step("value", rates["lr_value"], stepped[-1])
         return True
 
     def _drop_gradients(self) -> None:
@@ -285,34 +285,44 @@ class PPOLearner:
         if self.roles.critic_optimizer is not None:
             self.roles.critic_optimizer.zero_grad()
 
-    def _backward(self, microbatch: Microbatch, statistics: UpdateStatistics) -> None:
-        """Forward and backward of both models over one microbatch; gradients accumulate."""
-        # First, so that the reference's layers do not run beside the actor's activations.
-        reference = self._reference_rows(microbatch.sequences)
-        critic = self.roles.critic
+    def _backward(self, microbatches: Sequence[Microbatch], statistics: UpdateStatistics) -> None:
+        """Forward and backward of both models over microbatches; gradients accumulate.
 
-        def policy_backward() -> list[LossOutput]:
-            rows = self.roles.actor.head_rows(microbatch.sequences)
-            policy = self._policy_loss(microbatch, rows, reference)
-            if self.trunk_critic is None or rows is None:
-                policy.loss.backward()
-                return [policy]
-            value = self._value_loss(microbatch, self.trunk_critic.values_from(rows.hidden))
-            (policy.loss + self.config.memory.value_coef * value.loss).backward()
-            return [policy, value]
+        Side by side each model goes at its own pace: none waits after every microbatch.
+        """
+        passes = [self._policy_backward]
+        if self.roles.critic is not None and self.trunk_critic is None:
+            passes.append(self._value_backward)
 
-        def value_backward() -> list[LossOutput]:
-            assert critic is not None
-            value = self._value_loss(microbatch, critic.values(microbatch.sequences))
-            value.loss.backward()
-            return [value]
+        def over_all(backward: Callable[[Microbatch], list[LossOutput]]) -> list[LossOutput]:
+            return [
+                replace(output, loss=output.loss.detach())  # lets go of the graph
+                for microbatch in microbatches
+                for output in backward(microbatch)
+            ]
 
-        calls = [policy_backward]
-        if critic is not None and self.trunk_critic is None:
-            calls.append(value_backward)
-        for outputs in self.side_by_side.run(calls, microbatch.targets.device):
+        calls = [partial(over_all, backward) for backward in passes]
+        for outputs in self.side_by_side.run(calls, microbatches[0].targets.device):
             for output in outputs:
                 statistics.add(output)
+
+    def _policy_backward(self, microbatch: Microbatch) -> list[LossOutput]:
+        # First, so that the reference's layers do not run beside the actor's activations.
+        reference = self._reference_rows(microbatch.sequences)
+        rows = self.roles.actor.head_rows(microbatch.sequences)
+        policy = self._policy_loss(microbatch, rows, reference)
+        if self.trunk_critic is None or rows is None:
+            policy.loss.backward()
+            return [policy]
+        value = self._value_loss(microbatch, self.trunk_critic.values_from(rows.hidden))
+        (policy.loss + self.config.memory.value_coef * value.loss).backward()
+        return [policy, value]
+
+    def _value_backward(self, microbatch: Microbatch) -> list[LossOutput]:
+        assert self.roles.critic is not None
+        value = self._value_loss(microbatch, self.roles.critic.values(microbatch.sequences))
+        value.loss.backward()
+        return [value]
 
     def _value_loss(self, microbatch: Microbatch, values: Tensor) -> LossOutput:
         return value_loss(microbatch, values, algorithm=self.config.algorithm)

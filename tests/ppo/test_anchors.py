@@ -128,7 +128,7 @@ def gradients(scored, **algorithm):
         ratio_cap=ratio_cap(scored, ppo.config.algorithm),
     )
     statistics = UpdateStatistics()
-    ppo._backward(microbatch, statistics)
+    ppo._backward([microbatch], statistics)
     found = [p.grad for p in ppo.roles.actor.module.parameters() if p.grad is not None]
     return torch.cat([g.flatten() for g in found]), statistics.finalize(early_stop=False)
 

@@ -28,7 +28,7 @@ def gradients(ppo, rollout, packs):
             weights=torch.ones_like(advantages),
             num_loss_tokens=int(mask.sum()),
         )
-        ppo._backward(microbatch, statistics)
+        ppo._backward([microbatch], statistics)
     modules = (ppo.roles.actor.module, ppo.roles.critic.module)
     return [p.grad.clone() for m in modules for p in m.parameters() if p.grad is not None]
 

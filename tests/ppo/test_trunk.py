@@ -88,7 +88,7 @@ def test_one_backward_gives_the_gradients_of_two():
     ppo = on_trunk(head_seed=3)
     experience = experienced(ppo)
     microbatch, count = whole_batch(experience), forwards(ppo)
-    ppo._backward(microbatch, UpdateStatistics())
+    ppo._backward([microbatch], UpdateStatistics())
     assert len(count) == 1
     joint = gradients(ppo)
     ppo.roles.actor_optimizer.zero_grad()
