@@ -33,7 +33,6 @@ ENVIRONMENT = {
     "VERL_USE_EXTERNAL_MODULES": EXTERNAL,
     "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
     "RAY_worker_niceness": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
@@ -161,18 +160,8 @@ def test_verls_trainer_trains_on_our_samples(directory: Path) -> None:
     gaps = [float(x) for x in re.findall(r"rollout_probs_diff_max:([\d.e+-]+)", printed)]
     assert len(gaps) == 2
     assert max(gaps) < 1e-5
-    rows = [verl_loop.rollouts(directory, step) for step in (1, 2)]
-    assert [len(step) for step in rows] == [8, 8]
-    rates = [float(x) for x in re.findall(r"actor/grad_norm:np.float64\(([\d.]+)", printed)]
-    assert len(rates) == 2
-    assert min(rates) > 0
-
-
-@pytest.mark.slow
-def test_what_we_lack_ends_the_run_before_its_first_step(directory: Path) -> None:
-    with pytest.raises(AssertionError, match=r"RF7331: .*repetition_penalty=1\.2"):
-        trained(
-            directory,
-            "trainer.use_v1=False",
-            "actor_rollout_ref.rollout.repetition_penalty=1.2",
-        )
+    norms = [float(x) for x in re.findall(r"actor/grad_norm:\D*([\d.]+)", printed)]
+    assert len(norms) == 2
+    assert min(norms) > 0
+    samples = [verl_loop.rollouts(directory, step) for step in (1, 2)]
+    assert [len(rows) for rows in samples] == [8, 8]
