@@ -13,6 +13,7 @@ import os
 from functools import partial
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -69,6 +70,11 @@ def use_cpu() -> None:
     distributed = importlib.import_module("verl.utils.distributed")
     own = distributed.initialize_global_process_group_ray
     distributed.initialize_global_process_group_ray = partial(own, backend="gloo")
+    # Its models would be patched in a TRL beside it, of which it knows another version (0.27).
+    available = importlib.import_module("verl.utils.import_utils").is_trl_available
+    available.cache_clear()
+    with patch("importlib.util.find_spec", return_value=None):
+        available()  # remembered
 
 
 if __name__ in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(","):

@@ -20,9 +20,9 @@ from rlhf_fast.integrations.verl_server import Server
 from rlhf_fast.integrations.verl_weights import copy_weights, require_full_weights
 
 
-def server_name(replica_rank: int, suffix: str = "") -> str:
+def server_name(replica_rank: int) -> str:
     """Name of a replica's actor, by which its worker finds it."""
-    return f"{NAME}_server_{replica_rank}{suffix}"
+    return f"{NAME}_server_{replica_rank}"
 
 
 class ServerRollout:
@@ -117,9 +117,6 @@ def replica_class() -> type:
             faults += ["a server of a teacher"] * is_teacher_model
             refuse(faults)
             super().__init__(replica_rank, config, model_config, gpus_per_node)
-
-        async def init_hybrid_colocated(self, worker_group: Any, resource_pool: Any) -> None:
-            await self.init_hybrid(worker_group)
 
         async def init_colocated(self, resource_pool: Any) -> None:
             refuse(["servers without training workers (colocated)"])

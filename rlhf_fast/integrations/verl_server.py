@@ -70,6 +70,9 @@ class Server:
         self._outputs = importlib.import_module("verl.workers.rollout.replica").TokenOutput
         self._rank = replica_rank
         self._device = device_here()
+        if self._device.type == "cuda":
+            # Memory of such segments cannot be mapped by the worker.
+            importlib.import_module("verl.utils.device").set_expandable_segments(False)
         self._module = build_module(self._model_config, self._config.dtype)
         self._weights = SharedWeights(self._module, self._device)
         self._eos_ids, self._decode = stops_of(self._module, self._model_config.tokenizer)

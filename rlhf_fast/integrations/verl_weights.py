@@ -8,6 +8,7 @@ copies each tensor that its engine exports into its place: one copy, no buffer b
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Collection, Mapping
 from contextlib import nullcontext
@@ -111,6 +112,7 @@ class SharedWeights:
         if self._device.type == "cpu":
             return False
         self._views.give_up()
+        torch.cuda.ipc_collect()  # what the worker has mapped and left
         torch.cuda.empty_cache()
         return True
 
@@ -129,7 +131,11 @@ def _mapped(handle: Any) -> Tensor:
         process, file, count, dtype = handle
         return torch.from_file(f"/proc/{process}/fd/{file}", shared=True, size=count, dtype=dtype)
     rebuild, arguments = handle
-    return rebuild(*arguments)
+    bound = inspect.signature(rebuild).bind(*arguments)
+    # The same device may have another number in the process that made it.
+    bound.arguments["storage_device"] = torch.cuda.current_device()
+    mapped: Tensor = rebuild(*bound.args)
+    return mapped
 
 
 def build_module(model_config: Any, dtype_name: str) -> nn.Module:

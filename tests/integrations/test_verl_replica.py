@@ -23,7 +23,7 @@ from rlhf_fast.errors import EnvironmentFault, GenerationError
 from rlhf_fast.integrations import verl as adapter
 from rlhf_fast.integrations.verl_replica import ServerRollout, replica_class
 from rlhf_fast.integrations.verl_server import Server
-from rlhf_fast.integrations.verl_weights import copy_weights
+from rlhf_fast.integrations.verl_weights import Place, Places, copy_weights
 from tests.integrations import verl_loop
 from tests.integrations.peers import installed
 from tests.integrations.verl_loop import EOS, build_model, write_model
@@ -317,6 +317,17 @@ def test_the_worker_writes_into_the_servers_own_storage(serve: Callable[..., Ser
         targets[name].fill_(index)
         assert bool((parameter == index).all())
         assert targets[name].data_ptr() != parameter.data_ptr()  # another mapping of it
+
+
+def test_a_device_of_another_number_is_the_same_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker and server may count the GPUs that they see in different ways. Stands in for a GPU."""
+
+    def rebuild(size: int, storage_device: int, offset: int) -> Tensor:
+        return torch.tensor([float(size), float(storage_device), float(offset)])
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    places = Places({"here": (rebuild, (5, 0, 7))}, {"w": Place("here", 1, (2,))})
+    assert places.mapped()["w"].tolist() == [3.0, 7.0]
 
 
 def test_tied_weights_come_under_one_name_or_both(
