@@ -27,11 +27,12 @@ installed("verl", "0.9.1")
 ray = pytest.importorskip("ray")
 
 ROOT = Path(__file__).parents[2]
+_PATHS = filter(None, [os.environ.get("PYTHONPATH")])
 EXTERNAL = "rlhf_fast.integrations.verl,bench.integrations.verl_cpu"
 # Not niced: on a machine with other work Ray's workers would get no turn.
 ENVIRONMENT = {
     "VERL_USE_EXTERNAL_MODULES": EXTERNAL,
-    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", *_PATHS))),
     "RAY_worker_niceness": "0",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
