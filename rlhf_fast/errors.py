@@ -11,6 +11,8 @@ with `--debug`. Library users catch `RLHFError` or one of its kinds. Codes are s
 
 from __future__ import annotations
 
+from typing import Any
+
 EXIT_OK = 0
 EXIT_USAGE = 2
 EXIT_ENVIRONMENT = 3
@@ -44,6 +46,10 @@ class RLHFError(Exception):
         self.expected = expected
         self.remedy = remedy
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors cross processes, and what pickle does by itself takes positional arguments alone.
+        return _restored, (type(self), self.args, vars(self))
+
     def __str__(self) -> str:
         lines = [f"{self.code}: {self.what}"]
         if self.where:
@@ -53,6 +59,12 @@ class RLHFError(Exception):
         if self.remedy:
             lines.append(f"  to do:    {self.remedy}")
         return "\n".join(lines)
+
+
+def _restored(kind: type[RLHFError], args: tuple[Any, ...], state: dict[str, Any]) -> RLHFError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(state)
+    return error
 
 
 class ConfigError(RLHFError):

@@ -9,7 +9,6 @@ a subclass does not shard. For tests and benches alone.
 from __future__ import annotations
 
 import importlib
-import os
 import socket
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import models
+from . import models, verl_cpu
 
 PAD = 0
 
@@ -35,31 +34,13 @@ TINY = Sizes(vocab=64, hidden=32, layers=2, rows=4, prompt=6, response=10)
 
 
 def one_process() -> None:
-    """verl on this CPU: a platform by its own registry, and a gloo group of one rank."""
-    os.environ["VERL_PLATFORM"] = "cpu"
-    platform = importlib.import_module("verl.plugin.platform")
-    cuda = importlib.import_module("verl.plugin.platform.platform_cuda").PlatformCUDA
-    registry = importlib.import_module("verl.plugin.platform.platform_manager").PlatformRegistry
-    if registry.get("cpu") is None:
-        registry.register("cpu")(type("OneCPU", (cuda,), _CPU))
-    platform.platform_manager._current_platform = None
+    """verl on this CPU, and a gloo group of one rank."""
+    verl_cpu.use_cpu()
     if not torch.distributed.is_initialized():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
         torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
-
-
-_CPU: dict[str, Any] = {
-    "device_name": property(lambda self: "cpu"),
-    "vendor_name": property(lambda self: "cpu"),
-    "device_module": property(lambda self: torch.cpu),
-    "is_available": lambda self: True,
-    "is_platform_available": lambda self, use_smi_check=False: True,
-    "current_device": lambda self: "cpu",
-    "empty_cache": lambda self: None,
-    "communication_backend_name": lambda self: "gloo",
-}
 
 
 class Run:

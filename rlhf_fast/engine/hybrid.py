@@ -18,7 +18,6 @@ One more can be asked for: `transformers`, continuous batching of transformers w
 
 from __future__ import annotations
 
-import enum
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -42,6 +41,7 @@ from rlhf_fast.engine.generator import (
     training_mode,
     without_gradients,
 )
+from rlhf_fast.engine.modes import Mode, Modes
 from rlhf_fast.engine.module_forward import (
     ModuleForward,
     unwrapped,
@@ -59,6 +59,7 @@ from rlhf_fast.engine.requests import (
     requests_of,
     rollout_of,
 )
+from rlhf_fast.engine.run import Room, Run
 from rlhf_fast.engine.runner import Runner, RunnerSettings
 from rlhf_fast.engine.settings import (
     EngineSettings,
@@ -78,15 +79,7 @@ if TYPE_CHECKING:
     from rlhf_fast.engine.transformers_runner import TransformersRunner
 
 
-class Mode(enum.Enum):
-    """What the engine is doing."""
-
-    TRAIN = "train"
-    GENERATE = "generate"
-    SCORE = "score"
-
-
-class HybridEngine(EngineFacts):
+class HybridEngine(EngineFacts, Modes):
     """Generation from the weights that training updates, as `rlhf_fast.protocols.Generator`.
 
     Make it when the module is on its device and before its optimizer steps; moving or casting the
@@ -132,7 +125,6 @@ class HybridEngine(EngineFacts):
         self._version = weight_version
         self._weight_version = _unversioned if weight_version is None else weight_version
         self._decode = decode
-        self._mode = Mode.TRAIN
         self._in_train_mode: list[nn.Module] = []
         self.expected = ExpectedLengths() if expected is None else expected
         self.path, self.reason = choose_path(module, self.settings.path)
@@ -208,34 +200,6 @@ class HybridEngine(EngineFacts):
         # Ranks in step have to give way to each other at the same moment.
         return budget if self.view is None else self.view.agreed(budget)
 
-    # ---- modes --------------------------------------------------------------------------------
-
-    @property
-    def mode(self) -> Mode:
-        """What the engine is doing."""
-        return self._mode
-
-    @contextmanager
-    def _in(self, mode: Mode) -> Iterator[None]:
-        if self._mode is not Mode.TRAIN:
-            raise GenerationError(
-                "RF4033",
-                f"the engine cannot {mode.value} while it is in mode {self._mode.value}",
-                expected="one mode at a time: generate, then score, then train",
-                remedy="leave the block of the other mode first",
-            )
-        self._mode = mode
-        try:
-            yield
-        finally:
-            self._mode = Mode.TRAIN
-
-    @contextmanager
-    def scoring(self) -> Iterator[None]:
-        """While roles read finished sequences: weights may not change."""
-        with self._in(Mode.SCORE):
-            yield
-
     @contextmanager
     def _scoring_between_bursts(self) -> Iterator[None]:
         """SCORE within GENERATE; the module is as it is after generation."""
@@ -251,20 +215,6 @@ class HybridEngine(EngineFacts):
                 yield
         finally:
             self._mode = Mode.GENERATE
-
-    def guard(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make every step of `optimizer` outside TRAIN an error (RF4034)."""
-
-        def refuse(*_: Any) -> None:
-            if self._mode is not Mode.TRAIN:
-                raise GenerationError(
-                    "RF4034",
-                    f"an optimizer step while the engine is in mode {self._mode.value}",
-                    expected="weights that do not change while they are read",
-                    remedy="step after the rollout and its scoring",
-                )
-
-        optimizer.register_step_pre_hook(refuse)
 
     # ---- generation ---------------------------------------------------------------------------
 
@@ -352,8 +302,47 @@ class HybridEngine(EngineFacts):
         """The parameters as training left them."""
         return nullcontext() if self.view is None else self.view.reading()
 
-    def _run(self, requests: Sequence[Request], overlap: Overlap | None) -> Completions:
-        self._follow_changes()
+    @contextmanager
+    def serving(
+        self, room: Room, on_finished: Callable[[list[int], Completions], None]
+    ) -> Iterator[Run]:
+        """Mode GENERATE while the block lasts: requests join and leave a run between its turns.
+
+        They must have passed `check`. See `rlhf_fast.engine.live` for who does all this.
+
+        Args:
+            room: how large the run may become.
+            on_finished: given samples that ended, whose rows of the completions are final then.
+
+        Raises:
+            GenerationError: RF4035 on the paths whose requests cannot join; as `generate`.
+        """
+        if not isinstance(self._runner, Runner):
+            raise GenerationError(
+                "RF4035",
+                f"requests cannot join a run of the path {self.path}: {self.reason}",
+                remedy="use engine.path=auto with a model that runs on pages",
+            )
+        with self._reading():
+            self._follow_changes()
+            with self._generating(), self._runner.open(room, on_finished) as run:
+                yield run
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Refuse what cannot be generated.
+
+        Raises:
+            GenerationError: as `check_requests`.
+        """
+        model = unwrapped(self.module)
+        parallel = None if self.view is None else self.view.parallel
+        rows = model.get_input_embeddings().weight.shape[0]
+        vocab = int(rows) if parallel is None else parallel.vocabulary
+        check_requests(requests, vocab, context_limit(model.config))
+
+    @contextmanager
+    def _generating(self) -> Iterator[None]:
+        """Weights are read: nobody may change them, and what ran out of step is an error."""
         assert self._runner is not None
         if self._device != self._runner.device:
             raise GenerationError(
@@ -362,12 +351,25 @@ class HybridEngine(EngineFacts):
                 "was made",
                 remedy="move the model first, then make the engine",
             )
-        model = unwrapped(self.module)
-        parallel = None if self.view is None else self.view.parallel
-        rows = model.get_input_embeddings().weight.shape[0]
-        vocab = int(rows) if parallel is None else parallel.vocabulary
-        check_requests(requests, vocab, context_limit(model.config))
         version = self._weight_version()
+        with (
+            self._in(Mode.GENERATE),
+            without_gradients(self.module),
+            evaluation_mode(self.module) as self._in_train_mode,
+        ):
+            try:
+                yield
+            except DivergedGeneration as error:
+                raise diverged(self.module, error.what, error.where) from None
+            finally:
+                if self._device.type != "cpu" and not self.settings.keep_memory:
+                    self._runner.release()
+        require_same_version(version, self._weight_version())
+
+    def _run(self, requests: Sequence[Request], overlap: Overlap | None) -> Completions:
+        self._follow_changes()
+        self.check(requests)
+        assert self._runner is not None
 
         def finished(samples: list[int], out: Completions) -> None:
             if self.on_finished is not None:
@@ -375,27 +377,17 @@ class HybridEngine(EngineFacts):
             if overlap is not None:
                 overlap.finished(samples)
 
-        with (
-            self._in(Mode.GENERATE),
-            without_gradients(self.module),
-            evaluation_mode(self.module) as self._in_train_mode,
-        ):
+        with self._generating():
             try:
-                out = self._runner.run(
+                return self._runner.run(
                     requests,
                     reports=self._reports(),
                     on_finished=finished,
                     after_burst=None if overlap is None else overlap.after_burst,
                 )
-            except DivergedGeneration as error:
-                raise diverged(self.module, error.what, error.where) from None
             finally:
                 if overlap is not None:
                     overlap.join()
-                if self._device.type != "cpu" and not self.settings.keep_memory:
-                    self._runner.release()
-        require_same_version(version, self._weight_version())
-        return out
 
     def _follow_changes(self) -> None:
         """A hook or a patch put on since then is not in the fused forward."""

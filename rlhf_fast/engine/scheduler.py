@@ -10,10 +10,10 @@ seed and step, so it goes on with the tokens it would have had.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 from torch import Tensor
 
@@ -93,15 +93,35 @@ class Reservation:
     moved: bool = False
 
 
-def jobs_of(requests: Sequence[Request]) -> list[Job]:
-    """One job per distinct prompt, longest expected first."""
+@dataclass
+class Dropped:
+    """What samples that were given up leave behind.
+
+    Args:
+        rows: that they had, as indices into the rows before.
+        jobs: that are gone with them.
+        drawn: sample -> tokens it had drawn.
+    """
+
+    rows: list[int] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
+    drawn: dict[int, int] = field(default_factory=dict)
+
+
+def jobs_of(requests: Sequence[Request], places: Iterable[int] | None = None) -> list[Job]:
+    """One job per distinct prompt, longest expected first.
+
+    Args:
+        requests: what is asked for.
+        places: of the samples among the completions, in the order they are asked for; None: in
+            that order from 0.
+    """
     jobs: dict[tuple[int, ...], Job] = {}
-    index = 0
+    place = iter(itertools.count() if places is None else places)
     for request in requests:
         job = jobs.setdefault(request.prompt, Job(request.prompt, deque()))
         for seed in request.seeds:
-            job.samples.append(Sample(index, request, seed))
-            index += 1
+            job.samples.append(Sample(next(place), request, seed))
 
     def length(job: Job) -> float:
         return len(job.tokens) + max(_expected(s, None) for s in job.samples)
@@ -148,18 +168,22 @@ class Scheduler:
         self._admissions = 0
         self._finished = 0
         self._finished_tokens = 0
-        pages, size = allocator.free_pages, allocator.page_size
+        self._all_pages = allocator.free_pages
         for job in jobs:
-            for sample in job.samples:
-                tokens = len(job.tokens) + sample.limit - 1
-                if -(-tokens // size) > pages:
-                    raise GenerationError(
-                        "RF4007",
-                        f"one sample needs {tokens} tokens of key-value memory, more than the "
-                        f"{pages * size} there is room for",
-                        where=sample.request.name,
-                        remedy="raise engine.kv_gb, or lower max_new_tokens or the prompt length",
-                    )
+            self._require_room(job)
+
+    def _require_room(self, job: Job) -> None:
+        pages, size = self._all_pages, self.allocator.page_size
+        for sample in job.samples:
+            tokens = len(job.tokens) + sample.limit - 1
+            if -(-tokens // size) > pages:
+                raise GenerationError(
+                    "RF4007",
+                    f"one sample needs {tokens} tokens of key-value memory, more than the "
+                    f"{pages * size} there is room for",
+                    where=sample.request.name,
+                    remedy="raise engine.kv_gb, or lower max_new_tokens or the prompt length",
+                )
 
     # ---- state --------------------------------------------------------------------------------
 
@@ -177,6 +201,42 @@ class Scheduler:
     def typical_length(self) -> float | None:
         """Mean length of what finished in this run; None before anything has."""
         return self._finished_tokens / self._finished if self._finished else None
+
+    # ---- what comes and goes while others run --------------------------------------------------
+
+    def add(self, job: Job) -> None:
+        """One job more, behind those that wait.
+
+        Raises:
+            GenerationError: RF4007, a sample alone exceeds all pages; nothing was added.
+        """
+        self._require_room(job)
+        self.waiting.append(job)
+        self._queued += len(job.samples)
+
+    def drop(self, samples: Collection[int]) -> Dropped:
+        """Forget samples that are not finished; their pages are free again."""
+        gone, result = set(samples), Dropped()
+        for job in (*self.waiting, *self._half_started):
+            for sample in [s for s in job.samples if s.index in gone]:
+                job.samples.remove(sample)
+                result.drawn[sample.index] = job.step
+            if not job.samples:
+                result.jobs.append(job)
+        for job in self._half_started:
+            if not job.samples:
+                self.allocator.release(job.handle)
+        self.waiting = deque(job for job in self.waiting if job.samples)
+        self._half_started = [job for job in self._half_started if job.samples]
+        self._queued = sum(len(job.samples) for job in self.waiting)
+        for index, row in enumerate(self.rows):
+            if row.sample.index in gone:
+                self.allocator.release(row.handle)
+                result.rows.append(index)
+                result.drawn[row.sample.index] = row.step
+        self.rows = [row for row in self.rows if row.sample.index not in gone]
+        self._growth_of_rows = None
+        return result
 
     def _pages(self, tokens: float) -> int:
         return -(-int(tokens) // self.allocator.page_size)
@@ -226,7 +286,7 @@ class Scheduler:
                 self._pages(len(job.tokens) + 1),
             )
             - shared
-            for s in islice(job.samples, samples)
+            for s in itertools.islice(job.samples, samples)
         ]
 
     def _affordable(self, job: Job) -> int:

@@ -12,7 +12,7 @@ Views of sharded parameters are made in `sharded_views`, over a twin of the modu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -89,6 +89,13 @@ def _names(module: nn.Module) -> dict[str, int]:
     return {n: id(p) for n, p in module.named_parameters(remove_duplicate=False)}
 
 
+Allocate = Callable[[int, torch.dtype], Tensor]
+
+
+def _beside(parameter: Tensor) -> Allocate:
+    return lambda count, dtype: torch.empty(count, dtype=dtype, device=parameter.device)
+
+
 # One view a module, whoever asks; a second layout would pull the bytes away from the first.
 _views: WeakKeyDictionary[nn.Module, AliasedWeights] = WeakKeyDictionary()
 
@@ -98,12 +105,14 @@ class AliasedWeights:
 
     Args:
         module: its parameters move into new storage, once; gradients must not exist yet.
+        allocate: elements and a type to a flat buffer that may lie on another device; None: beside
+            the parameters.
 
     Raises:
         GenerationError: RF4030, a parameter is no ordinary dense tensor.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, allocate: Allocate | None = None) -> None:
         self._module = ref(module)
         self._names = _names(module)
         self._places: list[tuple[str, nn.Parameter, int]] = []
@@ -119,30 +128,34 @@ class AliasedWeights:
                 remedy="use engine.path=modules for this model",
             )
         for dtype in dict.fromkeys(p.dtype for p in module.parameters()):
-            self._lay_out([g for g in groups if g[0].dtype == dtype], dtype, names)
+            chosen = [g for g in groups if g[0].dtype == dtype]
+            self._lay_out(chosen, dtype, names, allocate or _beside(chosen[0][0]))
 
     @classmethod
-    def of(cls, module: nn.Module) -> AliasedWeights:
+    def of(cls, module: nn.Module, *, allocate: Allocate | None = None) -> AliasedWeights:
         """The view of this module: the one it has, if its parameters still lie there."""
         known = _views.get(module)
         if known is not None and known.holds:
             return known
-        made = cls(module)
+        made = cls(module, allocate=allocate)
         _views[module] = made
         return made
 
     def _lay_out(
-        self, groups: Sequence[list[nn.Parameter]], dtype: torch.dtype, names: dict[int, str]
+        self,
+        groups: Sequence[list[nn.Parameter]],
+        dtype: torch.dtype,
+        names: dict[int, str],
+        allocate: Allocate,
     ) -> None:
         starts, total = [], 0
         for group in groups:
             starts.append(total)
             total += padded_numel(group)
-        device = groups[0][0].device
         # A storage of its own, to the byte: what lies between groups is never read.
         # A caller's inference mode would leave parameters that can never be trained.
         with torch.inference_mode(False), torch.no_grad():
-            buffer = torch.empty(total, dtype=dtype, device=device)
+            buffer = allocate(total, dtype)
             native.advise_huge_pages(buffer)
             buffer.zero_()
             for group, start in zip(groups, starts, strict=True):
@@ -162,6 +175,22 @@ class AliasedWeights:
     def buffer(self, dtype: torch.dtype) -> Tensor:
         """The flat buffer of this type; views of its parameters have offsets in it."""
         return self._buffers[dtype]
+
+    @property
+    def buffers(self) -> dict[torch.dtype, Tensor]:
+        """All flat buffers, one a type."""
+        return dict(self._buffers)
+
+    def give_up(self) -> None:
+        """Give the memory back; parameters keep their shapes and lose their values."""
+        for buffer in self._buffers.values():
+            buffer.untyped_storage().resize_(0)
+
+    def allocate_again(self) -> None:
+        """After `give_up`: memory for all parameters, which hold nothing yet."""
+        for buffer in self._buffers.values():
+            buffer.untyped_storage().resize_(buffer.numel() * buffer.itemsize)
+        self._places = [(name, p, p.data_ptr()) for name, p, _ in self._places]
 
     @property
     def changes(self) -> int:

@@ -55,7 +55,7 @@ class Entry:
 
     Attributes:
         module: where the peer defines the registry.
-        name: of the dict in that module.
+        name: of the dict in that module, `dict` or `Class.dict`.
         key: what users ask for; taken out again when the peer gets its own functions back.
         value: what they get.
     """
@@ -260,16 +260,15 @@ def _find(
     for replacement in wanted:
         owner_name, _, name = replacement.name.rpartition(".")
         module = _import(replacement.module, package, version)
-        if isinstance(replacement, Entry):
-            registry = vars(module).get(name)
-            if not isinstance(registry, dict):
-                missing.append(str(replacement))
-                continue
-            swaps.append(_Added(registry, replacement))
-            continue
         owner = vars(module).get(owner_name) if owner_name else None
         holder = module if not owner_name else owner
         own = None if holder is None else vars(holder).get(name)
+        if isinstance(replacement, Entry):
+            if not isinstance(own, dict):
+                missing.append(str(replacement))
+                continue
+            swaps.append(_Added(own, replacement))
+            continue
         if not callable(own):
             missing.append(str(replacement))
             continue

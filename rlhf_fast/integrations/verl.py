@@ -182,6 +182,16 @@ def _fused_linear_forward(
     return logprobs, entropy.to(hidden_states.dtype)
 
 
+# ---- the generator ------------------------------------------------------------------------------
+
+
+def _load_replica() -> Any:
+    """What `RolloutReplicaRegistry` calls for its entry."""
+    from rlhf_fast.integrations.verl_replica import replica_class
+
+    return replica_class()
+
+
 _TORCH, _CORE = "verl.utils.torch_functional", "verl.trainer.ppo.core_algos"
 _PATCH = Patch(
     "verl",
@@ -220,7 +230,13 @@ _PATCH = Patch(
                 "verl.workers.rollout.base",
                 "_ROLLOUT_REGISTRY",
                 ("rlhf_fast", "async"),
-                "rlhf_fast.integrations.verl_rollout.Rollout",
+                "rlhf_fast.integrations.verl_replica.ServerRollout",
+            ),
+            Entry(
+                "verl.workers.rollout.replica",
+                "RolloutReplicaRegistry._registry",
+                "rlhf_fast",
+                _load_replica,
             ),
         )
     },

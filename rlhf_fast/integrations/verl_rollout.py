@@ -29,11 +29,16 @@ from rlhf_fast.engine.requests import Completions, Request
 from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.engine.stopping import stops_of
 from rlhf_fast.errors import EnvironmentFault
-from rlhf_fast.models.forward import set_compute_dtype
+from rlhf_fast.integrations.verl_options import NAME, refuse, unsupported
+from rlhf_fast.integrations.verl_weights import (
+    build_module,
+    computing_in_its_type,
+    copy_weights,
+    device_here,
+    require_full_weights,
+)
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import SamplingParams
-
-NAME = "rlhf_fast"
 
 
 class Rollout:
@@ -52,7 +57,7 @@ class Rollout:
         as_dataclass = importlib.import_module("verl.utils.config").omega_conf_to_dataclass
         self.config = as_dataclass(config)
         self.model_config = as_dataclass(model_config)
-        _refuse(_unsupported(self.config))
+        refuse(unsupported(self.config))
         settings = {"max_batch": self.config.max_num_seqs}
         self._settings = EngineSettings(**settings | dict(self.config.engine_kwargs.get(NAME, {})))
         self._rank = 0 if device_mesh is None else device_mesh.get_local_rank("dp")
@@ -68,7 +73,7 @@ class Rollout:
 
         The parameters stay the same objects. Their gradients must not exist yet.
         """
-        self._module, self._shared, self._engine = _computing_in_its_type(module), True, None
+        self._module, self._shared, self._engine = computing_in_its_type(module), True, None
 
     async def update_weights(
         self,
@@ -84,42 +89,24 @@ class Rollout:
         """
         if self._shared:
             return
-        faults = [] if wire_format == "named_tensors" else [f"wire_format={wire_format!r}"]
-        if options.get("peft_config") is not None:
-            faults.append("the weights of adapters alone; use model.lora.merge=True")
-        _refuse(faults)
+        require_full_weights(wire_format, options)
         module = self._module
         if module is None:
             module, self._engine = self._make_module(), None
         self._module = None  # what a failure leaves behind must not generate
         targets = module.state_dict(keep_vars=True)
-        waiting = {id(p) for p in module.parameters()}
-        with torch.no_grad():
-            async for name, tensor in _each(weights):
-                target = targets.get(name)
-                if target is None or target.shape != tensor.shape:
-                    raise _misfit(f"{name} of shape {list(tensor.shape)}")
-                target.copy_(tensor)
-                waiting.discard(id(target))
-        if waiting:
-            missing = [n for n, p in module.named_parameters() if id(p) in waiting]
-            raise _misfit(f"nothing for {', '.join(missing)}")
+        buffers = [name for name, _ in module.named_buffers()]
+        await copy_weights(targets, weights, optional=buffers)
         self._module = module
 
     def _make_module(self) -> nn.Module:
         """A module of an architecture that transformers has, whose weights are still to come."""
-        from transformers import AutoModelForCausalLM
-
-        dtype = importlib.import_module("verl.utils.torch_dtypes").PrecisionType.to_dtype(
-            self.config.dtype
-        )
-        module = AutoModelForCausalLM.from_config(self.model_config.hf_config, dtype=dtype)
-        return _computing_in_its_type(module.to(_device()).requires_grad_(False))
+        return build_module(self.model_config, self.config.dtype).to(device_here())
 
     async def resume(self, tags: list[str]) -> None:
         """Bring the weights back to their device; pages come with the next call that generates."""
         if "weights" in tags and self._module is not None and not self._shared:
-            self._module.to(_device())
+            self._module.to(device_here())
 
     async def release(self) -> None:
         """Give pages and recorded steps back, and the device what an own copy of weights takes.
@@ -171,7 +158,7 @@ class Rollout:
             )
         if self._engine is None:
             if not self._shared:
-                self._module.to(_device())
+                self._module.to(device_here())
             # Where a response ends is asked of every call.
             self._engine = HybridEngine(self._module, eos_ids=(), settings=self._settings)
         return self._engine
@@ -244,68 +231,3 @@ class Rollout:
             drawn = out.raw_logprobs if sampling.temperature == 0.0 else out.logprobs
             found["rollout_log_probs"] = filled(drawn, 0.0)
         return importlib.import_module("verl").DataProto.from_single_dict(found)
-
-
-# ---- what cannot be had -------------------------------------------------------------------------
-
-#: Options of verl's RolloutConfig and the values of them that we have.
-_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tensor_model_parallel_size": (1,),
-    "data_parallel_size": (1,),
-    "pipeline_model_parallel_size": (1,),
-    "expert_parallel_size": (1,),
-    "repetition_penalty": (1.0,),
-    "quantization": (None,),
-    "enable_rollout_routing_replay": (False,),
-    "logprobs_mode": ("processed_logprobs", None),
-}
-
-
-def _computing_in_its_type(module: nn.Module) -> nn.Module:
-    """The module, which computes in bf16 if its weights are, and so may run fused."""
-    if next(module.parameters()).dtype is torch.bfloat16:
-        set_compute_dtype(module, "bfloat16")
-    return module
-
-
-def _unsupported(config: Any) -> list[str]:
-    asked = ((name, getattr(config, name), values) for name, values in _SUPPORTED.items())
-    return [
-        f"{name}={value!r} (have {values[0]!r})"
-        for name, value, values in asked
-        if value not in values
-    ]
-
-
-def _refuse(faults: list[str]) -> None:
-    if faults:
-        raise EnvironmentFault(
-            "RF7331",
-            f"the rollout {NAME} lacks what verl asks of it: {'; '.join(faults)}",
-            where="actor_rollout_ref.rollout",
-            remedy="change these, or use another rollout",
-        )
-
-
-def _misfit(what: str) -> EnvironmentFault:
-    return EnvironmentFault(
-        "RF7332",
-        f"weights that do not fit the rollout's module: {what}",
-        expected="every parameter under its name in the model of transformers",
-        remedy="check model.path and the names that the training engine exports",
-    )
-
-
-async def _each(weights: Any) -> Any:
-    if isinstance(weights, AsyncIterable):
-        async for pair in weights:
-            yield pair
-    else:
-        for pair in weights:
-            yield pair
-
-
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlhf_fast.engine import decode_graphs
 from rlhf_fast.engine.decode_graphs import BUCKETS, bucket_of, context_bucket
 from rlhf_fast.engine.hybrid import HybridEngine
+from rlhf_fast.engine.live import LiveRequests
 from rlhf_fast.engine.requests import Completions, Request
+from rlhf_fast.engine.run import Room
 from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.models.forward import set_compute_dtype
 from rlhf_fast.types import SamplingParams
@@ -285,3 +287,27 @@ def test_rows_that_pad_a_bucket_leave_every_sample_alone() -> None:
         got, engine_of(build(), "fused", eos_ids=[]).complete(requests(PLAIN, prompts, group=1))
     )
     assert not bool(got.ended.any())
+
+
+@pytest.mark.parametrize("path", PAGED)
+def test_requests_that_join_and_leave_a_run_are_replayed_like_others(path: str) -> None:
+    """Three places for eight requests; a filter comes and goes, one is given up, one is longer."""
+    engine = engine_of(build(), path, RepeatingRecorder, burst=2, max_batch=3, eos_ids=[])
+    live = LiveRequests(engine, Room(3, 14, 40, 4))
+    asked = [
+        Request(tuple(prompt), MIXED[i % len(MIXED)], (100 + i,))
+        for i, prompt in enumerate(ragged()[:8])
+    ]
+    futures = [live.submit(each) for each in asked]
+    gone = live.submit(Request(tuple(ragged()[0]), SamplingParams(14), (1,)))
+    live.abort([gone])
+    longer = Request(tuple(ragged()[1]), SamplingParams(30), (2,))
+    last = live.submit(longer)
+    plain = engine_of(build(), path, FailingRecorder, max_batch=3, eos_ids=[])
+    for each, future in zip([*asked, longer], [*futures, last], strict=True):
+        expected = plain.complete([each])
+        assert future.result(60).tokens == expected.tokens[0, : int(expected.lengths[0])].tolist()
+    assert gone.result(60).aborted
+    live.close()
+    assert engine.graphs.reason is None
+    assert engine.graphs.replays > 0

@@ -88,6 +88,36 @@ def test_tied_embeddings_stay_tied_and_are_held_once() -> None:
     assert held <= weights.nbytes < held + 256 * len(list(module.parameters()))
 
 
+def test_memory_that_was_given_up_comes_back_for_the_same_parameters() -> None:
+    """What a server does between two updates of its weights."""
+    module, kept = build(), build().state_dict()
+    engine = engine_for(module, "fused")
+    asked = {"samples_per_prompt": 1, "seeds": [0]}
+    before = engine.generate(batch_of([[3]]), SamplingParams(4), **asked)
+    weights = AliasedWeights.of(module)
+    parameters = list(module.parameters())
+    weights.give_up()
+    assert {p.untyped_storage().nbytes() for p in parameters} == {0}
+    weights.allocate_again()
+    assert all(a is b for a, b in zip(parameters, module.parameters(), strict=True))
+    module.load_state_dict(kept)
+    after = engine.generate(batch_of([[3]]), SamplingParams(4), **asked)
+    assert torch.equal(after.responses, before.responses)
+
+
+def test_flat_buffers_may_lie_where_the_caller_wants_them() -> None:
+    module = build()
+    made: list[torch.Tensor] = []
+
+    def allocate(count: int, dtype: torch.dtype) -> torch.Tensor:
+        made.append(torch.full((count,), 7.0, dtype=dtype))
+        return made[-1]
+
+    weights = AliasedWeights.of(module, allocate=allocate)
+    assert [buffer.data_ptr() for buffer in weights.buffers.values()] == [made[0].data_ptr()]
+    assert all(p.untyped_storage().data_ptr() == made[0].data_ptr() for p in module.parameters())
+
+
 @pytest.mark.parametrize("how", ["moved", "cast and back", "replaced"])
 def test_weights_that_left_their_place_are_refused(how: str) -> None:
     module = build()

@@ -10,6 +10,7 @@ import pytest
 from rlhf_fast.engine import scheduler
 from rlhf_fast.engine.requests import Request
 from rlhf_fast.engine.scheduler import Job, Row, Scheduler, jobs_of
+from rlhf_fast.errors import GenerationError
 from rlhf_fast.types import SamplingParams
 from rlhf_fast_kernels.kv_pages import PageAllocator
 
@@ -80,6 +81,52 @@ def test_what_is_remembered_is_what_a_count_gives(pages: int) -> None:
     assert run(work, 12, check=True) > 20
     assert work.waiting_samples == 0
     assert (work.preemptions > 0) == (pages == 12)
+
+
+def test_jobs_that_come_and_samples_that_go_leave_the_count_right() -> None:
+    """Of jobs that wait, that are half started and that run; in the end every page is free."""
+    allocator = PageAllocator(40, PAGE)
+    free = allocator.free_pages
+    first, *later = jobs_of(requests(prompts=9, samples=5, response=12))
+    work = Scheduler([first], allocator, 3, lambda sample, count: (1,) * count)
+
+    def agree() -> None:
+        assert (work.waiting_samples, work._expected_growth()) == counted(work)
+
+    for job in later:
+        work.add(job)
+        agree()
+    for job in work.admit():
+        work.start(job)
+        agree()
+    assert len(work.rows) == 3
+    assert len(work._half_started) == 1
+    running = [row.sample.index for row in work.rows]
+    half = [sample.index for sample in work._half_started[0].samples]
+    waiting = [sample.index for sample in work.waiting[-1].samples]
+    work.advance([True] * 3, [2, 2, 2])
+    chosen = [running[1], *half, waiting[0]]
+    dropped = work.drop(chosen)
+    agree()
+    assert dropped.rows == [1]
+    assert dropped.drawn == {running[1]: 2, waiting[0]: 0} | dict.fromkeys(half, 0)
+    assert [job.samples for job in dropped.jobs] == [deque()]
+    assert [row.sample.index for row in work.rows] == [running[0], running[2]]
+    assert work.waiting_samples == 45 - 3 - len(half) - 1
+    run(work, 12, check=True)
+    assert allocator.free_pages == free
+
+
+def test_a_job_that_no_page_holds_is_not_added() -> None:
+    work = Scheduler([], PageAllocator(4, PAGE), 3, lambda *_: ())
+    with pytest.raises(GenerationError, match="RF4007"):
+        work.add(jobs_of(requests(prompts=1, samples=1, response=40))[0])
+    assert work.done
+
+
+def test_samples_take_the_places_they_are_given() -> None:
+    jobs = jobs_of(requests(prompts=2, samples=2, response=3), [7, 5, 3, 1])
+    assert sorted(s.index for job in jobs for s in job.samples) == [1, 3, 5, 7]
 
 
 @pytest.mark.parametrize("axis", ["prompts", "samples", "rows"])

@@ -23,6 +23,9 @@ class Loss:
         return x
 
 REGISTRY = {"double": double}
+
+class Factory:
+    known = {"double": double}
 """
 
 
@@ -103,6 +106,16 @@ def test_an_entry_of_a_registry_is_there_inside_the_scope_alone() -> None:
 
 
 @pytest.mark.usefixtures("peer")
+def test_a_registry_may_be_of_a_class() -> None:
+    factory = load("maths").Factory
+    patch = make(Entry("toypeer.maths", "Factory.known", "triple", triple))
+    with patch.scoped() as report:
+        assert factory.known["triple"] is triple
+        assert report.replaced == ("toypeer.maths.Factory.known.triple",)
+    assert list(factory.known) == ["double"]
+
+
+@pytest.mark.usefixtures("peer")
 def test_an_entry_waits_for_its_module_like_a_replacement() -> None:
     patch = make(Entry("toypeer.maths", "REGISTRY", "triple", triple))
     assert patch.install(on_import=True).awaited == ("toypeer.maths.REGISTRY",)
@@ -112,7 +125,7 @@ def test_an_entry_waits_for_its_module_like_a_replacement() -> None:
 
 
 @pytest.mark.usefixtures("peer")
-@pytest.mark.parametrize("name", ["GONE", "double"])
+@pytest.mark.parametrize("name", ["GONE", "double", "Factory.gone", "Gone.known"])
 def test_a_registry_that_is_not_there_is_an_error_and_nothing_is_replaced(name: str) -> None:
     own = load("maths").double
     with pytest.raises(EnvironmentFault, match=rf"RF7303.*toypeer\.maths\.{name}"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bench.integrations.stubs import stand_in
 from rlhf_fast.errors import EnvironmentFault
 from rlhf_fast.integrations import verl as adapter
+from rlhf_fast.integrations.verl_replica import ServerRollout
 from rlhf_fast.integrations.verl_rollout import Rollout
 from tests.integrations.peers import installed
 
@@ -22,6 +23,7 @@ stand_in("verl")
 
 DataProto = importlib.import_module("verl").DataProto
 base = importlib.import_module("verl.workers.rollout.base")
+replica = importlib.import_module("verl.workers.rollout.replica")
 torch_functional = importlib.import_module("verl.utils.torch_functional")
 verl_model = importlib.import_module("verl.utils.model")
 RolloutConfig = importlib.import_module("verl.workers.config").RolloutConfig
@@ -330,15 +332,20 @@ def test_other_ways_of_handing_weights_over_are_refused(
 
 def test_verl_finds_it_by_its_name_while_the_adapter_is_on() -> None:
     with adapter.patched() as report:
-        assert base.get_rollout_class("rlhf_fast", "async") is Rollout
-        assert any("_ROLLOUT_REGISTRY" in place for place in report.replaced)
+        assert base.get_rollout_class("rlhf_fast", "async") is ServerRollout
+        assert issubclass(replica.get_rollout_replica_class("rlhf_fast"), replica.RolloutReplica)
+        for registry in ("_ROLLOUT_REGISTRY", "RolloutReplicaRegistry._registry"):
+            assert any(registry in place for place in report.replaced)
     with pytest.raises(AssertionError, match="rlhf_fast"):
         base.get_rollout_class("rlhf_fast", "async")
+    with pytest.raises(ValueError, match="rlhf_fast"):
+        replica.get_rollout_replica_class("rlhf_fast")
 
 
 def test_it_has_every_method_of_verls_rollouts() -> None:
     methods = {n for n in vars(base.BaseRollout) if not n.startswith("_")}
     assert methods <= set(dir(Rollout))
+    assert methods <= set(dir(ServerRollout))
 
 
 def test_options_that_the_generator_lacks_are_refused_together() -> None:

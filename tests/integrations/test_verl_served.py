@@ -1,0 +1,168 @@
+"""Our server behind Ray: in the hands of verl's server manager, and in verl's own trainer."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf_fast.integrations import verl as adapter
+from tests.integrations import verl_loop
+from tests.integrations.peers import installed
+from tests.integrations.test_verl_replica import GREEDY, PROMPTS, require_greedy
+from tests.integrations.verl_loop import build_model
+
+installed("verl", "0.9.1")
+ray = pytest.importorskip("ray")
+
+ROOT = Path(__file__).parents[2]
+_PATHS = filter(None, [os.environ.get("PYTHONPATH")])
+EXTERNAL = "rlhf_fast.integrations.verl,bench.integrations.verl_cpu"
+# Not niced: on a machine with other work Ray's workers would get no turn.
+ENVIRONMENT = {
+    "VERL_USE_EXTERNAL_MODULES": EXTERNAL,
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", *_PATHS))),
+    "RAY_worker_niceness": "0",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("verl")
+    verl_loop.write_model(made / "model", build_model())
+    verl_loop.write_run(made)
+    return made
+
+
+# ---- verl's server manager ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ray on this machine, whose processes find this checkout and switch the adapter on."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    options = {"num_cpus": 4, "include_dashboard": False, "log_to_driver": False}
+    ray.init(**options)
+    yield
+    ray.shutdown()
+
+
+def worker_class() -> Any:
+    """What stands in for a training worker: it makes the rollout of its name and has weights.
+
+    A class of this function travels by value: Ray's processes do not import tests.
+    """
+
+    class Worker:
+        def __init__(self, config: Any, rank: int) -> None:
+            os.environ["RANK"] = str(rank)
+            get = importlib.import_module("verl.workers.rollout.base").get_rollout_class
+            as_dataclass = importlib.import_module("verl.utils.config").omega_conf_to_dataclass
+            settings, model = as_dataclass(config.rollout), as_dataclass(config.model)
+            self.rollout = get(config.rollout.name)(
+                config=settings, model_config=model, device_mesh=None
+            )
+
+        async def update(self, weights: dict[str, torch.Tensor], steps: int) -> None:
+            """As `ActorRolloutRefWorker.update_weights`."""
+            await self.rollout.resume(tags=["weights"])
+            await self.rollout.update_weights(iter(weights.items()), global_steps=steps)
+            await self.rollout.resume(tags=["kv_cache"])
+
+    return ray.remote(Worker)
+
+
+def test_verls_server_manager_drives_two_replicas(cluster: None, directory: Path) -> None:
+    """Launch, weights, its client's requests at once, sleep, other weights, requests again."""
+    llm_server = importlib.import_module("verl.workers.rollout.llm_server")
+    overrides = ("actor_rollout_ref.rollout.prompt_length=16", "data.max_response_length=12")
+    config = verl_loop.composed(directory, directory / "model", *overrides)
+    workers = [worker_class().remote(config.actor_rollout_ref, rank) for rank in range(2)]
+    group = SimpleNamespace(workers=workers, world_size=2)
+
+    def push(model: nn.Module, steps: int) -> None:
+        weights = model.state_dict()
+        ray.get([worker.update.remote(weights, steps) for worker in workers])
+
+    async def ask(client: Any) -> list[Any]:
+        requests = (
+            client.generate(f"r{i}", prompt_ids=list(prompt), sampling_params=dict(GREEDY))
+            for i, prompt in enumerate(PROMPTS)
+        )
+        return await asyncio.gather(*requests)
+
+    async def body() -> None:
+        manager = await llm_server.LLMServerManager.create(config=config, worker_group=group)
+        assert manager.get_addresses() == ["rlhf_fast_server_0", "rlhf_fast_server_1"]
+        client, replicas = manager.get_client(), manager.get_replicas()
+        with pytest.raises(ray.exceptions.RayTaskError, match="RF7332"):
+            await ask(client)
+        for steps, seed in enumerate((5, 3)):
+            model = build_model(seed)
+            await asyncio.to_thread(push, model, steps)
+            outputs = await ask(client)
+            require_greedy(model, outputs)
+            assert {output.extra_fields["max_global_steps"] for output in outputs} == {steps}
+            await asyncio.gather(*(replica.sleep() for replica in replicas))
+        with pytest.raises(ray.exceptions.RayTaskError, match="RF7333"):
+            await ask(client)
+        await asyncio.gather(*(replica.wake_up() for replica in replicas))
+        require_greedy(build_model(3), await ask(client))
+
+    with adapter.patched():
+        asyncio.run(body())
+
+
+# ---- verl's trainer -----------------------------------------------------------------------------
+
+
+def trained(directory: Path, *overrides: str) -> str:
+    """What `main_ppo` prints, run as users run it."""
+    ray_options = ["num_cpus=16", "+num_gpus=1", "+include_dashboard=False"]
+    ray_options = [
+        f"{'+' * o.startswith('+')}ray_kwargs.ray_init.{o.lstrip('+')}" for o in ray_options
+    ]
+    arguments = verl_loop.overrides(directory, directory / "model")
+    done = subprocess.run(
+        [sys.executable, "-m", "verl.trainer.main_ppo", *arguments, *ray_options, *overrides],
+        cwd=directory,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_verls_trainer_trains_on_our_samples(directory: Path) -> None:
+    """`main_ppo`: FSDP2, its agent loop, its reward loop, two steps and an update after each.
+
+    verl compares the probabilities that came with the samples with those its own engine gives. With
+    weights of another step they would be far apart.
+    """
+    printed = trained(directory, "trainer.use_v1=False")
+    gaps = [float(x) for x in re.findall(r"rollout_probs_diff_max:([\d.e+-]+)", printed)]
+    assert len(gaps) == 2
+    assert max(gaps) < 1e-5
+    norms = [float(x) for x in re.findall(r"actor/grad_norm:\D*([\d.]+)", printed)]
+    assert len(norms) == 2
+    assert min(norms) > 0
+    samples = [verl_loop.rollouts(directory, step) for step in (1, 2)]
+    assert [len(rows) for rows in samples] == [8, 8]
