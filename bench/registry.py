@@ -90,7 +90,7 @@ GENERATE = {
     " --prompt 512 --new-tokens 128 --rounds 3 --peers generate,vllm",
 }
 RANKS = {
-    "tiny": "--ranks 1,2 --views gather --hidden 32 --layers 2 --vocab 64 --new-tokens 4"
+    "tiny": "--ranks 2 --views gather --hidden 32 --layers 2 --vocab 64 --new-tokens 4"
     " --prompts 4 --steps 1",
     "quick": "--ranks 1,2 --views tp,gather --steps 2",
     "cpu": "--ranks 1,2,4",

@@ -1,5 +1,6 @@
 """Settings of every test."""
 
+import gc
 import os
 
 import pytest
@@ -18,6 +19,22 @@ def one_thread() -> None:
     hours. Tests of threading set their own number.
     """
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cheap_collections() -> None:
+    """Collections leave out what was there before the module: packages, and thousands of tests.
+
+    Looking at those takes 0.1 s and more, and transformers' continuous batching and the benches
+    collect before every measurement. Garbage is freed first, so none is kept.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """At exit extensions look for objects that were never freed."""
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,7 @@
 """Registers, shared memory and spills of every Triton kernel, compiled without a GPU.
 
     python -m bench.kernels.triton_resources [--arch 80 90 100] [--op logprobs_from_logits ...]
-                                             [--json FILE]
+                                             [--few] [--json FILE]
 
 Exits with 1 if a kernel does not compile, or if one that is marked hot spills registers.
 """
@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,21 +92,40 @@ def _usage(binary: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
-def collect(ops: Sequence[str], architectures: Sequence[int]) -> list[Resources]:
-    """All cases of these ops on these architectures."""
+def collect(ops: Sequence[str], architectures: Sequence[int], few: bool) -> list[Resources]:
+    """All cases of these ops on these architectures, or a `few` of the pairs, see `few_of`."""
+    choose = few_of if few else all_of
     return [
         inspect(op, case, arch)
         for op in ops
-        for case in triton_support.kernels(op).AOT_CASES
-        for arch in architectures
-        if arch >= case.oldest
+        for case, arch in choose(triton_support.kernels(op).AOT_CASES, architectures)
     ]
+
+
+def all_of(cases: Sequence[AotCase], architectures: Sequence[int]) -> list[tuple[AotCase, int]]:
+    """Every case with each architecture that launches it."""
+    return [(case, arch) for case in cases for arch in architectures if arch >= case.oldest]
+
+
+def few_of(cases: Sequence[AotCase], architectures: Sequence[int]) -> list[tuple[AotCase, int]]:
+    """A kernel's first case with every architecture, its further cases with one each, in turn."""
+    chosen: list[tuple[AotCase, int]] = []
+    seen: Counter[str] = Counter()
+    for case in cases:
+        able = [arch for arch in architectures if arch >= case.oldest]
+        turn = seen[case.kernel.__name__]
+        chosen += [(case, arch) for arch in (able if not turn else [able[turn % len(able)]])]
+        seen[case.kernel.__name__] += 1
+    return chosen
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="resources of the Triton kernels")
     parser.add_argument("--arch", nargs="+", type=int, default=ARCHITECTURES)
     parser.add_argument("--op", nargs="+", help="default: all")
+    parser.add_argument(
+        "--few", action="store_true", help="one case of every kernel on all, the others on one each"
+    )
     parser.add_argument("--json", help="write the rows to this file")
     options = parser.parse_args(arguments)
     if not triton_support.installed():
@@ -114,7 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if triton_support.interpreting():
         print("unset TRITON_INTERPRET: the interpreter compiles nothing", file=sys.stderr)
         return 1
-    rows = collect(options.op or triton_support.ops_with_kernels(), options.arch)
+    ops = options.op or triton_support.ops_with_kernels()
+    rows = collect(ops, options.arch, options.few)
     print(f"{'kernel':<44}{'sm':>5}{'registers':>11}{'shared B':>10}{'spilled B':>11}  case")
     for row in rows:
         name = f"{row.op}.{row.kernel}"

@@ -31,6 +31,7 @@ from typing import Any
 from ..choices import several
 from ..kernels.environment import environment
 from ..kernels.tables import print_environment
+from . import trl_step
 from .learning_task import ALGORITHMS, PRESETS, LearningCase, supervised_policy
 from .side import Side
 
@@ -70,7 +71,8 @@ def _quarter(points: Points) -> int:
 def measure(case: LearningCase, seeds: Sequence[int], trl_python: str) -> dict[str, Any]:
     """All runs of an algorithm, and what is compared."""
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    absent: dict[str, str] = {}
+    missing = trl_step.missing(trl_python)
+    absent: dict[str, str] = {"trl": missing} if missing else {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:
             for side, module in SIDES.items():

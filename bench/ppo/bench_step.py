@@ -41,7 +41,7 @@ from ..choices import several
 from ..kernels.environment import environment
 from ..kernels.probes import MatmulProbe
 from ..kernels.tables import print_environment
-from . import flops
+from . import flops, trl_step
 from .case import KINDS, PRESETS, Case
 from .side import Side
 
@@ -76,6 +76,10 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         running = {}
         for name, (module, own, python) in sides_of(case, options.trl_python).items():
+            if name == "trl" and (reason := trl_step.missing(python)):
+                facts[name] = {"absent": reason}
+                absent[name] = reason
+                continue
             side = stack.enter_context(
                 Side(
                     name,

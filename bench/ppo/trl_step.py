@@ -17,6 +17,7 @@ that was drawn before that becomes another token before anything reads it.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from .meter import REST, Meter
 from .side import Turns
 
 WANTED = "1.12.0"
+NOT_INSTALLED = f"trl is not installed (pip install trl=={WANTED})"
 VALUE_COEF = 1.0  # policy and critic share no weight, so it only scales the critic's gradient
 INSTEAD = 1  # of a pad token
 STEPS = 100_000  # more than anybody asks for
@@ -209,12 +211,17 @@ def main() -> None:
             trainer.train()
 
 
+def missing(python: str) -> str:
+    """Why no process of TRL's need be started: this interpreter, if it is the one, has no TRL."""
+    return "" if python or importlib.util.find_spec("trl") is not None else NOT_INSTALLED
+
+
 def absence(problem: ImportError) -> str:
     """Why TRL is not measured."""
     try:
         import trl
     except ImportError:
-        return f"trl is not installed (pip install trl=={WANTED})"
+        return NOT_INSTALLED
     return f"trl {trl.__version__} has no PPO ({problem}): pip install trl=={WANTED}"
 
 

@@ -152,7 +152,11 @@ def logprobs_from_logits(
         run = _run_reference if chosen.impl == "reference" else partial(_run_compiled, chosen.impl)
         results = run(logits, labels, rows, settings, (with_entropy, False, None))
     else:
-        run_eager = _run_eager if group is None else _run_outside_graph
+        run_eager: Callable[..., Results] = _run_eager
+        if torch.compiler.is_compiling():
+            # A gather among the sums is no op of torch.library: the graph breaks here. Asked for
+            # here, because `disable` loads the compiler: longer than all other imports together.
+            run_eager = torch.compiler.disable(_run_eager)
         options = (with_entropy, inplace_backward, group)
         results = run_eager(chosen.function, logits, labels, rows, settings, options)
     logprobs, entropy, lse = results
@@ -177,10 +181,6 @@ def _run_eager(
     if reads_values(logits):
         validate_data(labels, settings, rows, logits.shape)
     return run(logits, labels, rows, settings, options)
-
-
-# A gather among the sums is no op of torch.library: torch.compile breaks its graph here.
-_run_outside_graph = torch.compiler.disable(_run_eager)
 
 
 def _run_compiled(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -97,22 +95,21 @@ def test_step_on_one_and_two_ranks():
 
 
 @pytest.mark.slow
-def test_it_starts_torchrun_itself(tmp_path):
+@pytest.mark.parametrize("ranks", [[2], pytest.param([1, 2], marks=pytest.mark.long)], ids=str)
+def test_it_starts_torchrun_itself(
+    ranks: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     report = tmp_path / "step.json"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "bench.distributed.bench_step", "--ranks", "1,2"),
-            *("--views", "gather", "--json", str(report), *SMALLEST),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 ranks, alone" in done.stdout
-    assert "2 ranks, gather" in done.stdout
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
+    arguments = ["--ranks", ",".join(map(str, ranks)), "--views", "gather", "--json", str(report)]
+    assert bench_step.main([*arguments, *SMALLEST]) == 0
+    views = [(count, "gather" if count > 1 else "alone") for count in ranks]
+    printed = capfd.readouterr().out
+    assert [f"{count} ranks, {view}" in printed for count, view in views] == [True] * len(ranks)
     found = json.loads(report.read_text())
     assert found["environment"]["torch"] == torch.__version__
-    assert [(row["ranks"], row["view"]) for row in found["rows"]] == [(1, "alone"), (2, "gather")]
+    assert [(row["ranks"], row["view"]) for row in found["rows"]] == views

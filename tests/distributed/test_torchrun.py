@@ -141,6 +141,7 @@ def test_a_stop_signal_while_ranks_load_is_told_once(base):
     assert printed.count("RF8303: SIGTERM: the run stopped before its first step") == 1
 
 
+@pytest.mark.long
 def test_a_reward_function_that_raises_is_told_once(base):
     config = ppo_config(base, base / "raises")
     job = start(

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
+from rlhf_fast.distributed.world import World
 from rlhf_fast_kernels import linear_kl, linear_logprobs, linear_ppo_loss
 from rlhf_fast_kernels.linear_chunks import Call
 from rlhf_fast_kernels.linear_head import Head
+from tests.distributed.ranks import on_ranks
 from tests.kernels.linear_cases import FAST, SETTINGS, close, draw, head, leaves, per_token
 
 TOKENS, WIDTH, VOCAB, REAL = 9, 16, 64, 59
@@ -75,20 +76,18 @@ def run(case: dict[str, torch.Tensor], cut: slice, options: dict[str, Any]) -> d
     return found
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+def worker(world: World, folder: str) -> None:
+    rank = world.rank
     for name, (edges, explicit) in SPLITS.items():
         options: dict[str, Any] = {"group": dist.group.WORLD, "impl": FAST}
         if explicit:
             options["vocab_start"] = edges[rank]
         found = run(inputs(), slice(edges[rank], edges[rank + 1]), options)
         save_file(found, f"{folder}/{name}{rank}.safetensors")
-    dist.destroy_process_group()
 
 
 def test_two_ranks_with_a_shard_each_agree_with_one(tmp_path: Path) -> None:
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    on_ranks(2, worker, str(tmp_path))
     want = run(inputs(), slice(None), {"impl": "reference"})
     for name in SPLITS:
         ranks = [load_file(tmp_path / f"{name}{rank}.safetensors") for rank in range(2)]

@@ -160,7 +160,10 @@ print(native.core().cpu_features().split()[0], worst)
 
 
 @pytest.mark.skipif(FAST != "cpu", reason="instruction sets belong to the compiled op")
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+# Where there is AVX-512 every other test runs with it.
+@pytest.mark.parametrize(
+    "isa", ["baseline", "avx2", pytest.param("avx512", marks=pytest.mark.long)]
+)
 def test_every_instruction_set_meets_the_same_tolerance(isa: str) -> None:
     if isa not in native.core().cpu_features():
         isa = "baseline"

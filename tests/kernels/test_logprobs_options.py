@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from rlhf_fast.distributed.world import World
 from rlhf_fast_kernels import logprobs_from_logits
 from rlhf_fast_kernels.logit_rows import RowSettings, row_gradient, row_stats
+from tests.distributed.ranks import on_ranks
 from tests.kernels.logprob_cases import (
     DTYPES,
     FAST,
@@ -303,9 +304,8 @@ def shard_case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return logits, labels, draw((2, 4), seed=4)
 
 
-def run_shard(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+def run_shard(world: World, folder: str) -> None:
+    rank = world.rank
     logits, labels, upstream = shard_case()
     results = {}
     for impl in IMPLS:
@@ -328,11 +328,10 @@ def run_shard(rank: int, folder: str) -> None:
             grads = torch.autograd.grad(outputs[:2], leaf, tuple(upstream))
             results[impl, name] = ([x.detach() for x in outputs], grads[0])
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_ranks_with_a_shard_each_agree_with_one(tmp_path: Path) -> None:
-    mp.spawn(run_shard, (str(tmp_path),), nprocs=2)
+    on_ranks(2, run_shard, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     logits, labels, upstream = shard_case()
     exact = logits.double().requires_grad_()

@@ -156,7 +156,10 @@ print(native.core().cpu_features().split()[0], worst)
 
 
 @needs_cpu
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+# Where there is AVX-512 every other test runs with it.
+@pytest.mark.parametrize(
+    "isa", ["baseline", "avx2", pytest.param("avx512", marks=pytest.mark.long)]
+)
 def test_every_instruction_set_draws_the_same(isa: str) -> None:
     if isa not in native.core().cpu_features():
         isa = "baseline"
