@@ -58,7 +58,8 @@ def test_what_is_added_and_where_it_is_written(shape: tuple[int, int, int], layo
         out = wide[:, 2 : 2 + columns]
         assert matmul(a, b, add, out=out) is out
         torch.testing.assert_close(out, truth, rtol=1e-5, atol=1e-4)
-        assert (wide[:, :2] == 7).all() and (wide[:, 2 + columns :] == 7).all()
+        assert (wide[:, :2] == 7).all()
+        assert (wide[:, 2 + columns :] == 7).all()
     total = added.clone()
     matmul(a, b, total, out=total)
     assert torch.equal(total, matmul(a, b, added))
@@ -114,7 +115,8 @@ def test_large_and_small_numbers() -> None:
         assert error(matmul(a, b), truth, scale) <= 1e-6
     # Subnormal numbers may count as zero.
     tiny = matmul(torch.full((16, 32), 1e-42), torch.ones(32, 16))
-    assert (tiny >= 0).all() and (tiny < 1e-40).all()
+    assert (tiny >= 0).all()
+    assert (tiny < 1e-40).all()
     # The nearest number of bf16 to the largest of fp32 is infinite.
     largest = torch.finfo(torch.float32).max
     assert (matmul(torch.full((16, 1), largest), torch.ones(1, 16)) == largest).all()
