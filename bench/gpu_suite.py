@@ -115,7 +115,7 @@ def _kernels(tiny: bool) -> list[Piece]:
             dict(PRESETS[preset].environment),
         )
         for bench in BENCHES
-        if bench.group == "kernels" and bench.name != "linear_small"  # of CPUs
+        if bench.group == "kernels" and bench.name not in ("linear_small", "matmul")  # of CPUs
     ]
 
 

@@ -121,6 +121,7 @@ BENCHES = (
     _kernel("kl", "--shape 16x300 --dtype fp32"),
     _kernel("decoder_ops", "--shape 4x64 --dtype fp32"),
     _kernel("linear_small", "--shape 32x48 --rows 4"),
+    _kernel("matmul", "--shape 18x32x48"),
     _kernel("decoder_layer", "--case 2x6x16x24x2x1"),
     Bench("generate", "generate", "engine.bench_generate", _words(GENERATE), 3000.0),
     _step("step", "step", 3000.0),

@@ -31,6 +31,7 @@ from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.requests import requests_of, rollout_of
 from rlhf_fast.models.roles import Actor
 from rlhf_fast.protocols import FinishedScorer
+from rlhf_fast.stages.collector import old_objects_apart
 from rlhf_fast.stages.ppo import PPOTrainer
 from rlhf_fast.types import PromptBatch, Rollout, SamplingParams
 
@@ -152,8 +153,9 @@ def main() -> None:
         meter = Meter(base)
         trainer.learner.phase = meter.phase
         turns.tell({"version": "", "models_bytes": base - empty})
-        while turns.wait():
-            turns.tell(one_step(trainer, meter))
+        with old_objects_apart():  # as in `train`
+            while turns.wait():
+                turns.tell(one_step(trainer, meter))
 
 
 if __name__ == "__main__":

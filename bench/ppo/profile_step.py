@@ -5,9 +5,8 @@
 One model after another on one thread, so that the parts of a phase add up to it; the shares are
 those of two threads as well, where policy and critic run side by side. Kinds:
 
-    products    matrix products of PyTorch
-    layers      what decoder layers do beside their products: attention, SwiGLU, rotation, norms; of
-                forwards without a graph PyTorch's profiler does not see it, and python has it
+    layers      decoder layers, whole: their products, attention, SwiGLU, rotation, norms
+    products    matrix products outside of layers: those of the vocabulary head
     kernels     our other ops: log-probs, losses, norms outside of layers
     optimizer   fused AdamW
     elementwise all other operations of PyTorch
@@ -21,24 +20,32 @@ bound.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from rlhf_fast.data import collate_prompts
+from rlhf_fast_kernels import linear_head
 
 from .case import KINDS, PRESETS, Case, build_models
 from .our_step import build_trainer
 
 PHASES = ("generate", "score", "prepare", "update")
-KINDS_OF_WORK = ("products", "layers", "kernels", "optimizer", "elementwise", "python")
+KINDS_OF_WORK = ("layers", "products", "kernels", "optimizer", "elementwise", "python")
 PREFIX = "phase: "
+LAYER, PRODUCT = (
+    "layer",
+    "product",
+)  # what the profiler does not see by itself, C++ called by Python
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 KERNELS = ("_Swiglu", "_Rotary", "_TrainedRmsNorm", "LinearPPOLoss", "_LinearLogprobs", "rlhf_fast")
 WARMUPS = 2
@@ -46,9 +53,9 @@ WARMUPS = 2
 
 def kind_of(name: str) -> str:
     """The kind of work of an event of the profiler."""
-    if name in PRODUCTS:
+    if name == PRODUCT or name in PRODUCTS:
         return "products"
-    if ("PackedAttention" in name or "_DecoderLayer" in name) and "autograd::" not in name:
+    if name == LAYER or ("PackedAttention" in name and "autograd::" not in name):
         return "layers"
     if any(name.lstrip(":").startswith(kernel) for kernel in KERNELS) or "PPOLoss" in name:
         return "python" if name.startswith("autograd::") else "kernels"
@@ -86,6 +93,21 @@ def profile_step(case: Case) -> dict[str, dict[str, float]]:
     return found
 
 
+@contextmanager
+def _named() -> Iterator[None]:
+    """Names in the profile for what our ops call in C++."""
+    layer = importlib.import_module("rlhf_fast_kernels.decoder_layer")
+    with ExitStack() as stack:
+        for owner, function, name in (
+            (layer, "_forward", LAYER),
+            (layer, "_backward", LAYER),
+            (linear_head, "matmul", PRODUCT),
+        ):
+            named = record_function(name)(getattr(owner, function))
+            stack.enter_context(mock.patch.object(owner, function, named))
+        yield
+
+
 def _profiled(case: Case) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(case, build_models(case), folder)
@@ -97,7 +119,7 @@ def _profiled(case: Case) -> dict[str, dict[str, float]]:
         for _ in range(WARMUPS):
             step()
         trainer.learner.phase = lambda name: record_function(PREFIX + name)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with _named(), profile(activities=[ProfilerActivity.CPU]) as profiler:
             step()
     found: dict[str, dict[str, float]] = {phase: defaultdict(float) for phase in PHASES}
     for event in profiler.events():

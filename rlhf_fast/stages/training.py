@@ -40,6 +40,7 @@ from rlhf_fast.models.checks import check_positions, check_vocabulary
 from rlhf_fast.models.forward import ComputeDtype, enable_gradient_checkpointing
 from rlhf_fast.models.loading import load_tokenizer
 from rlhf_fast.optim import GuardedOptimizer
+from rlhf_fast.stages.collector import old_objects_apart
 from rlhf_fast.stages.device_choice import choose_device
 from rlhf_fast.stages.placing import place
 from rlhf_fast.stages.run import COMPLETE_NAME, RUN_NAME, Resume, Run
@@ -401,7 +402,7 @@ def train(
         Preempted, Interrupted: a signal arrived; the state has been saved.
         CheckpointError, EnvironmentFault: a save failed, be it in the background in earlier steps.
     """
-    with run.progress(description, total_steps, start=state.step) as bar:
+    with old_objects_apart(), run.progress(description, total_steps, start=state.step) as bar:
         while state.step < total_steps:
             metrics = dict(step())
             state.step += 1
