@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rlhf_fast_kernels.matmul import TILES, matmul
+from rlhf_fast_kernels.matmul import matmul, tiles
 
 from . import harness
 
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if session.device.type != "cpu":
         print("nothing to measure: on accelerators products are PyTorch's", file=sys.stderr)
         return session.finish()
-    if not TILES:
+    if not tiles():
         print("no tile unit here: both contenders are PyTorch's product", file=sys.stderr)
     for shape in options.shape[:1] if session.quick else options.shape:
         tokens, inner, outer = (int(part) for part in shape.split("x"))

@@ -14,14 +14,19 @@ namespace {
 
 constexpr float kZero = 0.0f, kOne = 1.0f;
 
-// Rows of a matrix, or its columns: `along` is the distance of two neighbours of a sum.
+// A matrix in memory whose rows are `stride` apart, or the transpose of it. Which of the two cannot be told
+// from strides: of a single row or column both are 1.
 struct Matrix {
   const float* data;
-  int64_t row, column;
+  int64_t stride;
+  bool turned;
+
+  int64_t row() const { return turned ? 1 : stride; }
+  int64_t column() const { return turned ? stride : 1; }
 };
 
-inline Matrix plain(const float* data, int64_t columns) { return {data, columns, 1}; }
-inline Matrix turned(const float* data, int64_t columns) { return {data, 1, columns}; }
+inline Matrix plain(const float* data, int64_t stride) { return {data, stride, false}; }
+inline Matrix turned(const float* data, int64_t stride) { return {data, stride, true}; }
 
 void copy_rows(const float* from, int64_t from_row, float* to, int64_t to_row, int64_t rows,
                int64_t columns) {
@@ -139,7 +144,7 @@ class Layer {
       int64_t width = widths[i];
       const float* weight = weights[i];
       while (i < 2 && weights[i + 1] == weights[i] + widths[i] * a_.hidden) width += widths[++i];
-      multiply({part, qkv_, 1}, plain(weight, a_.hidden), a_.tokens, width, a_.hidden, add, a_.hidden,
+      multiply(plain(part, qkv_), plain(weight, a_.hidden), a_.tokens, width, a_.hidden, add, a_.hidden,
                of_rows, a_.hidden);
       add = of_rows;
       part += width;
@@ -179,11 +184,11 @@ class Layer {
       args.inner = inner;
       args.columns = columns;
       args.a = a.data;
-      args.a_row = a.row;
-      args.a_inner = a.column;
+      args.a_row = a.row();
+      args.a_inner = a.column();
       args.b = b.data;
-      args.b_inner = b.row;
-      args.b_column = b.column;
+      args.b_inner = b.row();
+      args.b_column = b.column();
       args.add = add;
       args.add_row = add_row;
       args.out = out;
@@ -194,10 +199,15 @@ class Layer {
     }
     if (rows == 0 || columns == 0) return;
     if (add != nullptr && add != out) copy_rows(add, add_row, out, out_row, rows, columns);
+    if (inner == 0) {
+      for (int64_t i = 0; add == nullptr && i < rows; ++i) {
+        std::memset(out + i * out_row, 0, static_cast<size_t>(columns) * 4);
+      }
+      return;
+    }
     // Column-major it is out^T = b^T a^T.
-    const int64_t ldb = b.column == 1 ? b.row : b.column, lda = a.column == 1 ? a.row : a.column;
-    a_.sgemm(b.column == 1 ? "N" : "T", a.column == 1 ? "N" : "T", &columns, &rows, &inner, &kOne,
-             b.data, &ldb, a.data, &lda, add == nullptr ? &kZero : &kOne, out, &out_row);
+    a_.sgemm(b.turned ? "T" : "N", a.turned ? "T" : "N", &columns, &rows, &inner, &kOne, b.data,
+             &b.stride, a.data, &a.stride, add == nullptr ? &kZero : &kOne, out, &out_row);
   }
 
   void of_weight(const float* above, int64_t above_row, int64_t outputs, const float* rows,

@@ -13,184 +13,23 @@
 // A row's result does not depend on the rows beside it nor on the number of threads. Subnormal numbers
 // count as zero, as the unit has it, and a number below 2^-110 loses its last digits. Rows of a and columns
 // of b with inf, NaN or what bf16 rounds to inf, whose parts would make NaN, are multiplied in fp32.
+// Results within 1 % of the largest number of fp32 may overflow.
 #include "cpu/matmul.h"
 
+#include "cpu/matmul_pack.h"
 #include "cpu/vec.h"
 #include "host/parallel.h"
 
 #if defined(__AVX512F__) && defined(RLHF_FAST_TILES)
-#include <immintrin.h>
 
 namespace rlhf_fast {
 namespace RLHF_FAST_ISA {
 namespace {
 
-constexpr int64_t kTile = 16;               // rows and columns of a tile of fp32
-constexpr int64_t kDepth = 32;              // bf16 numbers in a row of a tile
-constexpr int64_t kPanel = 2 * kTile;       // rows of a and columns of b of a block of the result
-constexpr int64_t kTileDwords = 256;        // 1 KiB
-constexpr int64_t kStep = 3 * 2 * kTileDwords;  // of a panel: 32 along inner, as three parts of two tiles
 constexpr int64_t kInner = 256;             // of a panel at most: 48 KiB
-constexpr int64_t kGroup = 4;               // panels of b that are packed together
 constexpr int64_t kStepsOfB = 128;          // packed at a time: 768 KiB, less than a second-level cache
 
-static_assert(kMatmulScratch == kStepsOfB * (kStep + 1) * 4, "lines that are skipped: a word a panel");
-
-// ---- splitting ----------------------------------------------------------------------------------
-
-struct Parts {
-  __m512i high, middle, low;
-};
-
-// To the nearest number of bf16. Truncated parts would have the sign of x, all of them, and what is left out
-// of a product would add up.
-inline __m512i nearest(__m512 x) {
-  const __m512i up = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
-  return _mm512_and_si512(up, _mm512_set1_epi32(0xFFFF0000));
-}
-
-// Exact: each difference has as many bits less as were taken off.
-inline Parts split(__m512 x) {
-  Parts parts;
-  parts.high = nearest(x);
-  const __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(parts.high));
-  parts.middle = nearest(rest);
-  parts.low = _mm512_castps_si512(_mm512_sub_ps(rest, _mm512_castsi512_ps(parts.middle)));
-  return parts;
-}
-
-// The upper halves of two vectors as pairs.
-inline __m512i pairs(__m512i first, __m512i second) {
-  const __m512i upper = _mm512_set1_epi32(0xFFFF0000);
-  // (second & upper) | first >> 16
-  return _mm512_ternarylogic_epi32(upper, second, _mm512_srli_epi32(first, 16), 0xEA);
-}
-
-// Columns to rows, of dwords.
-inline void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 4) {
-    const __m512i ab = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    const __m512i AB = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    const __m512i cd = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]);
-    const __m512i CD = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
-    t[i] = _mm512_unpacklo_epi64(ab, cd);
-    t[i + 1] = _mm512_unpackhi_epi64(ab, cd);
-    t[i + 2] = _mm512_unpacklo_epi64(AB, CD);
-    t[i + 3] = _mm512_unpackhi_epi64(AB, CD);
-  }
-  // t[4 g + c], lane of 128 bits q: column 4 q + c of rows 4 g ... 4 g + 3.
-  for (int c = 0; c < 4; ++c) {
-    const __m512i p = _mm512_shuffle_i32x4(t[c], t[4 + c], 0x88);       // q 0, 2 of g 0 and 1
-    const __m512i q = _mm512_shuffle_i32x4(t[c], t[4 + c], 0xDD);       // q 1, 3
-    const __m512i u = _mm512_shuffle_i32x4(t[8 + c], t[12 + c], 0x88);  // of g 2 and 3
-    const __m512i v = _mm512_shuffle_i32x4(t[8 + c], t[12 + c], 0xDD);
-    r[c] = _mm512_shuffle_i32x4(p, u, 0x88);
-    r[8 + c] = _mm512_shuffle_i32x4(p, u, 0xDD);
-    r[4 + c] = _mm512_shuffle_i32x4(q, v, 0x88);
-    r[12 + c] = _mm512_shuffle_i32x4(q, v, 0xDD);
-  }
-}
-
-// A vector of pairs of each part into its tile; tiles of one part lie side by side. Returns the sum of
-// the last parts, which is NaN if one of the numbers is inf or NaN.
-inline __m512 put(uint32_t* tile, __m512 first, __m512 second) {
-  const Parts x = split(first), y = split(second);
-  _mm512_store_si512(tile, pairs(x.high, y.high));
-  _mm512_store_si512(tile + 2 * kTileDwords, pairs(x.middle, y.middle));
-  _mm512_store_si512(tile + 4 * kTileDwords, pairs(x.low, y.low));
-  return _mm512_add_ps(_mm512_castsi512_ps(x.low), _mm512_castsi512_ps(y.low));
-}
-
-inline void transpose_tile(uint32_t* tile) {
-  __m512i rows[16];
-  for (int i = 0; i < 16; ++i) rows[i] = _mm512_load_si512(tile + 16 * i);
-  transpose(rows);
-  for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 16 * i, rows[i]);
-}
-
-inline __mmask16 first_lanes(int64_t count) {
-  return count >= 16 ? 0xFFFF : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
-}
-
-// Up to 32 lines of one operand, rows of a or columns of b, of `inner` elements each.
-struct Lines {
-  const float* data;
-  int64_t line, inner;  // strides; one is 1
-  int64_t count, depth;
-  bool pairs_down;  // the right operand: pairs of elements of a line lie below each other
-
-  const float* at(int64_t i, int64_t k) const { return data + i * line + k * inner; }
-};
-
-// One tile of each part: 16 lines from `first` on, 32 elements from `k` on; lines of `skip` as zeros.
-// Where elements of a line are adjacent a vector is a part of a line; otherwise it is one element of
-// each line.
-inline __m512 pack_tile(const Lines& lines, int64_t first, int64_t k, uint32_t skip, uint32_t* tile) {
-  __m512 seen = _mm512_setzero_ps();
-  const int64_t depth = lines.depth - k;
-  const __mmask16 present = first_lanes(lines.count - first) & ~(skip >> first);
-  if (lines.inner == 1) {
-    const __mmask16 front = first_lanes(depth), back = first_lanes(depth - kTile);
-    for (int i = 0; i < kTile; ++i) {
-      const bool here = present >> i & 1;
-      const float* at = lines.at(first + i, k);
-      seen = _mm512_add_ps(seen, put(tile + i * kTile, _mm512_maskz_loadu_ps(here ? front : 0, at),
-                                     _mm512_maskz_loadu_ps(here ? back : 0, at + kTile)));
-    }
-  } else {
-    for (int i = 0; i < kTile; ++i) {
-      const float* at = lines.at(first, k + i);
-      seen = _mm512_add_ps(
-          seen, put(tile + i * kTile, _mm512_maskz_loadu_ps(i < depth ? present : 0, at),
-                    _mm512_maskz_loadu_ps(i + kTile < depth ? present : 0,
-                                          at + kTile * lines.inner)));
-    }
-  }
-  if ((lines.inner != 1) != lines.pairs_down) {
-    for (int part = 0; part < 3; ++part) transpose_tile(tile + part * 2 * kTileDwords);
-  }
-  return seen;
-}
-
-// Step by step through all panels: where lines are columns of memory, a row of it is read while
-// it is in the cache.
-void pack_panels(const Lines* lines, int64_t panels, const uint32_t* skip, uint32_t* packed,
-                 int64_t panel_size, __m512* seen) {
-  for (int64_t k = 0; k < lines->depth; k += kDepth, packed += kStep) {
-    for (int64_t p = 0; p < panels; ++p) {
-      for (int64_t half = 0; half < 2; ++half) {
-        const __m512 found = pack_tile(lines[p], half * kTile, k, skip[p],
-                                       packed + p * panel_size + half * kTileDwords);
-        seen[p] = _mm512_add_ps(seen[p], found);
-      }
-    }
-  }
-}
-
-// From here on, in bits, the nearest number of bf16 is inf; then come inf and NaN themselves.
-constexpr uint32_t kNoNearest = 0x7F7F8000;
-
-// Packs up to kGroup panels; `skip`: of each, the lines that have such numbers, which it holds as zeros.
-void pack(const Lines* lines, int64_t panels, uint32_t* packed, int64_t panel_size, uint32_t* skip) {
-  __m512 seen[kGroup];
-  for (int64_t p = 0; p < panels; ++p) {
-    seen[p] = _mm512_setzero_ps();
-    skip[p] = 0;
-  }
-  pack_panels(lines, panels, skip, packed, panel_size, seen);
-  for (int64_t p = 0; p < panels; ++p) {
-    if (_mm512_cmp_ps_mask(seen[p], seen[p], _CMP_UNORD_Q) == 0) continue;
-    for (int64_t i = 0; i < lines[p].count; ++i) {
-      for (int64_t k = 0; k < lines[p].depth; ++k) {
-        uint32_t bits;
-        std::memcpy(&bits, lines[p].at(i, k), sizeof(bits));
-        if ((bits & 0x7FFFFFFF) >= kNoNearest) skip[p] |= 1u << i;
-      }
-    }
-    pack_panels(lines + p, 1, skip + p, packed + p * panel_size, panel_size, seen + p);
-  }
-}
+static_assert(kMatmulScratch == kStepsOfB * (kStep + 2) * 4, "what is skipped: two words a panel");
 
 // ---- multiplying --------------------------------------------------------------------------------
 
@@ -200,7 +39,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// A block of the result, and what is added to it: nothing, another matrix, or what stands there.
+// A block of the result, and what is added to it, if anything.
 // `turned`: out and add are of the product's transpose.
 struct Target {
   float* out;
@@ -209,6 +48,7 @@ struct Target {
   int64_t add_row;
   int64_t rows, columns;
   bool turned;
+  bool first;  // otherwise what came before stands in out
 
   float* out_at(int64_t i, int64_t j) const {
     return turned ? out + j * out_row + i : out + i * out_row + j;
@@ -294,7 +134,7 @@ RLHF_FAST_TILES void multiply(const uint32_t* a, const uint32_t* b, int64_t step
     RLHF_FAST_MULTIPLY()
   }
   const bool whole = target.rows == kPanel && target.columns == kPanel;
-  if (whole && target.add == nullptr && !target.turned) {
+  if (whole && target.first && target.add == nullptr && !target.turned) {
     const int64_t row = target.out_row * 4;
     _tile_stored(0, target.out, row);
     _tile_stored(1, target.out + kTile, row);
@@ -314,23 +154,27 @@ RLHF_FAST_TILES void multiply(const uint32_t* a, const uint32_t* b, int64_t step
     for (int64_t j = 0; j < columns; j += kTile) {
       const __mmask16 lanes = first_lanes(columns - j);
       __m512 sum = _mm512_load_ps(block + i * kPanel + j);
+      float* out = target.out + i * target.out_row + j;
+      if (!target.first) sum = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, out), sum);
       if (target.add != nullptr) {
         sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes, target.add + i * target.add_row + j));
       }
-      _mm512_mask_storeu_ps(target.out + i * target.out_row + j, lanes, sum);
+      _mm512_mask_storeu_ps(out, lanes, sum);
     }
   }
 }
 
-// Results of rows and columns that were packed as zeros, in fp32.
+// Results of rows and columns that were packed as zeros, in fp32. Those of a line with a NaN are NaN: in a
+// gradient of weights one token with a NaN has one in every row.
 class Exceptions {
  public:
   // Before the others are written: out may be what is added.
-  Exceptions(const Lines& a, const Lines& b, uint32_t rows, uint32_t columns, const Target& target)
-      : rows_(rows), columns_(columns), target_(target) {
+  Exceptions(const Lines& a, const Lines& b, Skipped rows, Skipped columns, const Target& target)
+      : rows_(rows.all), columns_(columns.all), target_(target) {
     each([&](int64_t i, int64_t j, float& value) {
-      float sum = 0.0f;
-      for (int64_t k = 0; k < a.depth; ++k) sum += *a.at(i, k) * *b.at(j, k);
+      const bool nan = (rows.nan >> i | columns.nan >> j) & 1;
+      float sum = nan ? __builtin_nanf("") : product(a, i, b, j);
+      if (!target.first) sum += *target.out_at(i, j);
       value = target.add == nullptr ? sum : sum + *target.add_at(i, j);
     });
   }
@@ -340,6 +184,20 @@ class Exceptions {
   }
 
  private:
+  static float product(const Lines& a, int64_t i, const Lines& b, int64_t j) {
+    const __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i of_a = _mm512_mullo_epi32(index, _mm512_set1_epi32(static_cast<int>(a.inner)));
+    const __m512i of_b = _mm512_mullo_epi32(index, _mm512_set1_epi32(static_cast<int>(b.inner)));
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t k = 0; k < a.depth; k += kTile) {
+      const __mmask16 lanes = first_lanes(a.depth - k);
+      const __m512 x = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, of_a, a.at(i, k), 4);
+      const __m512 y = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, of_b, b.at(j, k), 4);
+      sum = _mm512_fmadd_ps(x, y, sum);
+    }
+    return _mm512_reduce_add_ps(sum);
+  }
+
   template <class Visit>
   void each(const Visit& visit) {
     for (int64_t i = 0; i < target_.rows; ++i) {
@@ -362,7 +220,7 @@ struct Chunk {
   int64_t first_column, columns;  // of b
   int64_t steps;
   uint32_t* b;
-  uint32_t* skipped;  // of every panel of b
+  Skipped* skipped;  // of every panel of b
   bool turned;        // out and add are of the product's transpose
 
   Lines rows_at(int64_t row) const {
@@ -389,22 +247,25 @@ RLHF_FAST_TILES void multiply_panel(const Chunk& chunk, int64_t row) {
   const MatmulArgs& args = chunk.args;
   alignas(64) uint32_t a[kInner / kDepth * kStep];
   const Lines rows = chunk.rows_at(row);
-  uint32_t skipped;
+  Skipped skipped;
   pack(&rows, 1, a, 0, &skipped);
   const TileConfig config;
+  // The loads of tiles say nothing to the compiler of the memory that they read.
+  asm volatile("" ::: "memory");
   _tile_loadconfig(&config);
   for (int64_t column = 0; column < chunk.columns; column += kPanel) {
     const int64_t at = chunk.first_column + column;
-    Target target = {args.out,   args.out_row, args.add,
-                     args.add_row, rows.count, smaller(kPanel, chunk.columns - column), chunk.turned};
+    Target target = {args.out,     args.out_row, args.add,
+                     args.add_row, rows.count,   smaller(kPanel, chunk.columns - column),
+                     chunk.turned, chunk.begin == 0};
     target.out = target.out_at(row, at);
     if (args.add != nullptr) target.add = target.add_at(row, at);
-    if (chunk.begin > 0) {  // what came before stands there
-      target.add = target.out;
-      target.add_row = target.out_row;
+    // What is added comes last, unless out is it: then it is what the sum begins with.
+    if (args.add == args.out ? chunk.begin > 0 : chunk.begin + chunk.inner < args.inner) {
+      target.add = nullptr;
     }
-    const uint32_t also = chunk.skipped[column / kPanel];
-    if ((skipped | also) == 0) {
+    const Skipped also = chunk.skipped[column / kPanel];
+    if ((skipped.all | also.all) == 0) {
       multiply(a, chunk.panel(column), chunk.steps, target);
     } else {
       Exceptions exceptions(rows, chunk.columns_at(column), skipped, also, target);
@@ -440,7 +301,7 @@ void multiply_all(const MatmulArgs& args, bool turned) {
   const int64_t panels = kStepsOfB / ((deepest + kDepth - 1) / kDepth);
   const int64_t width = smaller(panels * kPanel, (args.columns + kPanel - 1) / kPanel * kPanel);
   uint32_t* memory = static_cast<uint32_t*>(args.scratch);
-  uint32_t* skipped = memory + kStepsOfB * kStep;
+  Skipped* skipped = reinterpret_cast<Skipped*>(memory + kStepsOfB * kStep);
   int64_t begin = 0;
   do {
     const int64_t inner = smaller(kInner, args.inner - begin);

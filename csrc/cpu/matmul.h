@@ -7,7 +7,7 @@
 namespace rlhf_fast {
 
 // Bytes of memory, on a line of the cache, that a product packs parts of b into.
-constexpr int64_t kMatmulScratch = 128 * (1536 + 1) * 4;
+constexpr int64_t kMatmulScratch = 128 * (1536 + 2) * 4;
 
 // out = a b (+ add), a [rows, inner], b [inner, columns]. Strides are in elements; of a and of b one
 // is 1. Adjacent elements of a row of out, and of add, which may be out; add_row 0: one row for all.

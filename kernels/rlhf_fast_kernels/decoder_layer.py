@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rlhf_fast_kernels import dispatch, native
 from rlhf_fast_kernels.layer_arguments import OP, LayerSettings, LayerWeights, check_layer
-from rlhf_fast_kernels.matmul import SGEMM, TILES
+from rlhf_fast_kernels.matmul import SGEMM, tiles
 from rlhf_fast_kernels.packed_attention import check_segments
 from rlhf_fast_kernels.reference.decoder_layer import decoder_layer as reference_layer
 from rlhf_fast_kernels.registry import is_plain
@@ -243,7 +243,7 @@ def _selftest(
 
 def _available(device: torch.device) -> str | None:
     reason = native.on_cpu("DecoderLayer", "tiles_usable")(device)
-    if reason is None and not TILES and not SGEMM:
+    if reason is None and not SGEMM and not tiles():
         return "this build of PyTorch shows no sgemm"
     return reason
 

@@ -6,18 +6,22 @@ x86 processors since Sapphire Rapids multiply bf16 tiles (AMX) at sixteen times 
 they multiply fp32. An fp32 number is the exact sum of three bf16 numbers; six of the nine products
 of two such sums make the product of fp32 to its last bit or so (csrc/cpu/matmul.cpp).
 
-Without gradient: ops call this inside their own forward and backward.
+`matmul` has no gradient: ops call it inside their own forward and backward. `linear` has, for
+layers whose parts run one by one: its products have the bits of those of `decoder_layer`.
 """
 
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_fast_kernels import native
+from rlhf_fast_kernels.registry import is_plain
 
 
 def _find_sgemm() -> int:
@@ -30,8 +34,16 @@ def _find_sgemm() -> int:
     return 0
 
 
-#: Whether the compiled module multiplies on the tile unit here.
-TILES = native.missing("matmul", "tiles_usable") is None and native.core().tiles_usable()
+@cache
+def tiles() -> bool:
+    """Whether the compiled module multiplies on the tile unit here.
+
+    The first call asks the system for it, for the whole process: threads then need signal stacks of
+    11 KB, and the system refuses while one has a smaller one.
+    """
+    return native.missing("matmul", "tiles_usable") is None and native.core().tiles_usable()
+
+
 #: Address of the BLAS product that PyTorch brings for itself, 0 if it shows none: C++ that runs a
 #: whole layer multiplies with it where there are no tiles.
 SGEMM = _find_sgemm()
@@ -51,7 +63,7 @@ def matmul(a: Tensor, b: Tensor, add: Tensor | None = None, out: Tensor | None =
     Raises:
         RuntimeError: what PyTorch raises for shapes and dtypes that do not fit.
     """
-    if TILES and _fits(a, b, add, out):
+    if tiles() and _fits(a, b, add, out):
         if out is None:
             out = a.new_empty(a.shape[0], b.shape[1])
         native.core().matmul(
@@ -75,13 +87,82 @@ def _fits(a: Tensor, b: Tensor, add: Tensor | None, out: Tensor | None) -> bool:
     if not (_of_a_product(a) and _of_a_product(b)) or a.shape[1] != b.shape[0]:
         return False
     shape = (a.shape[0], b.shape[1])
-    if out is not None and (out.shape != shape or not _of_a_product(out) or out.stride(1) != 1):
+    if out is not None and not (
+        out.shape == shape
+        and _of_a_product(out)
+        and out.stride(1) == 1
+        and (out.stride(0) >= shape[1] or shape[0] == 1)
+    ):
         return False
     if add is None:
         return True
     fits = add.shape in (shape, shape[1:]) and add.stride(-1) == 1
-    return fits and add.dtype == torch.float32 and add.device.type == "cpu"
+    return fits and _in_memory(add)
 
 
 def _of_a_product(x: Tensor) -> bool:
-    return x.dim() == 2 and x.dtype == torch.float32 and x.device.type == "cpu" and 1 in x.stride()
+    return _in_memory(x) and x.dim() == 2 and 1 in x.stride()
+
+
+def _in_memory(x: Tensor) -> bool:
+    """fp32 on the host, read as it lies, without a graph to be part of."""
+    return (
+        is_plain((x,))
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not x.is_neg()
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
+
+
+# ---- a linear layer -----------------------------------------------------------------------------
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = above.reshape(-1, above.shape[-1])
+        multiply = torch.mm if torch.is_grad_enabled() else matmul  # a gradient of the gradient
+        return (
+            multiply(rows, weight).view(x.shape) if of_x else None,
+            multiply(rows.t(), x.reshape(-1, x.shape[-1])) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return matmul(rows, weight.t(), bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, on tiles where they are, with gradients.
+
+    Args:
+        x: `[..., K]`. weight: `[M, K]`. bias: `[M]`.
+
+    Returns:
+        `[..., M]`.
+    """
+    given = (x, weight) if bias is None else (x, weight, bias)
+    if torch.compiler.is_compiling() or not (tiles() and _on_tiles(given)):
+        return torch.nn.functional.linear(x, weight, bias)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        out: Tensor = _Linear.apply(x, weight, bias)
+        return out
+    return _product(x, weight, bias)
+
+
+def _on_tiles(given: tuple[Tensor, ...]) -> bool:
+    return (
+        is_plain(given)
+        and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given)
+        and not torch.is_autocast_enabled("cpu")
+    )

@@ -63,7 +63,7 @@ class LiveRequests:
 
     def __init__(self, engine: HybridEngine, room: Room) -> None:
         self._engine = engine
-        self._room = room
+        self._base = self._room = room
         self._changed = threading.Condition()
         self._queue: deque[_Pending] = deque()
         self._running: dict[int, _Pending] = {}
@@ -147,7 +147,7 @@ class LiveRequests:
                     self._answer_given_up(None)
                     continue
                 self._serving = True
-                self._room = _larger(self._room, Room.of([self._queue[0].request]))
+                self._room = _larger(self._base, Room.of([self._queue[0].request]))
                 self._begun = False
             try:
                 with self._engine.serving(self._room, self._finished) as run:

@@ -113,7 +113,8 @@ def sampling_of(
         EnvironmentFault: RF7331, a setting that our generator lacks.
         GenerationError: RF4006, the prompt leaves no room for a token.
     """
-    rest = {k: v for k, v in asked.items() if k not in _OF_TEXTS and k not in ("logprobs", "seed")}
+    elsewhere = (*_OF_TEXTS, "logprobs", "seed")
+    rest = {k: v for k, v in asked.items() if k not in elsewhere and v is not None}
     faults = [f"{k}={rest[k]!r} (have {v!r})" for k, v in _OFF.items() if rest.get(k, v) != v]
     rest = {k: v for k, v in rest.items() if k not in _OFF}
     room = limit - prompt
@@ -126,6 +127,8 @@ def sampling_of(
     both = config.prompt_length + config.response_length
     tokens = rest.pop("max_new_tokens", min(config.response_length, both - prompt))
     tokens = rest.pop("max_tokens", tokens)
+    if tokens < 1:
+        faults.append(f"max_tokens={tokens} (have 1 or more)")
     stops = tuple(rest.pop("stop_token_ids", None) or ())
     if not rest.pop("ignore_eos", config.ignore_eos):
         stops = (*eos_ids, *stops)

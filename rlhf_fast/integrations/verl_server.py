@@ -85,6 +85,7 @@ class Server:
         self._allowed.set()
         self._unanswered: dict[str, Future[Answer]] = {}
         self._asked: Counter[int] = Counter()
+        self._updates = 0
         self._global_steps: int | None = None
 
     def _longest_sequence(self) -> int:
@@ -204,8 +205,8 @@ class Server:
     def _next_seed(self, prompt: tuple[int, ...]) -> int:
         key = derive_seed(*prompt)
         self._asked[key] += 1
-        steps = self._global_steps or 0
-        return derive_seed(self._config.seed, self._rank, steps, key, self._asked[key])
+        weights = (self._global_steps or 0, self._updates)  # steps alone may stand still
+        return derive_seed(self._config.seed, self._rank, *weights, key, self._asked[key])
 
     def _output(
         self, answer: Answer, logprobs: list[float] | None, steps: int | None = None
@@ -235,6 +236,7 @@ class Server:
             global_steps: of the trainer; None: as before.
         """
         self._complete = True
+        self._updates += 1
         self._asked.clear()
         if global_steps is not None:
             self._global_steps = global_steps

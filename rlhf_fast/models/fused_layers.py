@@ -5,7 +5,8 @@ the activations and another in backward. On a CPU in fp32 those passes take a qu
 forward and backward; inside `packed_attention_mode` the modules' `forward` is ours, with the same
 parameters and numbers up to rounding: a whole layer is one op, `decoder_layer`, where its
 projections are plain and nobody listens to its parts; elsewhere norm, MLP and attention each have a
-forward of ours, around projections that are called as they are, adapters and hooks included.
+forward of ours, around projections that are called as they are, adapters and hooks included, and
+whose products, where they are `torch.nn.Linear`s, have the bits of that op's.
 Outside the mode, and for a class that is not transformers' own, the model is stock.
 """
 
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 
 from rlhf_fast_kernels import LayerSettings, LayerWeights, decoder_layer, dispatch
 from rlhf_fast_kernels.layer_ops import rotary, swiglu, trained_rms_norm
+from rlhf_fast_kernels.matmul import linear
 
 FUSED_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-OPS = ("swiglu", "rotary", "trained_rms_norm", "decoder_layer")
+OPS = ("swiglu", "rotary", "trained_rms_norm")
 
 # An attention implementation as transformers calls it.
 Attend = Callable[..., tuple[Tensor, Any]]
@@ -61,6 +63,8 @@ def _collect(
         found.append((module, forward))
         if whole:
             return
+        if _is_stock(module, family, "MLP") or _is_stock(module, family, "Attention"):
+            _collect_linear(module, found)
     for child in module.children():
         _collect(child, family, attend, found)
 
@@ -76,6 +80,13 @@ def _forward_of(child: nn.Module, family: str, attend: Attend) -> tuple[Any, boo
     if _is_stock(child, family, "Attention"):
         return functools.partial(_attention, child, attend), False
     return None, False
+
+
+def _collect_linear(owner: nn.Module, found: list[tuple[nn.Module, Any]]) -> None:
+    """The linear layers in a part, those in adapters around them included."""
+    for module in owner.modules():
+        if type(module) is nn.Linear and "forward" not in vars(module):
+            found.append((module, functools.partial(_linear, module)))
 
 
 def _is_stock(part: nn.Module, family: str, name: str) -> bool:
@@ -102,6 +113,8 @@ def _is_plain_layer(layer: Any, family: str) -> bool:
         if name in _PROJECTIONS
     ]
     if len(projections) != len(_PROJECTIONS) or not all(type(p) is nn.Linear for p in projections):
+        return False
+    if dispatch.choose("decoder_layer", None, projections[0].weight).impl == "reference":
         return False
     parts = [(attention, "Attention"), (mlp, "MLP"), *((norm, "RMSNorm") for norm in norms)]
     if any(not _is_stock(part, family, name) for part, name in parts):
@@ -137,6 +150,10 @@ def _silu_types() -> tuple[type, ...]:
 
 def _norm(module: Any, hidden_states: Tensor) -> Tensor:
     return trained_rms_norm(hidden_states, module.weight, module.variance_epsilon)
+
+
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, module.weight, module.bias)
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Independent models on the cores of a CPU: each on its share of them, at the same time.
 
 Most operations of a small model are too short for two threads, and every one of them would wait for
-the slower. Two models side by side wait for each other once a microbatch. On an accelerator
+the slower. Two models side by side wait for each other once a minibatch. On an accelerator
 nothing is gained: one model fills it.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextvars
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -86,6 +86,7 @@ class SideBySide:
             for other in others:
                 other.result()
         finally:
+            wait(others)  # whatever stopped this thread: nobody computes on when it has returned
             torch.set_num_threads(threads)
         if failed:
             raise failed[min(failed)]

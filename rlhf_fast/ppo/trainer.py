@@ -295,11 +295,7 @@ class PPOLearner:
             passes.append(self._value_backward)
 
         def over_all(backward: Callable[[Microbatch], list[LossOutput]]) -> list[LossOutput]:
-            return [
-                replace(output, loss=output.loss.detach())  # lets go of the graph
-                for microbatch in microbatches
-                for output in backward(microbatch)
-            ]
+            return [output for microbatch in microbatches for output in backward(microbatch)]
 
         calls = [partial(over_all, backward) for backward in passes]
         for outputs in self.side_by_side.run(calls, microbatches[0].targets.device):
@@ -313,16 +309,16 @@ class PPOLearner:
         policy = self._policy_loss(microbatch, rows, reference)
         if self.trunk_critic is None or rows is None:
             policy.loss.backward()
-            return [policy]
+            return _without_graph(policy)
         value = self._value_loss(microbatch, self.trunk_critic.values_from(rows.hidden))
         (policy.loss + self.config.memory.value_coef * value.loss).backward()
-        return [policy, value]
+        return _without_graph(policy, value)
 
     def _value_backward(self, microbatch: Microbatch) -> list[LossOutput]:
         assert self.roles.critic is not None
         value = self._value_loss(microbatch, self.roles.critic.values(microbatch.sequences))
         value.loss.backward()
-        return [value]
+        return _without_graph(value)
 
     def _value_loss(self, microbatch: Microbatch, values: Tensor) -> LossOutput:
         return value_loss(microbatch, values, algorithm=self.config.algorithm)
@@ -447,3 +443,7 @@ class PPOLearner:
             self.budget.load_state_dict(state["token_budget"])
         for name, part in self.roles.checkpointed.items():
             part.load_state_dict(state[name])
+
+
+def _without_graph(*outputs: LossOutput) -> list[LossOutput]:
+    return [replace(output, loss=output.loss.detach()) for output in outputs]

@@ -20,11 +20,16 @@ from torch import nn
 from rlhf_fast.integrations import verl as adapter
 from tests.integrations import verl_loop
 from tests.integrations.peers import installed
-from tests.integrations.test_verl_replica import GREEDY, PROMPTS, require_greedy
-from tests.integrations.verl_loop import build_model
 
 installed("verl", "0.9.1")
 ray = pytest.importorskip("ray")
+
+from tests.integrations.test_verl_replica import (  # noqa: E402 - skips without verl
+    GREEDY,
+    PROMPTS,
+    require_greedy,
+)
+from tests.integrations.verl_loop import build_model  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 _PATHS = filter(None, [os.environ.get("PYTHONPATH")])

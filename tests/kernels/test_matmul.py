@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_fast_kernels.matmul import TILES, matmul
+from rlhf_fast_kernels.matmul import linear, matmul, tiles
 
-tiles_only = pytest.mark.skipif(not TILES, reason="no tile unit here: the product is PyTorch's")
+tiles_only = pytest.mark.skipif(not tiles(), reason="no tile unit here: the product is PyTorch's")
 SHAPES = [(1, 1, 1), (16, 32, 16), (33, 7, 17), (64, 128, 384), (45, 700, 130), (70, 300, 1100)]
 LAYOUTS = ["nn", "nt", "tn", "tt"]
 
@@ -62,7 +62,7 @@ def test_what_is_added_and_where_it_is_written(shape: tuple[int, int, int], layo
         assert (wide[:, 2 + columns :] == 7).all()
     total = added.clone()
     matmul(a, b, total, out=total)
-    assert torch.equal(total, matmul(a, b, added))
+    torch.testing.assert_close(total, matmul(a, b, added), rtol=1e-5, atol=1e-4)
 
 
 @tiles_only
@@ -103,7 +103,8 @@ def test_what_is_not_finite_stays_in_its_row_or_column(value: float, layout: str
     special[40], special[:, 7] = True, True
     torch.testing.assert_close(found[special], expected[special], equal_nan=True)
     assert not torch.isfinite(found[40]).any()
-    if TILES:
+    assert not torch.isfinite(found[:, 7]).any()
+    if tiles():
         assert torch.equal(found[~special], clean[~special])
 
 
@@ -142,3 +143,42 @@ def test_shapes_that_do_not_fit() -> None:
         matmul(torch.zeros(20, 30), torch.zeros(31, 20))
     with pytest.raises(RuntimeError):
         matmul(torch.zeros(20, 30), torch.zeros(30, 20), torch.zeros(3, 20))
+
+
+@pytest.mark.parametrize("wrong", ["neg", "grad", "overlapping out"])
+def test_what_has_no_plain_memory_goes_to_pytorch(wrong: str) -> None:
+    a, b = torch.randn(20, 30), torch.randn(30, 40)
+    if wrong == "neg":
+        torch.testing.assert_close(matmul(torch._neg_view(a), b), -a @ b)
+    elif wrong == "grad":
+        matmul(a.requires_grad_(), b).sum().backward()
+        torch.testing.assert_close(a.grad, b.sum(1).expand(20, 30))
+    else:
+        with pytest.raises(RuntimeError):
+            matmul(a, b, out=torch.zeros(1, 40).expand(20, 40))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_and_its_gradients(bias: bool) -> None:
+    x, weight = torch.randn(2, 9, 30), torch.randn(40, 30)
+    given = [x, weight, torch.randn(40)] if bias else [x, weight]
+    ours = [t.clone().requires_grad_() for t in given]
+    exact = [t.double().requires_grad_() for t in given]
+    out, truth = linear(*ours), torch.nn.functional.linear(*exact)
+    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
+    out.cos().sum().backward()
+    truth.cos().sum().backward()
+    for mine, theirs in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(linear(*ours), out)
+
+
+def test_gradients_of_the_gradients_of_a_linear_layer() -> None:
+    x, weight = (torch.randn(4, 4).requires_grad_() for _ in range(2))
+    (first,) = torch.autograd.grad(linear(x, weight).pow(2).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), weight)
+    (want,) = torch.autograd.grad(
+        torch.autograd.grad((x @ weight.t()).pow(2).sum(), x, create_graph=True)[0].sum(), weight
+    )
+    torch.testing.assert_close(second, want, rtol=1e-4, atol=1e-4)
