@@ -286,8 +286,8 @@ def linear_logprobs(
             rank's part to the caller (sequence parallelism reduce-scatters it).
         fused: forward in one Triton kernel that makes no logits at all, not even a chunk's, with
             `impl="triton"`; backward is chunked all the same.
-        impl: whose row kernels, see `rlhf_fast_kernels.dispatch`; the products are PyTorch's unless
-            fused.
+        impl: whose row kernels, see `rlhf_fast_kernels.dispatch`; unless fused the products are
+            those of `rlhf_fast_kernels.matmul` whatever the name.
 
     Returns:
         `(logprobs, entropy)` in nats, fp32, of labels' shape; entropy is None without

@@ -161,7 +161,7 @@ def ppo(plan: Plan, name: str, prompts: Path, *, kl_coef: float, steps: int) -> 
         critic_optim=_optim(1e-3, "constant"),
         total_steps=steps,
         microbatch_tokens=MICROBATCH_TOKENS,
-        # Two models need each other once a microbatch only, whoever else is at work on the cores.
+        # Two models need each other once a minibatch only, whoever else is at work on the cores.
         side_by_side=2,
         sample_every=10,
     )

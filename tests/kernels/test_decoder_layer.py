@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -281,3 +285,39 @@ def test_settings_that_do_not_fit(change: dict[str, Any], message: str) -> None:
     given = (layer.x.float(), layer.leaves(torch.float32), layer.cos.float(), layer.sin.float(), CU)
     with pytest.raises(ValueError, match=message):
         decoder_layer(*given, dataclasses.replace(SETTINGS, **change))
+
+
+NARROW = """
+import torch
+from rlhf_fast_kernels import LayerSettings, LayerWeights, decoder_layer
+
+settings = LayerSettings(head_dim=2, eps=1e-6, scale=1.0)
+cu, cos, sin = torch.tensor([0, 3], dtype=torch.int32), torch.randn(3, 2), torch.randn(3, 2)
+for hidden, inner in ((1, 5), (4, 1), (1, 1), (4, 0)):
+    shapes = ((hidden,), (2, hidden), (2, hidden), (2, hidden), (hidden, 2), (hidden,))
+    shapes += ((inner, hidden), (inner, hidden), (hidden, inner))
+    results = []
+    for impl in ("cpu", "reference"):
+        torch.manual_seed(0)
+        leaves = [torch.randn(s).requires_grad_() for s in ((3, hidden), *shapes)]
+        weights = LayerWeights(*leaves[1:])
+        out = decoder_layer(leaves[0], weights, cos, sin, cu, settings, impl=impl)
+        out.sin().sum().backward()
+        with torch.no_grad():
+            again = decoder_layer(leaves[0], weights, cos, sin, cu, settings, impl=impl)
+        results.append([out, again, *(x.grad for x in leaves)])
+    for mine, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
+"""
+
+
+def test_narrow_layers_by_the_blas_of_pytorch() -> None:
+    """Of a matrix with one row or column both strides are 1; BLAS refuses a wrong one silently."""
+    root = Path(__file__).resolve().parents[2]
+    environment = {"RLHF_FAST_ISA": "avx512", "PYTHONPATH": str(root / "kernels")}
+    done = subprocess.run(
+        [sys.executable, "-c", NARROW],
+        env=os.environ | environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "incorrect" not in done.stdout + done.stderr
