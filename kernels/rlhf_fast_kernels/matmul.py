@@ -121,7 +121,10 @@ def _in_memory(x: Tensor) -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.shape = x.shape
+        # Under adapters the weight is frozen: nobody reads x.
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return _product(x, weight, bias)
 
     @staticmethod
@@ -131,7 +134,7 @@ class _Linear(torch.autograd.Function):
         rows = above.reshape(-1, above.shape[-1])
         multiply = torch.mm if torch.is_grad_enabled() else matmul  # a gradient of the gradient
         return (
-            multiply(rows, weight).view(x.shape) if of_x else None,
+            multiply(rows, weight).view(ctx.shape) if of_x else None,
             multiply(rows.t(), x.reshape(-1, x.shape[-1])) if of_weight else None,
             rows.sum(0) if of_bias else None,
         )

@@ -174,6 +174,21 @@ def test_a_linear_layer_and_its_gradients(bias: bool) -> None:
         assert torch.equal(linear(*ours), out)
 
 
+def test_a_frozen_weight_keeps_no_input() -> None:
+    kept: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    x, weight = torch.randn(3, 4).requires_grad_(), torch.randn(5, 4)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = linear(x, weight)
+    assert [t.shape for t in kept] == [weight.shape]
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, 4))
+
+
 def test_gradients_of_the_gradients_of_a_linear_layer() -> None:
     x, weight = (torch.randn(4, 4).requires_grad_() for _ in range(2))
     (first,) = torch.autograd.grad(linear(x, weight).pow(2).sum(), x, create_graph=True)
