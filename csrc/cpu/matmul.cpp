@@ -86,9 +86,23 @@ inline void transpose_block(float* block) {
     _tile_dpbf16ps(3, 5, 7);  \
   }
 
+// All products of parts but that of the leading ones.
+#define RLHF_FAST_SMALLER(LOAD_FIRST, LOAD_SECOND) \
+  LOAD_FIRST(0);                                   \
+  LOAD_SECOND(2);                                  \
+  RLHF_FAST_MULTIPLY()                             \
+  LOAD_SECOND(1);                                  \
+  RLHF_FAST_MULTIPLY()                             \
+  LOAD_FIRST(1);                                   \
+  RLHF_FAST_MULTIPLY()                             \
+  LOAD_SECOND(0);                                  \
+  RLHF_FAST_MULTIPLY()                             \
+  LOAD_FIRST(2);                                   \
+  RLHF_FAST_MULTIPLY()
+
 // 32 x 32 of the result, or less. The products of leading parts come last, over all of inner: a sum
 // is rounded at each step, and the smaller ones are not to be rounded at the size of the result.
-// A turned product takes the five smaller ones in the other order, which is the same order for a and b.
+// A turned product has a and b in each other's place, and takes the smaller ones in the same order of them.
 RLHF_FAST_TILES void multiply(const uint32_t* a, const uint32_t* b, int64_t steps,
                               const Target& target) {
   const bool two_rows = target.rows > kTile;
@@ -97,33 +111,11 @@ RLHF_FAST_TILES void multiply(const uint32_t* a, const uint32_t* b, int64_t step
   _tile_zero(2);
   _tile_zero(3);
   const uint32_t *const first_a = a, *const first_b = b;
-  if (target.turned) {
-    for (int64_t k = 0; k < steps; ++k, a += kStep, b += kStep) {
-      RLHF_FAST_LOAD_A(2);
-      RLHF_FAST_LOAD_B(0);
-      RLHF_FAST_MULTIPLY()
-      RLHF_FAST_LOAD_A(1);
-      RLHF_FAST_MULTIPLY()
-      RLHF_FAST_LOAD_B(1);
-      RLHF_FAST_MULTIPLY()
-      RLHF_FAST_LOAD_A(0);
-      RLHF_FAST_MULTIPLY()
-      RLHF_FAST_LOAD_B(2);
-      RLHF_FAST_MULTIPLY()
-    }
-  } else {
-    for (int64_t k = 0; k < steps; ++k, a += kStep, b += kStep) {
-      RLHF_FAST_LOAD_A(0);
-      RLHF_FAST_LOAD_B(2);
-      RLHF_FAST_MULTIPLY()
-      RLHF_FAST_LOAD_B(1);
-      RLHF_FAST_MULTIPLY()
-      RLHF_FAST_LOAD_A(1);
-      RLHF_FAST_MULTIPLY()
-      RLHF_FAST_LOAD_B(0);
-      RLHF_FAST_MULTIPLY()
-      RLHF_FAST_LOAD_A(2);
-      RLHF_FAST_MULTIPLY()
+  for (int64_t k = 0; k < steps; ++k, a += kStep, b += kStep) {
+    if (target.turned) {
+      RLHF_FAST_SMALLER(RLHF_FAST_LOAD_B, RLHF_FAST_LOAD_A)
+    } else {
+      RLHF_FAST_SMALLER(RLHF_FAST_LOAD_A, RLHF_FAST_LOAD_B)
     }
   }
   a = first_a;
@@ -221,7 +213,7 @@ struct Chunk {
   int64_t steps;
   uint32_t* b;
   Skipped* skipped;  // of every panel of b
-  bool turned;        // out and add are of the product's transpose
+  bool turned;       // out and add are of the product's transpose
 
   Lines rows_at(int64_t row) const {
     return {args.a + row * args.a_row + begin * args.a_inner,

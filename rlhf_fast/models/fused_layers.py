@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rlhf_fast_kernels import LayerSettings, LayerWeights, decoder_layer, dispatch
 from rlhf_fast_kernels.layer_ops import rotary, swiglu, trained_rms_norm
-from rlhf_fast_kernels.matmul import linear
+from rlhf_fast_kernels.matmul import linear, tiles
 
 FUSED_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 OPS = ("swiglu", "rotary", "trained_rms_norm")
@@ -63,7 +63,8 @@ def _collect(
         found.append((module, forward))
         if whole:
             return
-        if _is_stock(module, family, "MLP") or _is_stock(module, family, "Attention"):
+        # Elsewhere PyTorch's product is the one that a whole layer has.
+        if tiles() and any(_is_stock(module, family, name) for name in ("MLP", "Attention")):
             _collect_linear(module, found)
     for child in module.children():
         _collect(child, family, attend, found)
