@@ -57,7 +57,14 @@ class Ended:
 
 
 def run(
-    group: str, preset: str, out: Path, *, names: Sequence[str] = (), threads: int | None = None
+    group: str,
+    preset: str,
+    out: Path,
+    *,
+    names: Sequence[str] = (),
+    threads: int | None = None,
+    trl_python: str | None = None,
+    resume: bool = False,
 ) -> int:
     """Run the benches of a group and show what they found.
 
@@ -67,12 +74,14 @@ def run(
         out: folder of the reports and of the page; made if missing.
         names: benches of the group to run, all if empty.
         threads: of torch on the CPU; the bench's own choice if None.
+        trl_python: interpreter of the environment that has TRL; this one if None.
+        resume: benches that ended well in `out`, with the same arguments, are not run again.
 
     Returns:
         The exit code: 1 if a bench failed or an error gate did, 130 after Ctrl-C, otherwise 0.
 
     Raises:
-        ConfigError: RF1070, no bench of that name in the group.
+        ConfigError: RF1070, no bench of that name in the group; RF1072, no such interpreter.
         EnvironmentFault: RF7030, the preset needs a GPU; RF7901, `out` cannot be written.
     """
     benches = chosen(group, names)
@@ -85,8 +94,17 @@ def run(
             expected=", ".join(bench.name for bench in chosen(group)),
             remedy="correct the name",
         )
+    if trl_python is not None and shutil.which(trl_python) is None:
+        raise ConfigError(
+            "RF1072",
+            f"no program {trl_python}",
+            where="--trl-python",
+            expected="a Python interpreter, for example trl-env/bin/python",
+            remedy="correct the path",
+        )
     _require_device(preset)
     _require_folder(out / "logs")
+    before = _ended_well(out) if resume else {}
     device = torch.device(PRESETS[preset].device)
     facts = environment(threads or torch.get_num_threads(), device)
     print_environment(facts)
@@ -96,9 +114,17 @@ def run(
     try:
         with ProgressDisplay().bar("bench", len(benches)) as bar:
             for bench in benches:
-                ended.append(_run_one(bench, preset, out, threads, bar))
+                arguments = _arguments(bench, preset, threads, trl_python)
+                again = before.get(bench.name)
+                if again is not None and again.command == arguments:
+                    ended.append(again)
+                    print(f"{bench.name}: kept", flush=True)
+                else:
+                    ended.append(_run_one(bench, preset, out, arguments, bar))
+                    print(
+                        f"{bench.name}: {ended[-1].status}, {ended[-1].seconds:.0f} s", flush=True
+                    )
                 bar.advance()
-                print(f"{bench.name}: {ended[-1].status}, {ended[-1].seconds:.0f} s", flush=True)
                 _write_summary(out, preset, facts, ended)
     except KeyboardInterrupt:
         stopped = True  # what was measured until now is shown
@@ -148,18 +174,38 @@ def _require_folder(folder: Path) -> None:
         ) from error
 
 
-def _run_one(bench: Bench, preset: str, out: Path, threads: int | None, bar: ProgressBar) -> Ended:
-    ended = Ended(bench.name, bench.group, OK)
+def _ended_well(out: Path) -> dict[str, Ended]:
+    """Of an earlier run into this folder, by name, with what they measured."""
+    summary = _report(out / SUMMARY_NAME) or {}
+    found = {}
+    for one in summary.get("benches", []):
+        report = _report(out / f"{one['name']}.json")
+        if one["status"] == OK and report is not None:
+            found[one["name"]] = Ended(**one, report=report)
+    return found
+
+
+def _arguments(bench: Bench, preset: str, threads: int | None, trl_python: str | None) -> list[str]:
+    """Of the interpreter; none if the bench is not to be run."""
+    if not bench.present or preset not in bench.arguments:
+        return []
+    arguments = bench.command(preset, __package__)
+    if threads is not None and bench.threads:
+        arguments += ["--threads", str(threads)]
+    if trl_python is not None and bench.trl:
+        arguments += ["--trl-python", trl_python]
+    return arguments
+
+
+def _run_one(bench: Bench, preset: str, out: Path, arguments: list[str], bar: ProgressBar) -> Ended:
+    ended = Ended(bench.name, bench.group, OK, command=arguments)
     if not bench.present:
         ended.status = ABSENT
-    elif preset not in bench.arguments:
+    elif not arguments:
         ended.status = f"no part in {preset}"
     if ended.status != OK:
         return ended
     log = out.resolve() / "logs" / f"{bench.name}.log"
-    ended.command = bench.command(preset, __package__)
-    if threads is not None and bench.threads:
-        ended.command += ["--threads", str(threads)]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, *ended.command, "--json", str(report)]

@@ -60,6 +60,7 @@ def build_page(
         html.section("Generation by batch", html.charts(_generation(reports))),
         html.section("A PPO step: where the time goes", html.charts(_steps(reports))),
         html.section("Memory by phase and role", html.charts(_memory(reports))),
+        html.section("Reward against time", html.charts(_learning(reports))),
         html.section("Ranks", html.charts(_ranks(reports))),
         html.section("Growth", html.charts(_growth(reports), small=True)),
         html.section("Figures", *_tables(reports)),
@@ -129,20 +130,31 @@ def _limits(reports: Reports) -> list[str]:
     """One chart an op: part of the matrix products' or the memory's rate, whichever binds it."""
     figures = []
     for name, report in reports.items():
+        rows = [row for row in report.get("rows", []) if row.get("ours")]
+        cases = [row["case"] for row in rows]
         bars: list[Bar] = []
-        for row in report.get("rows", []):
-            by_product = row.get("of_matmul")
-            part = by_product or row.get("of_bandwidth")
-            if row.get("ours") and part:
-                limit = "matmul" if by_product else "bandwidth"
-                behind = f"{part:.0%} of {limit}"
+        for row in rows:
+            products, traffic = _share_of_products(row, report), row.get("of_bandwidth") or 0.0
+            part = max(products, traffic)
+            if part > 0.0:
+                bound = products >= traffic
+                behind = f"{part:.0%} of {'matmul' if bound else 'bandwidth'}"
                 if row.get("gain"):
                     behind += f", {row['gain']:.1f}x"
-                bar = Part(row["case"], part, 1 if by_product else 3)
-                bars.append((row["case"], [bar], behind))
+                alone = cases.count(row["case"]) == 1
+                label = row["case"] if alone else f"{row['case']}: {row['contender']}"
+                bars.append((label, [Part(label, part, 1 if bound else 3)], behind))
         if bars:
             figures.append(bars_figure(f"{name}: share of the limit, gain on the best peer", bars))
     return figures
+
+
+def _share_of_products(row: Json, report: Json) -> float:
+    """Of the rate of matrix products beside the row or, without a probe there, before and after."""
+    if row.get("of_matmul"):
+        return float(row["of_matmul"])
+    rates = [rate for _, rate in _rates(report)]
+    return (row.get("tflops") or 0.0) / statistics.median(rates) if rates else 0.0
 
 
 # ---- generation, steps, memory, ranks -----------------------------------------------------------
@@ -218,7 +230,7 @@ def _extra(name: str, case: Json) -> str:
     """Peak beyond the models in each phase, a bar for each side."""
     sides = list(case["rows"])
     bars: list[Bar] = [
-        (f"{side}: {phase}", [Part(phase, size, index % 6 + 1)], f"{size:.3g} MiB")
+        (f"{side}: {phase}", [Part(phase, size, index % 6 + 1)], bytes_text(size * MIB))
         for index, side in enumerate(sides)
         for phase, size in case["rows"][side]["extra_mib"].items()
         if size > 0.0
@@ -229,6 +241,33 @@ def _extra(name: str, case: Json) -> str:
 def bytes_text(size: float) -> str:
     """`3.2 GiB`, `140 MiB`."""
     return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / MIB:.3g} MiB"
+
+
+def _learning(reports: Reports) -> list[str]:
+    """A chart an algorithm: rewards of the batches of each side, means over the seeds."""
+    return [
+        line_chart(
+            f"{found['algorithm']}: mean reward of a batch over {len(runs)} seeds",
+            [
+                Series(side, _mean_curve(found["runs"][side]), index % 6 + 1)
+                for index, side in enumerate(found["rows"])
+            ],
+            Axis("seconds of training"),
+            Axis("reward"),
+        )
+        for report in reports.values()
+        for found in report.get("algorithms", [])
+        for runs in [next(iter(found["runs"].values()))]
+    ]
+
+
+def _mean_curve(runs: Sequence[Json]) -> list[tuple[float, float]]:
+    """Seconds and reward of the batches of the same number, means over the runs."""
+    batches = zip(*(run["points"] for run in runs), strict=True)
+    return [
+        (statistics.mean(p[0] for p in batch), statistics.mean(p[2] for p in batch))
+        for batch in batches
+    ]
 
 
 def _ranks(reports: Reports) -> list[str]:

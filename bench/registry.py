@@ -44,6 +44,7 @@ class Bench:
         limit: seconds that it may take.
         threads: it takes `--threads`.
         ranks: processes under torchrun; 0: it is started as it is.
+        trl: it takes `--trl-python`.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Bench:
     limit: float = 900.0
     threads: bool = True
     ranks: int = 0
+    trl: bool = False
 
     def command(self, preset: str, package: str) -> list[str]:
         """Arguments of the interpreter that run it in a preset; `package` is the name of ours."""
@@ -75,10 +77,10 @@ def _kernel(name: str, tiny: str) -> Bench:
     return Bench(name, "kernels", f"kernels.bench_{name}", arguments)
 
 
-def _step(name: str, group: str, limit: float) -> Bench:
+def _step(name: str, group: str, limit: float, *, trl: bool = True) -> Bench:
     presets = {"tiny": "tiny", "quick": "tiny", "cpu": "cpu"}
     arguments = {key: ("--preset", value) for key, value in presets.items()}
-    return Bench(name, group, f"ppo.bench_{name}", arguments, limit)
+    return Bench(name, group, f"ppo.bench_{name}", arguments, limit, trl=trl)
 
 
 GENERATE = {
@@ -125,7 +127,7 @@ BENCHES = (
     _kernel("decoder_layer", "--case 2x6x16x24x2x1"),
     Bench("generate", "generate", "engine.bench_generate", _words(GENERATE), 3000.0),
     _step("step", "step", 3000.0),
-    _step("memory", "memory", 1800.0),
+    _step("memory", "memory", 1800.0, trl=False),
     _step("learning", "learning", 7200.0),
     Bench("distributed_step", "distributed", "distributed.bench_step", _words(RANKS), 900.0),
     Bench(

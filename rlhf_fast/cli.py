@@ -257,6 +257,12 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, default=None, metavar="N", help="of torch on the CPU"
     )
     parser.add_argument(
+        "--trl-python", metavar="PYTHON", help="interpreter that has TRL; default: this one"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what went well in --out, run the rest"
+    )
+    parser.add_argument(
         "--compare",
         nargs=2,
         type=Path,
@@ -362,6 +368,8 @@ def _bench(options: argparse.Namespace) -> int:
         options.out,
         names=options.only,
         threads=options.threads,
+        trl_python=options.trl_python,
+        resume=options.resume,
     )
     return done
 

@@ -12,7 +12,7 @@ Responses end when the policy ends them, so the sides may draw different numbers
 reward compared is that at equal tokens: the mean over the last quarter of the rollout batches that
 both sides reached within the smaller of their token counts. Intervals are 95 % over seeds
 (Student's t). `seconds to` is when a side's reward, averaged over a quarter of the run, first
-reached what the worse of the two ended with.
+reached what the worse of the two has at equal tokens with the same seed; the median over seeds.
 """
 
 from __future__ import annotations
@@ -99,11 +99,11 @@ def summaries(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]
         side: [reward_within(found[s]["points"], equal[s]) for s in seeds]
         for side, found in runs.items()
     }
-    worst = min(statistics.mean(values) for values in rewards.values())
+    worse = [min(values) for values in zip(*rewards.values(), strict=True)]
     rows = {}
     for side, found in runs.items():
         mean, half = interval(rewards[side])
-        reached = [seconds_to(one["points"], worst) for one in found]
+        reached = [seconds_to(found[s]["points"], worse[s]) for s in seeds]
         rows[side] = {
             "reward": mean,
             "reward_interval": half,

@@ -229,7 +229,8 @@ def number_text(value: float) -> str:
     if value == 0.0 or not math.isfinite(value):
         return "0" if value == 0.0 else "n/a"
     if 1e-4 <= abs(value) < 1e5:
-        return f"{value:.4g}"
+        text = f"{value:.4g}"
+        return f"{float(text):.0f}" if "e" in text else text
     return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e")
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,38 +215,6 @@ def test_figures_that_a_report_brings_itself_are_taken() -> None:
     assert figure == Figure("c", "seconds", 1.5, "s")
 
 
-def test_the_page_draws_all_committed_results_and_loads_nothing(tmp_path: Path) -> None:
-    reports = {path.stem: figures.read_report(path) for path in RESULTS.glob("*.json")}
-    reports["growth"] = report(
-        {
-            "subject": "op", "axis": "rows", "sizes": [1, 2, 4], "time_order": 1.0,
-            "milliseconds": [[1.0], [2.0], [4.0]], "expected_time": 1.0, "bytes": [None] * 3,
-        }
-    )  # fmt: skip
-    memory = {"load": {"actor": 3 << 20}, "update": {"actor": 9 << 20, "critic": 1 << 20}}
-    split = {"generate": 1.0, "update": 2.0, "step": 3.0}
-    reports["steps"] = report({"case": "1b", "phases": split, "memory": memory})
-    statuses = [(name, "kernels", "ok", 1.0) for name in reports] + [("x", "step", "<b>", 0.0)]
-    out = page.build_page(reports, statuses, FACTS, "cpu", tmp_path / "report.html")
-    shown = Page(out.read_text(encoding="utf-8"))
-    for heading in (
-        *("roofline", "share of the machine", "Generation by batch", "where the time goes"),
-        *("Memory by phase and role", "Ranks", "Growth", "Figures", "Machine"),
-    ):
-        assert heading in shown.text, heading
-    assert "a <processor>" in shown.text
-    assert "actor: 9 MiB" in shown.text
-    assert "generate: 1.0 s" in shown.text
-    assert "<b>" in shown.cells
-
-
-def test_a_page_of_nothing_is_a_page(tmp_path: Path) -> None:
-    out = page.build_page(
-        {}, [("x", "step", "failed", 0.0)], FACTS, "cpu", tmp_path / "report.html"
-    )
-    assert "failed" in Page(out.read_text(encoding="utf-8")).text
-
-
 # ---- the run ------------------------------------------------------------------------------------
 
 SCRIPT = """
@@ -333,6 +302,35 @@ def test_a_group_and_names_choose_and_a_good_run_is_exit_code_0(benches: Path) -
     chosen = ["bench", "kernels", "--preset", "tiny", "--out", str(benches), "--only", "good"]
     assert cli.main(chosen) == 0
     assert {path.name for path in benches.glob("*.json")} == {"good.json", "summary.json"}
+
+
+def test_what_went_well_is_kept_and_the_rest_is_run_again(
+    benches: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = ["bench", "kernels", "--preset", "tiny", "--out", str(benches), "--only"]
+    assert cli.main([*chosen, "good", "broken"]) == 1
+    shutil.copyfile(registry.HERE / "good.py", registry.HERE / "broken.py")
+    (registry.HERE / "good.py").write_text("raise RuntimeError('run again')", encoding="utf-8")
+    capsys.readouterr()
+    assert cli.main([*chosen, "good", "broken", "--resume"]) == 0
+    out = capsys.readouterr().out
+    assert "good: kept" in out
+    assert "good: [4, 8] fp32, ours" in out  # its figures stand in the table
+    assert "broken: ok" in out
+    assert cli.main([*chosen, "good", "--resume", "--threads", "1"]) == 1, "other arguments"
+
+
+def test_the_interpreter_of_trl_goes_to_the_benches_that_take_it(
+    benches: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taking = tuple(replace(bench, trl=True) for bench in registry.BENCHES)
+    monkeypatch.setattr(registry, "BENCHES", taking)
+    chosen = ["bench", "kernels", "--preset", "tiny", "--out", str(benches), "--only", "good"]
+    assert cli.main([*chosen, "--trl-python", sys.executable]) == 0
+    kept = json.loads((benches / "good.json").read_text())
+    assert kept["environment"]["arguments"][1:3] == ["--trl-python", sys.executable]
+    assert cli.main([*chosen, "--trl-python", "no/such/python"]) == 2
+    assert "RF1072: no program no/such/python" in capsys.readouterr().err
 
 
 def test_a_name_of_another_group_is_refused(

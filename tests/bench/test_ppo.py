@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig
 
 from bench.figures import figures_of
+from bench.page import build_page
 from bench.ppo import bench_learning, bench_memory, bench_step, flops, meter, profile_step, trl_step
 from bench.ppo.case import PAD, PRESETS, build_models
 from bench.ppo.learn_ours import run
@@ -226,6 +227,22 @@ def test_rewards_are_compared_at_equal_tokens() -> None:
 def test_intervals_are_students() -> None:
     mean, half = bench_learning.interval([1.0, 2.0, 3.0])
     assert (mean, round(half, 2)) == (2.0, round(4.30 / math.sqrt(3), 2))
+
+
+def test_learning_has_figures_and_a_curve(tmp_path: Path) -> None:
+    runs = {
+        side: [{"points": [[slow, 10, 0.5], [2 * slow, 20, top]], "seconds": 2 * slow}] * 2
+        for side, slow, top in (("ours", 1.0, 1.5), ("trl", 3.0, 1.25))
+    }
+    found = {"algorithm": "rloo", "rows": bench_learning.summaries(runs), "runs": runs}
+    report = {"environment": {}, "algorithms": [found]}
+    ours, seconds, *_ = figures_of(report)
+    assert (ours.case, ours.value, ours.low) == ("rloo, ours", 1.5, 1.5)
+    assert (seconds.what, seconds.value) == ("seconds to the worse side's reward", 2.0)
+    out = build_page({"learning": report}, [], {}, "cpu", tmp_path / "report.html")
+    shown = out.read_text(encoding="utf-8")
+    assert "rloo: mean reward of a batch over 2 seeds" in shown
+    assert "seconds of training" in shown
 
 
 def test_the_rule_as_a_module_says_what_the_rule_says() -> None:

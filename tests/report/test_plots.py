@@ -185,7 +185,8 @@ def test_ticks_are_round_even_and_within_the_range(low: float, width: float) -> 
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.0, "0"), (1.0, "1"), (0.12346, "0.1235"), (5e-4, "0.0005"), (1e-6, "1e-6"),
-     (1.26e-6, "1.3e-6"), (2.5e7, "2.5e7"), (math.nan, "n/a"), (-3.0, "-3")],
+     (1.26e-6, "1.3e-6"), (2.5e7, "2.5e7"), (math.nan, "n/a"), (-3.0, "-3"),
+     (5e4, "50000"), (12344.0, "12340")],
 )  # fmt: skip
 def test_number_text(value: float, text: str) -> None:
     assert number_text(value) == text
