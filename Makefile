@@ -50,9 +50,10 @@ $(PEERS_READY): Makefile $(READY)
 	$(PEERS)/bin/python -m pip install --quiet "$(TORCH)"
 	$(PEERS)/bin/python -m pip install --quiet trl==1.16.0 peft rich omegaconf requests pandas \
 		colorlog einops hjson msgpack ninja psutil py-cpuinfo pydantic ray tensordict codetiming \
-		torchdata hydra-core orjson pillow cachetools uvicorn fastapi aiohttp pytest pytest-timeout hypothesis
+		torchdata hydra-core orjson pillow cachetools uvicorn fastapi aiohttp pyzmq msgspec \
+		prometheus_client pytest pytest-timeout hypothesis
 	DS_BUILD_OPS=0 $(PEERS)/bin/python -m pip install --quiet --no-deps \
-		verl==0.9.1 openrlhf==0.11.2 areal==1.0.4 deepspeed==0.19.8
+		verl==0.9.1 TransferQueue==0.1.11 openrlhf==0.11.2 areal==1.0.4 deepspeed==0.19.8
 	$(PEERS)/bin/python -m pip install --quiet --no-deps --target $(TRL_OLD) trl==1.12.0
 	@touch $@
 
