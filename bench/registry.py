@@ -74,7 +74,8 @@ def _kernel(name: str, tiny: str) -> Bench:
     smallest = (*tiny.split(), "--repeats", "1")
     arguments: dict[str, Sequence[str]] = {"tiny": smallest, "quick": ("--quick",), "cpu": ()}
     arguments["h200"] = ("--device", "cuda")
-    return Bench(name, "kernels", f"kernels.bench_{name}", arguments)
+    # Peers are compiled for every case, which takes long beside other work.
+    return Bench(name, "kernels", f"kernels.bench_{name}", arguments, limit=1800.0)
 
 
 def _step(name: str, group: str, limit: float, *, trl: bool = True) -> Bench:
