@@ -68,7 +68,7 @@ from rlhf_fast.engine.settings import (
     padded_slots,
 )
 from rlhf_fast.engine.sharded_views import Weights, WeightView, require_path
-from rlhf_fast.engine.stopping import Decode, stops_of
+from rlhf_fast.engine.stopping import Decode, require_decode, stops_of
 from rlhf_fast.engine.weights import AliasedWeights
 from rlhf_fast.errors import DivergedGeneration, GenerationError
 from rlhf_fast.protocols import FinishedScorer
@@ -332,13 +332,15 @@ class HybridEngine(EngineFacts, Modes):
         """Refuse what cannot be generated.
 
         Raises:
-            GenerationError: as `check_requests`.
+            GenerationError: as `check_requests`; RF4002, stop strings without a tokenizer.
         """
         model = unwrapped(self.module)
         parallel = None if self.view is None else self.view.parallel
         rows = model.get_input_embeddings().weight.shape[0]
         vocab = int(rows) if parallel is None else parallel.vocabulary
         check_requests(requests, vocab, context_limit(model.config))
+        for request in requests:
+            require_decode(request.sampling.stop_strings, self._decode)
 
     @contextmanager
     def _generating(self) -> Iterator[None]:

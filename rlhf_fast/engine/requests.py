@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.engine.sampling_params import validate_sampling
+from rlhf_fast.engine.sampling_params import is_int64, validate_sampling
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.types import PromptBatch, Rollout, SamplingParams
 
@@ -141,11 +141,21 @@ def check_requests(requests: Sequence[Request], vocab: int, positions: int | Non
         positions: longest sequence the model reads; None: no limit.
 
     Raises:
-        GenerationError: RF4001 sampling, RF4005 empty prompt, RF4006 too long, RF4009 unknown id.
+        GenerationError: RF4001 sampling, RF4004 a seed that is none, RF4005 empty prompt, RF4006
+            too long, RF4009 unknown id.
     """
-    for sampling in {request.sampling for request in requests}:
+    # What is wrong may not even have a hash.
+    for sampling in {id(request.sampling): request.sampling for request in requests}.values():
         validate_sampling(sampling, vocab)
     for request in requests:
+        strange = [seed for seed in request.seeds if not is_int64(seed)]
+        if strange:
+            raise GenerationError(
+                "RF4004",
+                f"{strange[0]!r} is no seed",
+                where=request.name,
+                expected="integers of 64 bits with a sign, one for every sample",
+            )
         length, new_tokens = len(request.prompt), request.sampling.max_new_tokens
         if length == 0:
             raise GenerationError(

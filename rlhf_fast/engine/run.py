@@ -273,7 +273,8 @@ class Run:
             )
             for row in rows
         ]
-        alone = len(source) == len(jobs)
+        # A job that found no room has no row, one that has samples to spare has several.
+        alone = source == list(range(len(jobs)))
         first = self.rows.count
         self.rows.add(new, logits if alone else logits[torch.tensor(source, device=logits.device)])
         self._copy_tables()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -36,6 +37,9 @@ class EngineSettings:
             rollouts.
         attention: what attends on the fused path, one of `attention_backends.NAMES`, or auto.
         cuda_graphs: record decoding steps on a GPU; see `decode_graphs`.
+
+    Raises:
+        GenerationError: RF4038, a size below its least.
     """
 
     path: str = "auto"
@@ -48,6 +52,21 @@ class EngineSettings:
     keep_memory: bool = False
     cuda_graphs: bool = True
     attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        least = {"max_batch": 1, "kv_bytes": 0, "page_size": 0, "prefill_tokens": 1, "burst": 0}
+        faults = [
+            f"{name}={value!r}: an integer, at least {low}"
+            for name, low in least.items()
+            if not (isinstance(value := getattr(self, name), Integral) and int(value) >= low)
+        ]
+        if faults:
+            raise GenerationError(
+                "RF4038",
+                f"{len(faults)} size{'s' if len(faults) > 1 else ''} with which nothing can run",
+                where="EngineSettings",
+                expected="; ".join(faults),
+            )
 
 
 def engine_settings(config: EngineConfig, max_batch: int) -> EngineSettings:

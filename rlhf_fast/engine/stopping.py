@@ -31,6 +31,21 @@ def stops_of(module: nn.Module, tokenizer: Any) -> tuple[list[int], Decode]:
     return [i for i in ids if i is not None], decode
 
 
+def require_decode(strings: Sequence[str], decode: Decode | None) -> None:
+    """Refuse stop strings where nothing can decode.
+
+    Raises:
+        GenerationError: RF4002.
+    """
+    if strings and decode is None:
+        raise GenerationError(
+            "RF4002",
+            "stop_strings need a tokenizer to decode with",
+            where="SamplingParams.stop_strings",
+            remedy="build the engine with HybridEngine.from_tokenizer, or pass decode=",
+        )
+
+
 class StopRule:
     """Decides after every token which responses are complete.
 
@@ -53,13 +68,7 @@ class StopRule:
     ) -> None:
         self._ids = torch.tensor(sorted(set(token_ids)), dtype=torch.int64, device=device)
         self._strings = tuple(strings)
-        if self._strings and decode is None:
-            raise GenerationError(
-                "RF4002",
-                "stop_strings need a tokenizer to decode with",
-                where="SamplingParams.stop_strings",
-                remedy="build the engine with HybridEngine.from_tokenizer, or pass decode=",
-            )
+        require_decode(self._strings, decode)
         self._decode = decode
         # A token yields at least one byte of text, so this many tokens hold any match that the
         # newest one completes; the margin covers tokens that decode to nothing.

@@ -529,3 +529,24 @@ def test_reports_that_are_not_due_are_not_made(path: str) -> None:
     assert engine.last is not None
     assert engine.last.tokens == tokens
     assert engine.last.tokens_per_second > 0
+
+
+def test_a_job_that_finds_no_room_lends_its_logits_to_nobody(path: str) -> None:
+    """Of two jobs of one prefill, one starts two samples and the other none: two rows, two jobs."""
+    module = build()
+    full = Request((5, 6, 7, 8), SamplingParams(4, temperature=0.0), (1, 2))
+    begun = Request((9, 10, 11, 12, 13), SamplingParams(3, temperature=0.0), (3,))
+    tight = engine_for(module, path, kv_bytes=bytes_of_pages(5)).complete([full, begun])
+    alone = engine_for(module, path).complete([full])
+    for sample in range(2):
+        length = int(alone.lengths[sample])
+        assert tight.tokens[sample, :length].tolist() == alone.tokens[sample, :length].tolist()
+        torch.testing.assert_close(tight.raw_logprobs[sample], alone.raw_logprobs[sample])
+
+
+@pytest.mark.parametrize(
+    "size", [{"max_batch": 0}, {"prefill_tokens": 0}, {"page_size": -1}, {"max_batch": 2.5}]
+)
+def test_sizes_with_which_nothing_can_run_are_refused(size: dict[str, Any]) -> None:
+    with pytest.raises(GenerationError, match=rf"RF4038[\s\S]*{next(iter(size))}"):
+        EngineSettings(**size)

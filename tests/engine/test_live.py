@@ -196,6 +196,10 @@ def test_a_request_beyond_the_room_waits_for_a_larger_run(live: LiveRequests) ->
         (Request((VOCAB,), SamplingParams(4), (1,)), "RF4009"),
         (Request((5,), SamplingParams(4, top_p=2.0), (1,)), "RF4001"),
         (Request((5,), SamplingParams(10**6), (1,)), "RF4006"),
+        (Request((5,), SamplingParams(4, top_k=7.0), (1,)), "RF4001"),
+        (Request((5,), SamplingParams(4, stop_strings=("a",)), (1,)), "RF4002"),
+        (Request((5,), SamplingParams(4), (2**63,)), "RF4004"),
+        (Request((5,), SamplingParams(4), (3.0,)), "RF4004"),
     ],
 )
 def test_what_cannot_be_generated_is_refused_at_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -25,3 +26,24 @@ def test_validation_lists_every_violation() -> None:
     ):  # fmt: skip
         assert word in str(caught.value)
     validate_sampling(SamplingParams(1, temperature=0.0, top_p=0.0, top_k=10**9), 50)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 4.0),
+        ("temperature", "1"),
+        ("top_k", 7.0),
+        ("top_k", 2**63),
+        ("top_p", None),
+        ("stop_token_ids", [3]),
+        ("stop_token_ids", (3.0,)),
+        ("stop_strings", "END"),
+        ("stop_strings", ["END"]),
+        ("stop_strings", (b"END",)),
+    ],
+)
+def test_values_of_another_type_are_refused(name: str, value: Any) -> None:
+    """A float rounded the seeds beside it; a text alone stopped at each of its letters."""
+    with pytest.raises(GenerationError, match=rf"RF4001[\s\S]*{name}="):
+        validate_sampling(SamplingParams(**{"max_new_tokens": 4, name: value}), 50)
