@@ -353,8 +353,8 @@ def evaluation_mode(module: nn.Module) -> Iterator[list[nn.Module]]:
         Those that were in train mode.
     """
     training = [part for part in module.modules() if part.training]
-    module.eval()
     try:
+        module.eval()  # an interrupt may come among the submodules
         yield training
     finally:
         for part in training:
@@ -364,9 +364,9 @@ def evaluation_mode(module: nn.Module) -> Iterator[list[nn.Module]]:
 @contextmanager
 def training_mode(parts: Sequence[nn.Module]) -> Iterator[None]:
     """Inside `evaluation_mode`: these submodules in train mode, for a while."""
-    for part in parts:
-        part.training = True
     try:
+        for part in parts:
+            part.training = True
         yield
     finally:
         for part in parts:

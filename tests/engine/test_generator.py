@@ -359,6 +359,23 @@ def test_modes_come_back_even_after_an_exception(path: str) -> None:
     assert [part.training for part in module.modules()] == before
 
 
+def test_modes_come_back_if_the_interrupt_comes_while_they_are_set(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = build()
+    module.train()
+    stock = type(module).eval
+
+    def interrupted(part: nn.Module) -> None:
+        stock(part)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(module), "eval", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(module, ragged(2), SamplingParams(3), path=path)
+    assert all(part.training for part in module.modules())
+
+
 def test_dropout_is_off(path: str) -> None:
     config = LlamaConfig(**SIZES, attention_dropout=0.5)
     with torch.random.fork_rng(devices=[]):
