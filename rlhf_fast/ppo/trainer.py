@@ -240,16 +240,17 @@ class PPOLearner:
             texts = roles.pretraining.next_batch()
 
         def accumulate() -> None:
-            build = partial(
-                build_microbatch,
-                experience,
-                advantages=advantages,
-                weights=weights,
-                num_loss_tokens=max(tokens, 1),
-                ratio_cap=ratio_cap(experience.scored, algorithm),
-            )
-            packs = self._packs(experience.scored.rollout, minibatch)
-            self._backward([build(pack.rows, idle=pack.idle) for pack in packs], statistics)
+            if tokens:  # of none the gradient is 0, with which AdamW follows its momentum
+                build = partial(
+                    build_microbatch,
+                    experience,
+                    advantages=advantages,
+                    weights=weights,
+                    num_loss_tokens=tokens,
+                    ratio_cap=ratio_cap(experience.scored, algorithm),
+                )
+                packs = self._packs(experience.scored.rollout, minibatch)
+                self._backward([build(pack.rows, idle=pack.idle) for pack in packs], statistics)
             if texts is not None:
                 part = texts.backward(roles.actor, budget=self.budget.tokens, coef=ptx.coef)
                 pretraining_loss[:] = [part]

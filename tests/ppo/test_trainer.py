@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from rlhf_fast.config import KLConfig
+from rlhf_fast.config import KLConfig, PtxConfig
 from rlhf_fast.ppo.pretraining import PretrainingBatch
 from rlhf_fast.ppo.statistics import rollout_metrics
 from rlhf_fast.protocols import RewardOutput
@@ -126,6 +126,36 @@ def test_a_batch_in_which_every_row_abstains_leaves_the_weights_alone():
     assert torch.equal(weights(ppo), before)
     assert output.metrics["loss/policy_avg"] == 0
     assert output.metrics["objective/kl"] == 0
+
+
+@pytest.mark.parametrize("minibatches", [1, 4])
+def test_moments_of_earlier_steps_move_nothing_when_every_row_abstains(minibatches):
+    ppo, _ = stepped(small_config(ppo_epochs=2, minibatches=minibatches))
+    critic = ppo.roles.critic.module
+
+    def everything():
+        return torch.cat([weights(ppo), *(p.detach().flatten() for p in critic.parameters())])
+
+    before, scheduled = everything(), ppo.roles.actor_optimizer.scheduler.last_epoch
+    ppo.roles.generator = GivenRollout(ppo, random_rollout())
+    ppo.roles.reward = Abstains(list(range(8)))
+    output = ppo.step(ppo.roles.generator.rollout.prompts)
+    assert torch.equal(everything(), before)
+    assert ppo.roles.actor_optimizer.scheduler.last_epoch == scheduled + 2 * minibatches
+    assert output.metrics["policy/grad_norm"] == 0
+
+
+def test_pretraining_texts_train_the_actor_alone_when_every_row_abstains():
+    ppo, _ = stepped(small_config())
+    critic = [p.detach().clone() for p in ppo.roles.critic.module.parameters()]
+    before = weights(ppo)
+    ppo.roles.generator = GivenRollout(ppo, random_rollout())
+    ppo.roles.reward, ppo.roles.pretraining = Abstains(list(range(8))), OnePretrainingBatch()
+    ppo.config = dataclasses.replace(ppo.config, ptx=PtxConfig(coef=1.0, data="-"))
+    ppo.step(ppo.roles.generator.rollout.prompts)
+    assert not torch.equal(weights(ppo), before)
+    pairs = zip(ppo.roles.critic.module.parameters(), critic, strict=True)
+    assert all(torch.equal(now, then) for now, then in pairs)
 
 
 class OnePretrainingBatch:
