@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config import PPOConfig, SamplingConfig
-from rlhf_fast.data.packing import Share
 from rlhf_fast.errors import NumericalError
 from rlhf_fast.ppo.advantages import estimate, importance_weights, whitened
 from rlhf_fast.ppo.anchors import ratio_cap
@@ -240,6 +239,9 @@ class PPOLearner:
             texts = roles.pretraining.next_batch()
 
         def accumulate() -> None:
+            budget = self.budget.tokens
+            if self.config.memory.step_in_backward:  # one microbatch, whatever scoring found to fit
+                budget = self.budget.configured
             if tokens:  # of none the gradient is 0, with which AdamW follows its momentum
                 build = partial(
                     build_microbatch,
@@ -249,10 +251,10 @@ class PPOLearner:
                     num_loss_tokens=tokens,
                     ratio_cap=ratio_cap(experience.scored, algorithm),
                 )
-                packs = self._packs(experience.scored.rollout, minibatch)
+                packs = token_packs(experience.scored.rollout, minibatch, budget, roles.split)
                 self._backward([build(pack.rows, idle=pack.idle) for pack in packs], statistics)
             if texts is not None:
-                part = texts.backward(roles.actor, budget=self.budget.tokens, coef=ptx.coef)
+                part = texts.backward(roles.actor, budget=budget, coef=ptx.coef)
                 pretraining_loss[:] = [part]
 
         def start_anew() -> None:
@@ -373,7 +375,7 @@ class PPOLearner:
         truncated = torch.nonzero(~rollout.ended).flatten().tolist()
 
         def read() -> None:
-            for pack in self._packs(rollout, truncated):
+            for pack in token_packs(rollout, truncated, self.budget.tokens, self.roles.split):
                 slots = response_slots(rollout, pack.rows)
                 values = critic.values(slots.sequences)[slots.last]
                 if not pack.idle:
@@ -386,10 +388,6 @@ class PPOLearner:
             start_anew=self.roles.start_anew,
         )
         return self.roles.split.sum(out)
-
-    def _packs(self, rollout: Rollout, samples: Sequence[int]) -> Iterator[Share]:
-        """This rank's forwards over samples of a rollout."""
-        return token_packs(rollout, samples, self.budget.tokens, self.roles.split)
 
     def _whitens(self, scope: str) -> bool:
         """Whether GAE's advantages are whitened over this scope; the others have baselines."""

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from rlhf_fast.config import PtxConfig
+from rlhf_fast.config import MemoryConfig, PtxConfig
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.errors import EnvironmentFault
+from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.ppo.pretraining import PretrainingBatch
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import IGNORE_INDEX, PackedSequences
@@ -72,6 +73,27 @@ def test_one_row_that_does_not_fit_ends_the_run():
     for a, b in zip(before, ppo.roles.actor.module.parameters(), strict=True):
         assert torch.equal(a, b)
         assert b.grad is None
+
+
+def test_a_step_in_backward_keeps_its_one_microbatch_when_scoring_ran_out_of_memory():
+    def stepping(tokens):
+        ppo = learner(
+            dataclasses.replace(
+                small_config(), memory=MemoryConfig(step_in_backward=True), microbatch_tokens=96
+            )
+        )
+        roles, config = ppo.roles, ppo.config
+        parts = (roles.actor.module, config.actor_optim), (roles.critic.module, config.critic_optim)
+        roles.actor_optimizer, roles.critic_optimizer = (
+            GuardedOptimizer(module, optim, 100, in_backward=True) for module, optim in parts
+        )
+        ppo.budget.tokens = tokens
+        return updated(ppo)
+
+    (_, expected), (metrics, found) = stepping(96), stepping(24)
+    assert metrics["policy/optimizer_steps"] == 1
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 class Texts:
