@@ -8,7 +8,7 @@ import logging
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,7 +142,10 @@ class FunctionReward:
     def _values(self, returned: Any, rows: int) -> list[Any]:
         if hasattr(returned, "tolist"):  # a tensor on any device, a numpy array
             returned = returned.tolist()
-        usable = isinstance(returned, Iterable) and not isinstance(returned, str | bytes | Mapping)
+        # A set has no order that would say whose value is whose.
+        usable = isinstance(returned, Iterable) and not isinstance(
+            returned, str | bytes | Mapping | Set
+        )
         values = list(returned) if usable else None
         if values is None or len(values) != rows:
             found = type(returned).__name__ if values is None else f"{len(values)} values"

@@ -157,6 +157,7 @@ def test_bad_values_name_row_value_and_function(bad: Any, code: str, shown: str)
         (1.0, "float"),
         ("1234", "str"),
         ({0: 1, 1: 1, 2: 1, 3: 1}, "dict"),
+        ({1.0, 2.0, 3.0, 4.0}, "set"),
         (torch.tensor(1.0), "float"),
     ],
 )
