@@ -108,9 +108,10 @@ def rloo(totals: Tensor, valid: Tensor, group: int) -> Tensor:
         valid: [S] bool; invalid rows get 0 and are in no baseline. A row alone gets 0.
         group: samples per prompt G.
     """
-    x, ok, n = _grouped(totals, valid, group)
-    others = (x.sum(1, keepdim=True) - x) / (n - 1).clamp(min=1)
-    return torch.where((ok > 0) & (n > 1), x - others, x.new_zeros(())).flatten()
+    # In fp64 these sums are exact: equal rewards give 0, and no rounding that Adam would scale up.
+    x, ok, n = _grouped(totals.double(), valid, group)
+    over = (n * x - x.sum(1, keepdim=True)) / (n - 1).clamp(min=1)
+    return torch.where((ok > 0) & (n > 1), over, x.new_zeros(())).flatten().to(totals.dtype)
 
 
 def grpo(totals: Tensor, valid: Tensor, group: int) -> Tensor:
