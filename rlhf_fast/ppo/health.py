@@ -17,6 +17,9 @@ class Hint(NamedTuple):
 
 def hints(metrics: Mapping[str, float], config: PPOConfig) -> list[Hint]:
     """What in these metrics a practitioner would stop at."""
+    if metrics["rollout/scored_fraction"] == 0:  # the others would read means over nothing
+        text = "no response of a batch has a score: what scores them failed (reward.on_error)"
+        return [Hint("nothing-scored", text)]
     found = _rollout_hints(metrics, config) + _update_hints(metrics)
     if config.sampling.top_p < 1 or config.sampling.top_k > 0 or config.sampling.min_p > 0:
         found.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rlhf_fast.config import KLConfig
 
 
@@ -21,8 +23,11 @@ class KLController:
         self._horizon = config.horizon
 
     def update(self, kl_per_sequence: float, episodes: int) -> None:
-        """Move the coefficient after a batch of `episodes` with this mean KL per sequence."""
-        if self._adaptive:
+        """Move the coefficient after a batch of `episodes` with this mean KL per sequence.
+
+        NaN leaves it as it is: it would be NaN for the rest of the run.
+        """
+        if self._adaptive and not math.isnan(kl_per_sequence):
             error = min(max(kl_per_sequence / self._target - 1.0, -0.2), 0.2)
             self.coef *= 1.0 + error * episodes / self._horizon
 

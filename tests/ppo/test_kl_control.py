@@ -1,5 +1,7 @@
 """Ziegler's controller against its closed form."""
 
+import math
+
 import pytest
 
 from rlhf_fast.config import KLConfig
@@ -13,7 +15,16 @@ def test_fixed_coefficient_never_moves():
 
 
 @pytest.mark.parametrize(
-    ("kl", "error"), [(6.0, 0.0), (6.6, 0.1), (60.0, 0.2), (0.0, -0.2), (-3.0, -0.2)]
+    ("kl", "error"),
+    [
+        (6.0, 0.0),
+        (6.6, 0.1),
+        (60.0, 0.2),
+        (0.0, -0.2),
+        (-3.0, -0.2),
+        (math.inf, 0.2),
+        (math.nan, 0),
+    ],
 )
 def test_adaptive_coefficient_follows_the_clipped_error(kl, error):
     controller = KLController(KLConfig(coef=0.2, adaptive=True, target=6.0, horizon=10000))
