@@ -47,6 +47,11 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None, []),
     "trainable_token_indices": (None, [], {}),
     "alora_invocation_tokens": (None, []),
+    "use_bdlora": (None, False),
+    "kasa_config": (None,),
+    # PiSSA, OLoRA, CorDA, LoftQ and others take what A and B begin with out of the base weights, so
+    # such an adapter belongs to weights that the base model's directory does not hold.
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -88,19 +93,19 @@ def load_adapter(path: str | Path, trunk: SharedTrunk) -> AdapterFile:
             "RF3061",
             "the adapter is more than plain LoRA",
             where=f"{directory / ADAPTER_CONFIG}: {', '.join(odd)}",
-            expected="LoRA with one rank and one alpha for all layers, and no bias",
+            expected="LoRA with one rank and one alpha for all layers, no bias, and the base "
+            "model's weights as they are",
             remedy="train such an adapter, or merge this one into a full model with peft",
         )
     tensors = _read_weights(directory)
     head = tensors.pop(_HEAD, None)
     paths = sorted({name.rpartition(".lora_")[0] for name in tensors})
-    rank, alpha = int(config.get("r") or 0), float(config.get("lora_alpha") or 0)
+    rank, alpha = _rank_and_alpha(config, directory)
     listed = config.get("target_modules")
-    targets = tuple(sorted(listed)) if isinstance(listed, list) else tuple(paths)
+    targets = tuple(sorted(map(str, listed))) if isinstance(listed, list) else tuple(paths)
     shape = AdapterShape(rank, alpha, tuple(paths), targets, bool(config.get("use_rslora")))
     _require_same_base(directory, trunk, shape, tensors, head, record.get("trunk_sha256"))
-    calibration = Calibration(**(record.get("calibration") or {}))
-    return AdapterFile(directory, shape, tensors, head, calibration)
+    return AdapterFile(directory, shape, tensors, head, _calibration(record, directory))
 
 
 def adapter_shape(path: str | Path, trunk: SharedTrunk) -> AdapterShape:
@@ -109,12 +114,12 @@ def adapter_shape(path: str | Path, trunk: SharedTrunk) -> AdapterShape:
     Raises:
         ModelError: RF3060, RF3063.
     """
-    config = _read_json(Path(path).expanduser(), ADAPTER_CONFIG)
+    directory = Path(path).expanduser()
+    config = _read_json(directory, ADAPTER_CONFIG)
     listed = config.get("target_modules")
     # A pattern, or none: peft settles it by names; every layer of the blocks is the most it can be.
     targets = [str(t) for t in listed] if isinstance(listed, list) else [ALL_LINEAR]
-    rank, alpha = int(config.get("r") or 0), float(config.get("lora_alpha") or 0)
-    return trunk.shape(rank, alpha, targets)
+    return trunk.shape(*_rank_and_alpha(config, directory), targets)
 
 
 def export_adapter(
@@ -201,11 +206,29 @@ def _read_record(directory: Path) -> dict[str, Any]:
     return _read_json(directory, RECORD) if (directory / RECORD).exists() else {}
 
 
+def _rank_and_alpha(config: Mapping[str, Any], directory: Path) -> tuple[int, float]:
+    try:
+        return int(config.get("r") or 0), float(config.get("lora_alpha") or 0)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _unreadable(directory / ADAPTER_CONFIG, f"r or lora_alpha: {error}") from error
+
+
+def _calibration(record: Mapping[str, Any], directory: Path) -> Calibration:
+    try:
+        found = Calibration(**(record.get("calibration") or {}))
+        return Calibration(float(found.gain), float(found.bias))
+    except (TypeError, ValueError) as error:
+        raise _unreadable(directory / RECORD, f"calibration: {error}") from error
+
+
 def _read_weights(directory: Path) -> dict[str, Tensor]:
     """All tensors, names less peft's prefix."""
     file = directory / WEIGHTS
     if (directory / MANIFEST).exists():
-        digest = _read_json(directory, MANIFEST).get("sha256", {}).get(WEIGHTS)
+        listed = _read_json(directory, MANIFEST).get("sha256")
+        if not isinstance(listed, dict):
+            raise _unreadable(directory / MANIFEST, "it lists no digests")
+        digest = listed.get(WEIGHTS)
         if file.is_file() and digest is not None and sha256(file) != digest:
             raise _unreadable(file, f"its SHA-256 is not the one in {MANIFEST}")
     try:
@@ -239,12 +262,12 @@ def _require_same_base(
     shape: AdapterShape,
     tensors: Mapping[str, Tensor],
     head: Tensor | None,
-    digest: str | None,
+    digest: Any,
 ) -> None:
     problems = []
     if digest is not None and digest != trunk.digest:
         problems.append(
-            f"it was trained on weights {digest[:12]}, the trunk is {trunk.digest[:12]}"
+            f"it was trained on weights {str(digest)[:12]}, the trunk is {trunk.digest[:12]}"
         )
     wanted = trunk.tensor_shapes(shape)
     width = trunk.model.get_input_embeddings().weight.shape[1]

@@ -94,7 +94,7 @@ def read_config_file(file: Path) -> dict[str, Any]:
             remedy="copy or download the model again",
         ) from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type in CONFIG_MAPPING:
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         return dict(config)
     if isinstance(config, dict) and "auto_map" in config:
         raise ModelError(
@@ -134,9 +134,9 @@ def _listed_files(directory: Path) -> list[Path]:
             names = sorted(
                 set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             )
-        except (ValueError, KeyError, AttributeError) as error:
+            missing = [n for n in names if not (directory / n).is_file()]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise _damaged(index, f"{type(error).__name__}: {error}") from error
-        missing = [n for n in names if not (directory / n).is_file()]
         if missing:
             raise ModelError(
                 "RF3015",

@@ -286,7 +286,9 @@ def _load(auto_class: Any, directory: Path, changes: dict[str, Any]) -> tuple[An
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # configs are checked by classes with errors of their own
             raise ModelError(
                 "RF3025",
                 f"transformers cannot load the model: {_first_line(error)}",

@@ -12,6 +12,7 @@ from rlhf_fast.errors import ModelError
 from rlhf_fast.models.adapter_files import RECORD, WEIGHTS, export_adapter, load_adapter
 from rlhf_fast.models.adapter_roles import AdapterActor, AdapterCritic, AdapterRewardModel
 from rlhf_fast.models.adapters import SharedTrunk, weights_digest
+from rlhf_fast.models.directory import MANIFEST
 from rlhf_fast.models.export import export_model
 from rlhf_fast.models.heads import set_calibration
 from rlhf_fast.models.loading import load_causal_lm
@@ -172,7 +173,14 @@ def test_tensors_that_do_not_fit_the_config_are_refused(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q": 2}}]
+    "change",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"rank_pattern": {"q": 2}},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "pissa_niter_4"},
+    ],
 )
 def test_more_than_plain_lora_is_refused(base, tmp_path, change):
     out = exported(base, tmp_path)
@@ -193,6 +201,35 @@ def test_unreadable_directories_are_refused(base, tmp_path):
     refused(out, trunk, "RF3060")
     (out / "adapter_config.json").write_text("[]")
     refused(out, trunk, "RF3060", "no JSON object")
+
+
+def test_peft_takes_the_start_of_some_adapters_out_of_the_base(base, tmp_path):
+    """Added to the base as it lies on the disk, such an adapter is another model than peft's."""
+    trunk = AutoModelForCausalLM.from_pretrained(base())
+    ids = torch.arange(4, 12)[None]
+    plain = trunk(ids).logits
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    adapted = peft.get_peft_model(trunk, config)
+    adapted.save_pretrained(tmp_path / "pissa")
+    with adapted.disable_adapter():
+        assert not torch.allclose(adapted(ids).logits, plain, atol=1e-2)
+    refused(tmp_path / "pissa", fresh(base()), "RF3061", "init_lora_weights='pissa'")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("adapter_config.json", {"r": "four"}),
+        ("adapter_config.json", {"lora_alpha": [1]}),
+        (RECORD, {"calibration": {"slope": 1}}),
+        (RECORD, {"calibration": {"gain": "one"}}),
+        (MANIFEST, {"sha256": []}),
+    ],
+)
+def test_values_of_another_kind_are_refused(base, tmp_path, name, change):
+    out = exported(base, tmp_path)
+    edit(out / name, **change)
+    refused(out, fresh(base()), "RF3060", name)
 
 
 def test_nan_in_an_adapter_is_refused(base, tmp_path):

@@ -128,10 +128,21 @@ def test_directory_without_config(tmp_path: Path) -> None:
         load_causal_lm(tmp_path, dtype="float32")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "no_such_type"}', "{}"])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"model_type": "no_such_type"}', "{}", '{"model_type": ["llama"]}']
+)
 def test_unusable_config(saved: Path, text: str) -> None:
     (saved / "config.json").write_text(text)
     with pytest.raises(ModelError, match="RF3012"):
+        load_causal_lm(saved, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_attention_heads": 3}, {"num_attention_heads": 0}, {"hidden_size": "wide"}]
+)
+def test_config_that_its_own_class_refuses(saved: Path, change: dict[str, Any]) -> None:
+    edit_config(saved, **change)
+    with pytest.raises(ModelError, match="RF3025"):
         load_causal_lm(saved, dtype="float32")
 
 
@@ -204,6 +215,17 @@ def test_damaged_safetensors_file_is_named(saved: Path, damage: str) -> None:
         content = bytearray()
     file.write_bytes(bytes(content))
     with pytest.raises(ModelError, match=r"(?s)RF3016.*model\.safetensors"):
+        load_causal_lm(saved, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": 1, "b": "x"}}'],
+)
+def test_index_of_another_kind_is_damage(saved: Path, index: str) -> None:
+    (saved / WEIGHTS).unlink()
+    (saved / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match=r"(?s)RF3016.*index\.json"):
         load_causal_lm(saved, dtype="float32")
 
 
