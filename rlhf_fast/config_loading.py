@@ -52,7 +52,7 @@ def load_config(
             given[key] = (value, str(path))
     for override in overrides:
         for key, value in _flatten(_parse_override(override), where=f"override {override!r}"):
-            given[key] = (value, f"override {override!r}")
+            given[key] = (_as_written(override, key, value, kind), f"override {override!r}")
     config = _build(kind, given)
     require_valid(config, given=objects)
     return config
@@ -208,6 +208,22 @@ def _parse_override(override: str) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", tree)
 
 
+def _as_written(override: str, key: str, value: Any, kind: type[C]) -> Any:
+    """A text setting as it stands after the `=` where YAML took it for a number or a truth value.
+
+    `run.output_dir=2026_11_26` names that folder, not 20261126.
+    """
+    name, _, text = override.partition("=")
+    texts = {k for k, v, f in leaves(kind()) if isinstance(v, str) and not _is_switch(f)}
+    is_text = name.strip() == key and key in texts
+    return text.strip() if is_text and isinstance(value, bool | int | float) else value
+
+
+def _is_switch(field: dataclasses.Field[Any]) -> bool:
+    """Whether a leaf takes on or off, which YAML reads as true and false."""
+    return {"on", "off"} <= set(field.metadata["choices"] or ())
+
+
 def _flatten(tree: Mapping[str, Any], where: str, prefix: str = "") -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for name, value in tree.items():
@@ -263,7 +279,7 @@ def _coerce(value: Any, field: dataclasses.Field[Any], default: Any) -> Any:
         return [_coerce_scalar(v, int) for v in (value if isinstance(value, list) else [value])]
     if field.type == "list[str]":
         return [_coerce_scalar(v, str) for v in (value if isinstance(value, list) else [value])]
-    if isinstance(value, bool) and {"on", "off"} <= set(field.metadata["choices"] or ()):
+    if isinstance(value, bool) and _is_switch(field):
         return "on" if value else "off"  # what YAML makes of these words
     return _coerce_scalar(value, type(default))
 
@@ -274,11 +290,14 @@ def _coerce_scalar(value: Any, kind: type) -> Any:
             raise ValueError("expected true or false")
         return value
     if kind is str:
-        if isinstance(value, (list, dict)):
-            raise ValueError("expected text")
-        return "" if value is None else str(value)  # `critic=` and `critic:` unset it
+        if not isinstance(value, str | None):
+            # YAML has read `no`, `010` and `1.10` as something else; what was written is gone.
+            raise ValueError("expected text: put it in quotes")
+        return "" if value is None else value  # `critic=` and `critic:` unset it
     if isinstance(value, bool) or value is None:
         raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}")
+    if kind is int and isinstance(value, int):
+        return value  # as a float it would lose digits above 2^53
     try:
         number = float(str(value).replace("_", ""))
     except ValueError:

@@ -122,6 +122,37 @@ def test_wrong_types(override, needle):
     assert needle in refused(None, [*OK, override])
 
 
+@pytest.mark.parametrize("text", ["2026_11_26", "010", "1.10", "1e5", "no", "1:30", "true"])
+def test_text_on_the_command_line_is_taken_as_it_is_written(text):
+    config = load_config(PPOConfig, None, [*OK, f"run.output_dir={text}"])
+    assert config.run.output_dir == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "key"),
+    [
+        (PPOConfig, "run: {output_dir: 2026_11_26}", "run.output_dir=20261126"),
+        (PPOConfig, "sampling: {stop: [No]}", "sampling.stop=[False]"),
+        (SFTConfig, "model: 1.10", "model=1.1"),
+    ],
+)
+def test_text_that_yaml_reads_as_another_kind_is_refused(tmp_path, kind, text, key):
+    message = refused(write(tmp_path, text), OK if kind is PPOConfig else (), kind)
+    assert f"{key}: expected text: put it in quotes" in message
+
+
+def test_text_in_quotes_is_text(tmp_path):
+    path = write(tmp_path, 'sampling: {stop: ["No", "010"]}\nrun: {output_dir: "1.10"}\n')
+    config = load_config(PPOConfig, path, OK)
+    assert config.sampling.stop == ["No", "010"]
+    assert config.run.output_dir == "1.10"
+
+
+def test_whole_numbers_keep_all_their_digits():
+    config = load_config(PPOConfig, None, [*OK, "run.seed=9007199254740993"])
+    assert config.run.seed == 9007199254740993
+
+
 @pytest.mark.parametrize(
     ("override", "needle"),
     [
