@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -312,7 +313,7 @@ class PPOTrainer:
         critic = critic_to_export(self.roles)
         if critic is not None:
             self._save_critic(critic, run.path / CRITIC_NAME)
-        metrics = run.on_main(lambda: _kept_metrics(run.path))
+        metrics = run.on_main(lambda: _kept_metrics(run.path, state.step))
         run.mark_complete(state.step, metrics)
         return PPOResult(run.path / MODEL_NAME, state.step, metrics)
 
@@ -351,7 +352,9 @@ class PPOTrainer:
                 say([f"hint: {hint.text}"])
 
     def _finished(self, run: Run) -> PPOResult:
-        return PPOResult(run.path / MODEL_NAME, self.config.total_steps, finished_summary(run))
+        # More than `total_steps` if that was lowered after they were done.
+        done = run.checkpoint.step if run.checkpoint is not None else self.config.total_steps
+        return PPOResult(run.path / MODEL_NAME, done, finished_summary(run))
 
 
 def run_ppo(config: PPOConfig, *, world: World | None = None) -> PPOResult:
@@ -361,9 +364,11 @@ def run_ppo(config: PPOConfig, *, world: World | None = None) -> PPOResult:
         return PPOTrainer(config, world=world).train()
 
 
-def _kept_metrics(directory: Path) -> dict[str, float]:
-    """What is kept of the last step."""
-    last = read_metrics(directory / METRICS_NAME)[-1]
+def _kept_metrics(directory: Path, step: int) -> dict[str, float]:
+    """What is kept of the last step; NaN if the log has lost its line, as on a full disk."""
+    last = next(iter(read_metrics(directory / METRICS_NAME)[::-1]), {})
+    if last.get("step") != step:
+        return dict.fromkeys(_KEPT, math.nan)
     return {name: float(last[name] or 0.0) for name in _KEPT}
 
 

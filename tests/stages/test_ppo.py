@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 
@@ -258,6 +259,24 @@ def test_a_finished_run_says_so_and_trains_no_more(tmp_path, tokenizer):
     again = trainer(tmp_path, tokenizer, on_step=lambda *a: calls.append(a)).train()
     assert again.metrics == first.metrics
     assert calls == []
+
+
+def test_a_lost_line_of_the_log_does_not_keep_a_run_from_its_end(tmp_path, tokenizer):
+    trainer(tmp_path, tokenizer).train()
+    (tmp_path / "complete.json").unlink()
+    log = tmp_path / "metrics.jsonl"
+    for kept in (2, 0):
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:kept]))
+        result = trainer(tmp_path, tokenizer).train()
+        assert result.steps == 3
+        assert all(math.isnan(value) for value in result.metrics.values())
+        (tmp_path / "complete.json").unlink()
+
+
+def test_a_finished_run_made_shorter_says_how_many_steps_it_did(tmp_path, tokenizer):
+    trainer(tmp_path, tokenizer).train()
+    shorter = settings(tmp_path, total_steps=2)
+    assert [trainer(tmp_path, tokenizer, shorter).train().steps for _ in range(2)] == [3, 3]
 
 
 def test_run_ppo_works_from_directories(tmp_path, tokenizer):
