@@ -193,7 +193,9 @@ class ExampleBuilder:
                 return None
             ids = self._cut_left(ids, len(ids) - limit)
             self.report.truncated["prompt"] += 1
-            text = str(self.encoder.tokenizer.decode(ids, skip_special_tokens=False))
+            bos = self.encoder.bos_ids if isinstance(record.prompt, str) else []
+            shown = ids[len(bos) :] if ids[: len(bos)] == bos else ids  # no part of the text
+            text = str(self.encoder.tokenizer.decode(shown, skip_special_tokens=False))
         tensor = torch.tensor(ids, dtype=torch.int64)
         salt = record.row.index.to_bytes(8, "little")
         uid = int.from_bytes(_digest([tensor], salt)[:8], "little") >> 1

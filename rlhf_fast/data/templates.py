@@ -130,8 +130,8 @@ class ChatTemplate:
         Joined, the texts are the rendered conversation, less what follows the last reply.
 
         Raises:
-            DataError: RF2040, RF2041, RF2042 if the template rewrites earlier turns, RF2043
-                without any assistant message.
+            DataError: RF2040, RF2041 (also where a reply is left out), RF2042 if the template
+                rewrites earlier turns, RF2043 without any assistant message.
         """
         full = self.render(messages, where)
         out: list[Segment] = []
@@ -143,6 +143,8 @@ class ChatTemplate:
             after = self.render(messages[: i + 1], where)
             if not (after.startswith(before) and full.startswith(after) and len(before) >= end):
                 raise _rewrites_history(where, i)
+            if after == before:
+                raise _leaves_out_reply(where, i)
             out += [
                 Segment(full[end : len(before)], False),
                 Segment(full[len(before) : len(after)], True),
@@ -203,6 +205,17 @@ class ChatTemplate:
 
 def _strip(text: str, marks: tuple[str, str]) -> str:
     return text.replace(marks[0], "").replace(marks[1], "")
+
+
+def _leaves_out_reply(where: str, message: int) -> DataError:
+    return DataError(
+        "RF2041",
+        f"the chat template writes nothing for message {message + 1}, the assistant's, so there "
+        "is no reply to learn",
+        where=where,
+        expected="a template that renders every message",
+        remedy="set data.chat_template to such a template",
+    )
 
 
 def _rewrites_history(where: str, message: int) -> DataError:

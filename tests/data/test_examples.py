@@ -193,6 +193,14 @@ def test_bos_survives_truncation(bos_bpe: Tok) -> None:
     assert len(sft) == 12
 
 
+def test_a_cut_prompt_reads_like_a_whole_one(bos_bpe: Tok) -> None:
+    """What the tokenizer adds is no part of the text that a reward function gets."""
+    options = LoadOptions(overlong="truncate-left", max_prompt_length=8, max_length=12)
+    example = load_prompts([{"prompt": LONG}], bos_bpe, options)[0]
+    assert example.ids[0] == bos_bpe.bos_token_id
+    assert LONG.endswith(example.text)
+
+
 def test_overlong_response_is_cut_on_the_right_and_counted(bpe: Tok) -> None:
     options = LoadOptions(overlong="truncate-left", max_length=10)
     data = load_sft([{"prompt": "what is it", "completion": " " + LONG}], bpe, options)

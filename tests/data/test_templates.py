@@ -168,6 +168,15 @@ def test_template_that_fails(bpe: PreTrainedTokenizerFast, source: str) -> None:
     assert caught.value.where == ORIGIN
 
 
+def test_template_that_leaves_the_reply_out(bpe: PreTrainedTokenizerFast) -> None:
+    """EOS alone would be learnt, right after the prompt."""
+    chat = ChatTemplate(TextEncoder(bpe), "{{ messages[0].content }}")
+    with pytest.raises(DataError) as caught:
+        chat.encode_turns(conversation("a", "b"), ORIGIN)
+    assert caught.value.code == "RF2041"
+    assert "nothing for message 2" in caught.value.what
+
+
 def test_no_assistant_message(bpe: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError) as caught:
         ChatTemplate(TextEncoder(bpe)).encode_turns(conversation("a"), ORIGIN)
