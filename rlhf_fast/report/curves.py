@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from rlhf_fast.report.plots import Axis, Series, line_chart
 Rows = Sequence[Mapping[str, Any]]
 
 STEP = "step"
+_GREATEST = sys.float_info.max / 4
 
 
 def column(rows: Rows, key: str) -> list[tuple[float, float]]:
@@ -68,4 +70,6 @@ def time_totals(rows: Rows) -> dict[str, float]:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    """NaN for what is no number, or too large for a difference of two to be one."""
+    drawn = isinstance(value, int | float) and abs(value) <= _GREATEST
+    return float(value) if drawn else math.nan

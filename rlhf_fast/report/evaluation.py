@@ -37,7 +37,9 @@ def read_evaluation(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _is_figure(value: Any) -> bool:
-    return value is None or isinstance(value, int | float)
+    return (
+        value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    )
 
 
 def result_part(evaluation: Mapping[str, Any]) -> str:

@@ -94,7 +94,7 @@ def _metrics(run_dir: Path) -> list[dict[str, Number]]:
         )
     try:
         return read_metrics(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from error
 
 
@@ -107,7 +107,7 @@ def _settings(run_dir: Path) -> tuple[str, Mapping[str, Any]]:
         try:
             text = path.read_text("utf-8")
             tree = json.loads(text) if name == RUN_NAME else yaml.safe_load(text)
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise _unreadable(path, error) from error
         if not isinstance(tree, dict):
             raise _unreadable(path, ValueError("not a mapping"))
@@ -121,7 +121,7 @@ def _settings(run_dir: Path) -> tuple[str, Mapping[str, Any]]:
 def _evaluation(run_dir: Path) -> dict[str, Any] | None:
     try:
         return read_evaluation(run_dir)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise _unreadable(run_dir / EVAL_NAME, error) from error
 
 
@@ -135,7 +135,7 @@ def _jsonl(path: Path) -> list[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise ValueError("a line is not a JSON object")
             rows.append(row)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from error
     return rows
 

@@ -148,12 +148,17 @@ def test_other_directories_are_refused(tmp_path: Path) -> None:
     ("name", "text"),
     [
         ("metrics.jsonl", "{}\nnot json\n{}\n"),
+        ("metrics.jsonl", '{"a": ' + "[" * 100_000 + "\n"),
         ("run.json", "{"),
         ("run.json", "[]"),
         ("config.yaml", "a: [1"),
         ("samples.jsonl", "{}\n[1]\n"),
         ("eval.json", "[]"),
         ("eval.json", '{"estimates": {"kl": {"mean": "a lot"}}, "samples_per_prompt": 1}'),
+        (
+            "eval.json",
+            '{"estimates": {"kl": {"mean": 1' + "0" * 400 + '}}, "samples_per_prompt": 1}',
+        ),
         ("eval.json", '{"estimates": {}, "samples_per_prompt": 0}'),
     ],
 )
@@ -163,6 +168,14 @@ def test_broken_files_are_named(tmp_path: Path, name: str, text: str) -> None:
     with pytest.raises(CheckpointError, match="RF8902") as caught:
         build_report(tmp_path, tmp_path / "report.html")
     assert caught.value.where == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", ["1e308", "-1e308", "1" + "0" * 400])
+def test_numbers_too_large_to_draw_are_left_out(tmp_path: Path, value: str) -> None:
+    rows = ["1", value, "-1e308", "2"]
+    lines = [f'{{"step": {i}, "loss/train": {text}}}\n' for i, text in enumerate(rows, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines), "utf-8")
+    build(tmp_path)
 
 
 def test_rows_without_steps_are_counted_on() -> None:
