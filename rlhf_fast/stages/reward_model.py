@@ -289,11 +289,9 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
             "epoch": epoch,
         }
         self.state.extra["train_loss"] = metrics["loss/train"]
-        if self.split.held_out and self.state.step + 1 == self.total_steps:
-            with self.run.phase("evaluate"):
-                held_out = self.evaluate(self.split.held_out)
-            self.state.extra["eval"] = held_out
-            metrics |= held_out
+        done = self.state.step + 1
+        if self.split.held_out and done == self.total_steps:
+            metrics |= self.held_out(self.split.held_out, done)
         return metrics
 
     def pack(self, examples: Sequence[PreferenceExample]) -> list[Share]:
@@ -361,6 +359,8 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
 
     def finish(self) -> RewardModelResult:
         """Calibrate, write `output_dir/model` and sum up."""
+        if self.split.held_out:
+            self.require_held_out(self.split.held_out)
         with self.run.phase("calibrate"):
             scores = self.raw_scores(self.demonstrations)
             gain, bias = calibration_of(scores, unit_gain=self.config.unit_gain)

@@ -190,10 +190,7 @@ class SFTStage(SupervisedStage[SFTConfig]):
         if self.eval_data is not None and (
             done == self.total_steps or (every and done % every == 0)
         ):
-            with self.run.phase("evaluate"):
-                held_out = self.evaluate(self.eval_data.examples)
-            self.state.extra["eval"] = held_out
-            metrics |= held_out
+            metrics |= self.held_out(self.eval_data.examples, done)
         return metrics
 
     def pack(self, examples: Sequence[SFTExample]) -> list[PackedBatch]:
@@ -248,6 +245,8 @@ class SFTStage(SupervisedStage[SFTConfig]):
 
     def export(self) -> SFTResult:
         """Write `output_dir/model` and sum up."""
+        if self.eval_data is not None:
+            self.require_held_out(self.eval_data.examples)
         with self.run.phase("export"):
             target = self.run.path / MODEL_NAME
             model_dir = str(self._export(target))

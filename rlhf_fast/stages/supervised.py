@@ -146,6 +146,25 @@ class SupervisedStage(ABC, Generic[Config]):
     def step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics."""
 
+    @abstractmethod
+    def evaluate(self, examples: Sequence[Any]) -> dict[str, float]:
+        """Figures on held-out rows."""
+
+    def held_out(self, examples: Sequence[Any], done: int) -> dict[str, float]:
+        """Figures on held-out rows, kept for the summary as those after `done` steps."""
+        with self.run.phase("evaluate"):
+            figures = self.evaluate(examples)
+        self.state.extra |= {"eval": figures, "eval_step": done}
+        return figures
+
+    def require_held_out(self, examples: Sequence[Any]) -> None:
+        """Evaluate the weights as they are, unless the last step did: a run may end without one.
+
+        It does so where its steps were done already: it was made shorter, or went back to its end.
+        """
+        if self.state.extra.get("eval_step") != self.state.step:
+            self.held_out(examples, self.state.step)
+
     def train(self) -> None:
         """All steps that are left."""
         with remembering(self.run, self.budget):

@@ -303,6 +303,21 @@ def test_interrupted_run_resumes_to_the_bit(
     assert same == whole
 
 
+def test_going_back_to_the_end_of_a_shorter_run_evaluates_it(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was said to have no held-out rows, and nothing warned of a model near chance."""
+    run = {"save_every": 1, "keep_last": 3}
+    lr = OptimConfig(lr=1e-9)
+    run_reward_model(config_for(base, tmp_path, max_steps=2, optim=lr, run=run), quiet=True)
+    capsys.readouterr()
+    back = config_for(base, tmp_path, max_steps=1, optim=lr, run=run | {"resume_step": 1})
+    result = run_reward_model(back, quiet=True)
+    assert (result.steps, result.eval_prompts) == (1, 30)
+    assert result.near_chance
+    assert "near chance" in capsys.readouterr().err
+
+
 def test_margin_column_is_used_when_asked_for(base: Path, tmp_path: Path) -> None:
     rows = [{**r, "margin": 2.0} for r in as_pairs(ranked(40, 2))]
     path = str(write_rows(tmp_path / "margins.jsonl", rows))

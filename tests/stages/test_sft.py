@@ -213,6 +213,20 @@ def test_finished_run_is_not_repeated(base: Path, tmp_path: Path) -> None:
     assert weights.stat().st_mtime_ns == before
 
 
+def test_going_back_to_the_end_of_a_shorter_run_evaluates_its_weights(
+    base: Path, tmp_path: Path
+) -> None:
+    """The figures in the checkpoint are those of an earlier step."""
+    run = {"save_every": 1, "keep_last": 4}
+    run_sft(config_for(base, tmp_path / "known", max_steps=4, eval_every=1, run=run), quiet=True)
+    known = metric_lines(tmp_path / "known")
+    out = tmp_path / "out"
+    run_sft(config_for(base, out, max_steps=4, eval_every=2, run=run), quiet=True)
+    back = config_for(base, out, max_steps=3, eval_every=2, run=run | {"resume_step": 3})
+    result = run_sft(back, quiet=True)
+    assert (result.steps, result.eval_loss) == (3, known[2]["loss/eval"])
+
+
 def test_changed_data_is_refused_on_resume(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
