@@ -354,7 +354,9 @@ class PPOTrainer:
     def _finished(self, run: Run) -> PPOResult:
         # More than `total_steps` if that was lowered after they were done.
         done = run.checkpoint.step if run.checkpoint is not None else self.config.total_steps
-        return PPOResult(run.path / MODEL_NAME, done, finished_summary(run))
+        summary = finished_summary(run)
+        metrics = {name: summary.get(name, math.nan) for name in _KEPT}
+        return PPOResult(run.path / MODEL_NAME, done, metrics)
 
 
 def run_ppo(config: PPOConfig, *, world: World | None = None) -> PPOResult:

@@ -53,7 +53,7 @@ from rlhf_fast.stages.supervised import SupervisedStage
 from rlhf_fast.stages.training import (
     MODEL_NAME,
     compute_type,
-    finished_summary,
+    finished_result,
     open_metrics,
     open_run,
     prepare_for_training,
@@ -152,7 +152,7 @@ def run_reward_model(
     )
     with joined(config, world) as world, opened(world=world) as run:
         if run.already_complete:
-            result = RewardModelResult(**finished_summary(run))
+            result = finished_result(run, RewardModelResult)
         else:
             with open_metrics(run, config) as metrics:
                 stage = RewardModelStage(config, run, metrics, world.device)

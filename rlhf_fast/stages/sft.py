@@ -46,7 +46,7 @@ from rlhf_fast.stages.supervised import SupervisedStage
 from rlhf_fast.stages.training import (
     MODEL_NAME,
     compute_type,
-    finished_summary,
+    finished_result,
     open_metrics,
     open_run,
     prepare_for_training,
@@ -111,7 +111,7 @@ def run_sft(config: SFTConfig, *, quiet: bool = False, world: World | None = Non
     opened = partial(open_run, config, "sft", outputs=outputs, bytes_needed=space, quiet=quiet)
     with joined(config, world) as world, opened(world=world) as run:
         if run.already_complete:
-            return SFTResult(**finished_summary(run))
+            return finished_result(run, SFTResult)
         with open_metrics(run, config) as metrics:
             stage = SFTStage(config, run, metrics, world.device)
             stage.train()

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ from rlhf_fast.stages.run import COMPLETE_NAME, RUN_NAME, Resume, Run
 from rlhf_fast.stages.run_files import read_json, unreadable
 from rlhf_fast.stages.run_on_ranks import NoMetrics, RunOnRanks
 from rlhf_fast.stages.saved_state import check_saved_state, load_optimizer, refusing
+
+R = TypeVar("R")
 
 MODEL_NAME = "model"
 
@@ -425,7 +427,6 @@ def finished_summary(run: Run) -> dict[str, Any]:
     Raises:
         CheckpointError: RF8206, it cannot be read.
     """
-
     path = run.path / COMPLETE_NAME
 
     def read() -> dict[str, Any]:
@@ -435,3 +436,15 @@ def finished_summary(run: Run) -> dict[str, Any]:
         return summary
 
     return run.on_main(read)
+
+
+def finished_result(run: Run, kind: Callable[..., R]) -> R:
+    """What `mark_complete` stored of a finished run, as its result.
+
+    Raises:
+        CheckpointError: RF8206, it cannot be read, or has other fields, as of another release.
+    """
+    try:
+        return kind(**finished_summary(run))
+    except TypeError as error:
+        raise unreadable(run.path / COMPLETE_NAME, str(error)) from error

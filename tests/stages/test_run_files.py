@@ -19,7 +19,8 @@ from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.stages import run_files
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.run_files import MAX_JSON_BYTES, keep_samples, read_json
-from rlhf_fast.stages.training import finished_summary
+from rlhf_fast.stages.sft import SFTResult
+from rlhf_fast.stages.training import finished_result, finished_summary
 
 LIMIT_SECONDS = 20
 
@@ -107,6 +108,13 @@ def test_a_finished_run_without_a_summary(tmp_path: Path, content: str) -> None:
     (tmp_path / "complete.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"RF8206: complete\.json"):
         finished_summary(run)
+
+
+def test_a_finished_run_of_another_release_is_named(tmp_path: Path) -> None:
+    run = started(tmp_path, complete=True)
+    assert finished_result(run, dict) == {"loss": 0.5}
+    with pytest.raises(CheckpointError, match=r"(?s)RF8206: complete\.json.*'loss'"):
+        finished_result(run, SFTResult)
 
 
 def test_the_bound_of_a_record_and_its_depth(tmp_path: Path) -> None:
