@@ -17,6 +17,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -31,6 +32,7 @@ from rlhf_fast.errors import (
     PeerError,
     RLHFError,
 )
+from rlhf_fast.launch import launched_ranks
 
 STAGES: dict[str, type[StageConfig]] = {
     "sft": SFTConfig,
@@ -119,7 +121,7 @@ def _show_notices() -> None:
 
 def _check_ranks(command: str) -> None:
     """Only training runs on several ranks; other commands would do the same thing N times."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in ("sft", "rm", "ppo"):
+    if launched_ranks() > 1 and command not in ("sft", "rm", "ppo"):
         raise EnvironmentFault(
             "RF7053",
             f"{command} runs in one process",
@@ -143,11 +145,12 @@ def _fail(message: str) -> None:
 
 def _fail_once(message: str) -> None:
     """Say why this process ends; of several ranks that have not joined yet, one says it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from rlhf_fast.distributed.first_word import another_spoke_first
+    with suppress(EnvironmentFault):  # it may be this that is said
+        if launched_ranks() > 1:
+            from rlhf_fast.distributed.first_word import another_spoke_first
 
-        if another_spoke_first():
-            return
+            if another_spoke_first():
+                return
     _fail(message)
 
 

@@ -26,6 +26,7 @@ from torch.distributed.distributed_c10d import Store, _get_default_store
 from rlhf_fast.distributed.fault_board import FaultBoard
 from rlhf_fast.distributed.first_word import attempt_store, note_joined
 from rlhf_fast.errors import EnvironmentFault, LoneOutOfMemory
+from rlhf_fast.launch import launched_ranks
 
 REPLICATE, SHARD = "replicate", "shard"
 
@@ -77,7 +78,7 @@ class World:
                 ranks do not find each other.
         """
         rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-        size = int(os.environ.get("WORLD_SIZE", 1)) if size is None else size
+        size = launched_ranks() if size is None else size
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         if size % replicas:
             raise EnvironmentFault(

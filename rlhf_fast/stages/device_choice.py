@@ -8,11 +8,7 @@ import torch
 
 from rlhf_fast.config import RunConfig
 from rlhf_fast.errors import ConfigError, EnvironmentFault
-
-
-def launched_ranks() -> int:
-    """Processes that torchrun started for this run; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+from rlhf_fast.launch import launched_ranks
 
 
 def choose_device(config: RunConfig) -> torch.device:

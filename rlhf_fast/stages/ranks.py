@@ -26,7 +26,7 @@ from rlhf_fast.errors import (
     RLHFError,
     StoppedEarly,
 )
-from rlhf_fast.stages.device_choice import launched_ranks
+from rlhf_fast.launch import launched_ranks
 from rlhf_fast.stages.run_config import SHOWN, compare, plain_config
 from rlhf_fast.stages.run_on_ranks import Nowhere, exit_code_of
 from rlhf_fast.stages.training import setup_run

@@ -210,3 +210,14 @@ def test_a_real_process_without_a_gpu(workshop: Workshop) -> None:
     found = process("check", "ppo", *arguments, CUDA_VISIBLE_DEVICES="")
     assert found.returncode == 3
     assert found.stderr.startswith("RF7030: ")
+
+
+@pytest.mark.parametrize("size", ["abc", "0", "-1", "2.0"])
+def test_a_number_of_ranks_that_is_none(
+    size: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert main(["sft", "--print-config"]) == 3
+    assert f"RF7055: WORLD_SIZE='{size}'" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "")  # as good as none
+    assert main(["sft", "--print-config"]) == 0
