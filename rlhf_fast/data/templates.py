@@ -101,11 +101,14 @@ class ChatTemplate:
                 **self.variables,
             )
         except Exception as error:  # a template can fail in any way a program can
+            roles = [m.role for m in messages]
             raise DataError(
                 "RF2041",
                 f"the chat template refused the messages: {error}",
                 where=where,
-                expected=f"roles in an order it accepts, got {[m.role for m in messages]}",
+                expected=f"roles in an order it accepts, got {roles}"
+                if roles
+                else "a message before the first of the assistant",
                 remedy="change the row, or set data.chat_template to a template that accepts it",
             ) from error
         return str(text)

@@ -173,11 +173,12 @@ def check_requests(requests: Sequence[Request], vocab: int, positions: int | Non
                 remedy="shorten or filter prompts (data.max_prompt_length), or lower "
                 "sampling.max_new_tokens",
             )
-        if not 0 <= min(request.prompt) <= max(request.prompt) < vocab:
-            stranger = next(i for i in request.prompt if not 0 <= i < vocab)
+        whole = set(map(type, request.prompt)) == {int} or all(map(is_int64, request.prompt))
+        if not (whole and 0 <= min(request.prompt) <= max(request.prompt) < vocab):
+            stranger = next(i for i in request.prompt if not (is_int64(i) and 0 <= i < vocab))
             raise GenerationError(
                 "RF4009",
-                f"token id {stranger} does not exist in a model with {vocab} embedding rows",
+                f"token id {stranger!r} does not exist in a model with {vocab} embedding rows",
                 where=request.name,
                 remedy="use the tokenizer that belongs to the model",
             )

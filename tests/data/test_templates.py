@@ -168,6 +168,14 @@ def test_template_that_fails(bpe: PreTrainedTokenizerFast, source: str) -> None:
     assert caught.value.where == ORIGIN
 
 
+def test_a_conversation_that_the_assistant_begins(bpe: PreTrainedTokenizerFast) -> None:
+    first = "{% if not messages %}{{ raise_exception('none') }}{% endif %}{{ messages[0].content }}"
+    with pytest.raises(DataError) as caught:
+        ChatTemplate(TextEncoder(bpe), first).encode_turns([Message("assistant", "b")], ORIGIN)
+    assert caught.value.code == "RF2041"
+    assert caught.value.expected == "a message before the first of the assistant"
+
+
 def test_template_that_leaves_the_reply_out(bpe: PreTrainedTokenizerFast) -> None:
     """EOS alone would be learnt, right after the prompt."""
     chat = ChatTemplate(TextEncoder(bpe), "{{ messages[0].content }}")

@@ -194,6 +194,8 @@ def test_a_request_beyond_the_room_waits_for_a_larger_run(live: LiveRequests) ->
     [
         (Request((), SamplingParams(4), (1,)), "RF4005"),
         (Request((VOCAB,), SamplingParams(4), (1,)), "RF4009"),
+        (Request((5, 6.0), SamplingParams(4), (1,)), "RF4009"),
+        (Request((5, None), SamplingParams(4), (1,)), "RF4009"),
         (Request((5,), SamplingParams(4, top_p=2.0), (1,)), "RF4001"),
         (Request((5,), SamplingParams(10**6), (1,)), "RF4006"),
         (Request((5,), SamplingParams(4, top_k=7.0), (1,)), "RF4001"),
