@@ -17,6 +17,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from typing import Any
 from rlhf_fast.errors import EnvironmentFault
 
 _log = logging.getLogger(__name__)
+_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,11 @@ class Patch:
         self._version = ""
         self._swaps: list[_Swap | _Added] = []
         self._awaiting: _AfterImport | None = None
+        self._permanent = False
+        self._blocks = 0  # open ones of `scoped`, of all threads
 
     def install(self, *, on_import: bool = False) -> Report:
-        """Replace for good; a second call changes nothing.
+        """Replace for good, also from within a block of `scoped`; a second call changes nothing.
 
         Args:
             on_import: replace in the modules that the peer has loaded, and in each other one as
@@ -170,6 +174,11 @@ class Patch:
             EnvironmentFault: the peer is missing (RF7301), of an unknown version (RF7302), lacks a
                 name (RF7303) or cannot be imported (RF7304). Nothing has been replaced.
         """
+        report = self._replace(on_import)
+        self._permanent = True
+        return report
+
+    def _replace(self, on_import: bool = False) -> Report:
         if not self._version:
             version = require_version(self.package, self.replacements)
             wanted = self.replacements[version]
@@ -198,17 +207,25 @@ class Patch:
             swap.undo(self.package)
         self._swaps.clear()
         self._version = ""
+        self._permanent = False
 
     @contextmanager
     def scoped(self) -> Iterator[Report]:
-        """Replace inside a `with` block; inside another one, or after `install`, do nothing."""
-        if self._version:
-            yield self.report()
-            return
+        """Replace inside a `with` block.
+
+        The last of several that overlap, nested or in threads, gives the peer its own functions
+        back, unless `install` has replaced them for good.
+        """
+        with _LOCK:
+            report = self._replace()
+            self._blocks += 1
         try:
-            yield self.install()
+            yield report
         finally:
-            self.remove()
+            with _LOCK:
+                self._blocks -= 1
+                if self._blocks == 0 and not self._permanent:
+                    self.remove()
 
     def report(self) -> Report:
         """What is replaced at this moment."""

@@ -157,6 +157,32 @@ def test_installing_is_for_good_and_a_scope_inside_it_takes_nothing_back() -> No
 
 
 @pytest.mark.usefixtures("peer")
+def test_installing_within_a_scope_is_for_good_too() -> None:
+    maths, patch = load("maths"), make()
+    own = maths.double
+    with patch.scoped():
+        patch.install()
+    assert maths.double is triple
+    patch.remove()
+    with patch.scoped():
+        pass
+    assert maths.double is own
+
+
+@pytest.mark.usefixtures("peer")
+def test_the_last_of_scopes_that_overlap_restores() -> None:
+    maths, patch = load("maths"), make()
+    own = maths.double
+    first, second = patch.scoped(), patch.scoped()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert maths.double is triple
+    second.__exit__(None, None, None)
+    assert maths.double is own
+
+
+@pytest.mark.usefixtures("peer")
 def test_on_import_loads_nothing_and_replaces_what_is_imported_later() -> None:
     patch = make()
     report = patch.install(on_import=True)
