@@ -30,6 +30,8 @@ from rlhf_fast.integrations.peer_ops import (
 from rlhf_fast_kernels import linear_logprobs, logprobs_from_logits, masked_moments
 
 _IGNORED = -100
+# What `ChunkedLogProbFunction` of TRL 1.16 returns where nobody says which.
+_OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 # ---- log-probs and entropy from logits ----------------------------------------------------------
 
@@ -196,7 +198,7 @@ def _chunked_logprobs(own: Any) -> Any:
             chunk_size: int,
             final_logit_softcapping: float | None = None,
             logit_scale: float = 1.0,
-            outputs: tuple[str, ...] = ("log_probs", "entropy"),
+            outputs: tuple[str, ...] = _OPTIONAL_OUTPUTS,
         ) -> tuple[Tensor | None, ...]:
             """(logprobs `[N]`, entropy `[N]` or None, None, None, None), fp32.
 

@@ -123,7 +123,7 @@ def test_chunked_head(
 
 @only_new
 @pytest.mark.parametrize(
-    "rest", [(None, 0.5, ("log_probs",)), (None, 1.0, ("log_probs", "is_top1"))], ids=str
+    "rest", [(None, 0.5, ("log_probs",)), (None, 1.0, ("log_probs", "is_top1")), ()], ids=str
 )
 def test_further_outputs_and_scaled_logits_run_their_own_head(rest: tuple[Any, ...]) -> None:
     hidden, weight, labels = torch.randn(4, 5), torch.randn(VOCAB, 5), torch.arange(4)
