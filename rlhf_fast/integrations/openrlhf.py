@@ -163,7 +163,7 @@ def _value_forward(own: Callable[..., Any]) -> Callable[..., Any]:
         global_batch_size: float | None = None,
     ) -> Tensor:
         """Half the clipped squared error, `[]` fp32."""
-        if action_mask is None or not self.token_level_loss:
+        if action_mask is None or not self.token_level_loss or self.clip_eps == 0:
             totals = (dp_size, batch_num_tokens, global_batch_size)
             return own(self, values, old_values, returns, action_mask, *totals)
         mask = action_mask.bool()

@@ -202,7 +202,7 @@ def _means(tokens: Tensor, *sums: Tensor) -> dict[str, float]:
 
 
 def value_loss_or(own: Callable[..., Any]) -> Callable[..., Any]:
-    """verl's value loss on our kernel; `own` is verl's, which runs the mean per sequence."""
+    """verl's value loss on our kernel; `own` is verl's, for means per sequence and a range of 0."""
 
     def compute_value_loss(
         vpreds: Tensor,
@@ -220,7 +220,7 @@ def value_loss_or(own: Callable[..., Any]) -> Callable[..., Any]:
         totals = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
         mask = response_mask.bool()
         how = _aggregation(mask, loss_agg_mode, *totals)
-        if how.weights is not None:
+        if how.weights is not None or cliprange_value == 0:
             inputs = (vpreds, returns, values, response_mask, cliprange_value, loss_agg_mode)
             return own(*inputs, *totals)
         loss, sums = value_loss(vpreds, values, returns, mask, how.normalizer, cliprange_value)

@@ -181,7 +181,7 @@ def test_policy_loss(
 @EXAMPLES
 @given(
     batch=batches(),
-    clip=st.sampled_from((None, 0.2)),
+    clip=st.sampled_from((None, 0.2, 0.0)),
     token_level=st.booleans(),
     totals=TOTALS,
 )

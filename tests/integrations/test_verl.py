@@ -263,14 +263,14 @@ def test_policy_loss(
 
 @pytest.mark.parametrize("mode", MODES)
 @EXAMPLES
-@given(batch=batches(), totals=TOTALS)
-def test_value_loss(batch: Batch, mode: str, totals: dict[str, Any]) -> None:
+@given(batch=batches(), clip=st.sampled_from((0.3, 0.0)), totals=TOTALS)
+def test_value_loss(batch: Batch, mode: str, clip: float, totals: dict[str, Any]) -> None:
     returns, old, values = batch.floats(), batch.floats(), batch.floats()
     mask = batch.mask.long()
 
     def call(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda x: function(
-            x, returns.to(x.dtype), old.to(x.dtype), mask, 0.3, mode, **totals
+            x, returns.to(x.dtype), old.to(x.dtype), mask, clip, mode, **totals
         )
 
     own = core_algos.compute_value_loss
