@@ -37,8 +37,9 @@ _OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 def _fused_dtype(logits: Tensor) -> torch.dtype:
-    """TRL 1.16 has a kernel of its own for accelerators, whose results are fp32."""
-    return logits.dtype if logits.device.type == "cpu" else torch.float32
+    """TRL 1.16 has a kernel of its own for accelerators, but not for fp64: its results are fp32."""
+    own = logits.device.type == "cpu" or logits.dtype == torch.float64
+    return logits.dtype if own else torch.float32
 
 
 def _own_dtype(logits: Tensor) -> torch.dtype:

@@ -134,6 +134,14 @@ def test_further_outputs_and_scaled_logits_run_their_own_head(rest: tuple[Any, .
         assert a is b is None or torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_on_an_accelerator_the_new_one_rounds_no_fp64(dtype: torch.dtype) -> None:
+    logits = torch.empty(2, VOCAB, dtype=dtype, device="meta")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert adapter._fused_dtype(logits) == wide
+    assert adapter._fused_dtype(torch.empty(2, VOCAB, dtype=dtype)) == dtype
+
+
 # ---- GRPO's and RLOO's method -------------------------------------------------------------------
 
 
