@@ -27,10 +27,12 @@ from torch import Tensor
 from rlhf_fast.engine.decode_rows import DecodeRows
 from rlhf_fast.engine.paged_batch import PagedForward
 from rlhf_fast.engine.paged_cache import PagedCache
+from rlhf_fast.engine.side_streams import side_stream
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Splits beyond a row's context end at once: a coarse bucket costs little, a graph costs a capture.
 FEWEST_PAGES = 4
+_SPOILT: list[torch.cuda.CUDAGraph] = []
 
 
 class Recorder(Protocol):
@@ -167,7 +169,8 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = side_stream(device, "capture")
+        self._first: torch.cuda.CUDAGraph | None = None
         self.pool_bytes = 0
 
     def record(self, body: Callable[[], None], inputs: Sequence[Tensor]) -> Callable[[], None]:
@@ -181,10 +184,26 @@ class CudaRecorder:
             try:
                 body()
             except BaseException:
-                with suppress(RuntimeError):  # it says again that the capture is spoilt
+                try:
                     graph.capture_end()
+                except RuntimeError:  # it says again that the capture is spoilt
+                    self._abandon(graph)
                 raise
             graph.capture_end()
         current.wait_stream(self._stream)
+        # PyTorch refuses a pool whose graphs are all gone.
+        self._first = self._first or graph
         self.pool_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
         return graph.replay
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Tell the allocator that a spoilt capture is over: `capture_end` fails before it does.
+
+        It would free nothing that other streams used any more, nor its cache before memory runs
+        out. What the allocator of pinned memory asks about each stream points into the graph.
+        """
+        _SPOILT.append(graph)
+        index = torch.cuda.current_device()
+        with suppress(RuntimeError):  # a PyTorch that has told it
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+            torch._C._cuda_releasePool(index, self._pool)

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 
 from rlhf_fast.engine.requests import Completions, rollout_of
+from rlhf_fast.engine.side_streams import side_stream
 from rlhf_fast.protocols import FinishedScorer
 from rlhf_fast.types import PromptBatch, Rollout, SamplingParams
 
@@ -52,7 +53,7 @@ class Overlap:
         self._capacity = min(capacity, len(prompts) * group)
         self._surroundings = surroundings
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = side_stream(device, "score")
         self._prompt_lengths = prompts.sequences.lengths.tolist()
         self._fresh: list[int] = []
         self._queue: deque[tuple[int, int]] = deque()
