@@ -8,6 +8,7 @@ can be, and `back_to_back` measures what they cost.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import statistics
@@ -148,6 +149,28 @@ def _status(key: str) -> int:
 # ---- GPU ----------------------------------------------------------------------------------------
 
 
+_SPOILT: list[torch.cuda.CUDAGraph] = []
+
+
+def _captured(stream: Any, call: Callable[[], Any]) -> Callable[[], None]:
+    """The replay of a call. If it fails, `stream` is the current one again, and nothing captures.
+
+    PyTorch leaves both otherwise, and the allocator may still look at the graph.
+    """
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=pool):
+            call()
+    except Exception:
+        _SPOILT.append(graph)
+        index = torch.cuda.current_device()
+        with contextlib.suppress(RuntimeError):  # the allocator knows that the capture is over
+            torch._C._cuda_endAllocateToPool(index, pool)
+            torch._C._cuda_releasePool(index, pool)
+        raise
+    return graph.replay
+
+
 class CudaClock:
     """Event times, one a call, with a cold second-level cache; peak of torch's allocator."""
 
@@ -196,18 +219,16 @@ class CudaClock:
     def graph(self, run: Run) -> float | None:
         """Replays on input set 0, warm caches; None (and a line on stderr) if it cannot capture."""
         try:
-            side = torch.cuda.Stream(self.device)
-            side.wait_stream(torch.cuda.current_stream(self.device))
+            side, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+            side.wait_stream(current)
             with torch.cuda.stream(side):
                 run(0)
-            torch.cuda.current_stream(self.device).wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run(0)
+            current.wait_stream(side)
+            replay = _captured(current, partial(run, 0))
         except Exception as problem:  # whatever forbids capture leaves one number out
             print(f"no CUDA graph: {problem}", file=sys.stderr)
             return None
-        return self._wall(lambda _: graph.replay(), 1, GRAPH_REPLAYS)
+        return self._wall(lambda _: replay(), 1, GRAPH_REPLAYS)
 
     def extra_bytes(self, run: Run) -> int | None:
         """Growth of the peak of torch's allocator over what inputs and weights already hold.

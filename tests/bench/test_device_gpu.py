@@ -68,8 +68,11 @@ def test_wall_time_holds_the_launches(clock: device.CudaClock) -> None:
 
 def test_a_call_that_waits_for_the_device_cannot_be_captured(clock: device.CudaClock) -> None:
     x = torch.ones(1, device="cuda")
+    before = torch.cuda.current_stream()
     assert clock.graph(lambda k: x.item()) is None
     assert float(x + 1) == 2.0  # the device still works
+    assert torch.cuda.current_stream() == before
+    assert clock.graph(lambda k: x + 1) is not None
 
 
 def test_extra_memory_is_of_temporaries(clock: device.CudaClock) -> None:

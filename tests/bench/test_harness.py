@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -277,6 +278,47 @@ def test_a_call_that_no_graph_can_hold_has_no_graph_time(
     clock = device.CudaClock(torch.device("cuda", 0))
     assert clock.graph(lambda k: None) is None  # there is no GPU to capture on
     assert "no CUDA graph" in capsys.readouterr().err
+
+
+def test_a_failed_capture_leaves_stream_and_allocator_as_they_were(
+    gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, streams = [], ["current"]
+
+    class Capture:
+        """As torch.cuda.graph: its stream stays where the end of the capture raises."""
+
+        def __init__(self, graph: Any, pool: Any) -> None: ...
+        def __enter__(self) -> None:
+            streams.append("capture")
+
+        def __exit__(self, *_: Any) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    @contextmanager
+    def stream(_: Any) -> Iterator[None]:
+        before = list(streams)
+        try:
+            yield
+        finally:
+            streams[:] = before
+
+    side = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "CUDAGraph": object,
+        "Stream": lambda _: side,
+        "current_device": lambda: 0,
+        "current_stream": lambda _: side,
+        "graph": Capture,
+        "graph_pool_handle": lambda: (0, 7),
+        "stream": stream,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *args: told.append(args), raising=False)
+    assert device.CudaClock(torch.device("cuda", 0)).graph(lambda k: None) is None
+    assert streams == ["current"]
+    assert told == [(0, (0, 7))] * 2
 
 
 def test_the_report_names_the_gpu(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

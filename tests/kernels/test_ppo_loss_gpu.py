@@ -150,6 +150,7 @@ def test_forward_and_backward_in_a_graph(impl: str) -> None:
         return loss, torch.autograd.grad(loss, leaf)[0]
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which makes the normalizer
     with torch.cuda.stream(stream):
         want = [x.clone() for x in step()]  # compiles outside of the capture
     stream.synchronize()
