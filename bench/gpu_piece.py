@@ -13,19 +13,27 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import gpu_steps
 from .engine import gpu_pieces
 from .kernels.environment import environment
 
+STEPS = ("step-1b-full", "step-8b-lora", "leaks")  # of gpu_steps
+
 
 def pieces(setup: gpu_pieces.Setup) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Everything that has a name here."""
-    return {**gpu_pieces.pieces(setup), **gpu_steps.pieces(setup)}
+    """Everything that has a name here; steps need packages that the others can do without."""
+
+    def step(name: str) -> dict[str, Any]:
+        from . import gpu_steps
+
+        return gpu_steps.pieces(setup)[name]()
+
+    return {**gpu_pieces.pieces(setup), **{name: partial(step, name) for name in STEPS}}
 
 
 def run(name: str, setup: gpu_pieces.Setup) -> dict[str, Any]:

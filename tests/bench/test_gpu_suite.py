@@ -49,6 +49,13 @@ def test_a_piece_that_fails_is_written_and_told(
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
+def test_only_steps_need_what_configs_are_read_with() -> None:
+    assert set(gpu_piece.STEPS) == set(gpu_steps.pieces(SETUP))
+    code = "import sys; sys.modules['omegaconf'] = None; from bench import gpu_piece"
+    done = limited.run([sys.executable, "-c", code], 120, environment=limited.python_path())
+    assert done.exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
