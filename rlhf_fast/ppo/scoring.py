@@ -235,6 +235,7 @@ class Scoring:
         out = torch.zeros(rollout.responses.shape, device=rollout.responses.device)
 
         def recompute() -> None:
+            out.zero_()  # smaller packs are dealt anew: what was read before may be another rank's
             for pack in self._packs(rollout, samples):
                 slots = response_slots(rollout, pack.rows, idle=pack.idle)
                 targets = slots.targets(rollout.response_mask)

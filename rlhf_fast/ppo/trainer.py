@@ -375,6 +375,7 @@ class PPOLearner:
         truncated = torch.nonzero(~rollout.ended).flatten().tolist()
 
         def read() -> None:
+            out.zero_()  # smaller packs are dealt anew: what was read before may be another rank's
             for pack in token_packs(rollout, truncated, self.budget.tokens, self.roles.split):
                 slots = response_slots(rollout, pack.rows)
                 values = critic.values(slots.sequences)[slots.last]

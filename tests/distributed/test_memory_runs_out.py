@@ -23,7 +23,7 @@ from rlhf_fast.stages.ppo import PPOTrainer
 from rlhf_fast.stages.ranks import on_ranks_of
 from tests.distributed.ranks import on_ranks
 from tests.models.tiny import tokenizer
-from tests.ppo.synthetic import random_rollout, tiny_critic
+from tests.ppo.synthetic import learner, random_rollout, small_config, tiny_critic
 from tests.stages.killed_runs import ppo_config
 from tests.stages.tiny_runs import demonstrations, metric_lines, model_directory, write_rows
 
@@ -77,6 +77,47 @@ def test_a_rank_that_others_wait_for_says_so_and_ends_the_job():
     assert "out of memory on rank 1" in alone[1]
     assert "--max-restarts" in alone[1]
     assert max(waited[3], alone[3]) < 20 * PATIENCE  # not the 60 s of a collective
+
+
+def _second_fails(call, fails):
+    """`call`, for which the memory does not suffice the second time."""
+    calls = []
+
+    def checked(*arguments, **options):
+        calls.append(1)
+        if fails and len(calls) == 2:
+            raise torch.OutOfMemoryError("as a device says it")
+        return call(*arguments, **options)
+
+    return checked
+
+
+def _read_again(world: World | None, what: str):
+    """What is read of a rollout, the second forward of every rank having run out of memory."""
+    config = small_config(bootstrap_truncated=True, old_logprobs="rollout")
+    ppo = learner(dataclasses.replace(config, microbatch_tokens=48))
+    rollout = random_rollout(9, 2, seed=3)
+    rollout = dataclasses.replace(rollout, ended=torch.zeros_like(rollout.ended))
+    if world is not None:
+        ppo.roles.split = WorldSplit(world)
+    fails = world is not None
+    if what == "values":
+        ppo.roles.critic.values = _second_fails(ppo.roles.critic.values, fails)
+        found = ppo._bootstrap(rollout)
+    else:
+        ppo.roles.actor.logprobs = _second_fails(ppo.roles.actor.logprobs, fails)
+        with torch.no_grad():
+            found = ppo.scoring._recomputed(rollout, range(len(rollout)))
+    assert ppo.budget.tokens == (24 if fails else 48)
+    return found.tolist()
+
+
+@pytest.mark.parametrize("what", ["values", "log-probs"])
+def test_what_was_read_before_memory_ran_out_does_not_count_beside_what_is_read_again(what):
+    one, other = on_ranks(2, _read_again, what, replicas=2)
+    assert one == other
+    expected = torch.tensor(_read_again(None, what))
+    torch.testing.assert_close(torch.tensor(one), expected, rtol=1e-5, atol=1e-5)
 
 
 # ---- whole runs ---------------------------------------------------------------------------------
