@@ -31,6 +31,22 @@ from rlhf_fast.launch import launched_ranks
 REPLICATE, SHARD = "replicate", "shard"
 
 
+def require_replicas(size: int, replicas: int) -> None:
+    """Refuse a number of ranks that is no multiple of the replicas.
+
+    Raises:
+        EnvironmentFault: RF7050.
+    """
+    if size % replicas:
+        raise EnvironmentFault(
+            "RF7050",
+            f"{size} ranks cannot be {replicas} replicas",
+            where="distributed.replicas",
+            expected="a divisor of the number of processes that torchrun starts",
+            remedy="change distributed.replicas or --nproc-per-node",
+        )
+
+
 @dataclass(frozen=True)
 class World:
     """The ranks of a run.
@@ -80,14 +96,7 @@ class World:
         rank = int(os.environ.get("RANK", 0)) if rank is None else rank
         size = launched_ranks() if size is None else size
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        if size % replicas:
-            raise EnvironmentFault(
-                "RF7050",
-                f"{size} ranks cannot be {replicas} replicas",
-                where="distributed.replicas",
-                expected="a divisor of the number of processes that torchrun starts",
-                remedy="change distributed.replicas or --nproc-per-node",
-            )
+        require_replicas(size, replicas)
         if size == 1:
             return cls(device)
         gpu = device.type == "cuda"

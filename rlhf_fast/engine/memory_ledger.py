@@ -88,6 +88,7 @@ class MemoryPlan:
             other; the generator beside them.
         kv: keys and values.
         parameters: of the model that generates.
+        vocabulary: those of them in embedding and head.
         layers: of that model.
         frozen: whether that model is a frozen trunk.
         adapted: roles that hold adapters on it and no model.
@@ -98,6 +99,7 @@ class MemoryPlan:
     passes: Mapping[str, Mapping[str, Mapping[str, int]]]
     kv: KVPlan
     parameters: int
+    vocabulary: int
     layers: int
     frozen: bool
     adapted: frozenset[str]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rlhf_fast.adamw8bit import fresh_state
 from rlhf_fast.config import PPOConfig
+from rlhf_fast.distributed.placement import vocabulary_modules
 from rlhf_fast.engine.memory_activations import ForwardPlan, runs_layer_ops
 from rlhf_fast.engine.memory_copies import adapter_copies, weight_copies
 from rlhf_fast.engine.memory_ledger import (
@@ -94,9 +95,11 @@ def plan_memory(
             add(held[phase], *COPIES[:2], weight_copies(generating))
     shape = roles["actor"].shape
     assert shape is not None
+    vocabulary = {part.weight for part in vocabulary_modules(generating)}  # tied: one
     return MemoryPlan(
         *(held, passes, kv),
         parameters=sum(p.numel() for p in generating.parameters()),
+        vocabulary=sum(weight.numel() for weight in vocabulary),
         layers=shape.layers,
         frozen="trunk" in roles,
         adapted=frozenset(name for name, role in roles.items() if role.rank),

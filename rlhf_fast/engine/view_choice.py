@@ -49,9 +49,9 @@ def choose_view(
     if path not in ("auto", "fused"):
         not_parallel = f"engine.path={path} does not sum slices"
     if wish == "tp" and not_parallel is not None:
-        raise _cannot(wish, not_parallel)
+        raise cannot_read(wish, not_parallel)
     if wish == "layerwise" and not blocks_of(twin):
-        raise _cannot(wish, "the model has no list of blocks")
+        raise cannot_read(wish, "the model has no list of blocks")
     if wish == "tp" or (wish == "auto" and not_parallel is None):
         reason = "asked for" if wish == "tp" else "every rank's shard is its slice of the model"
         return TensorParallelView(module, twin, world, reason)
@@ -83,7 +83,8 @@ def _free(device: torch.device) -> int:
     return int(GPU_SHARE * (free + held))
 
 
-def _cannot(wish: str, why: str) -> GenerationError:
+def cannot_read(wish: str, why: str) -> GenerationError:
+    """RF4037 of a view that was asked for."""
     return GenerationError(
         "RF4037",
         f"distributed.weights={wish} cannot run: {why}",

@@ -14,17 +14,22 @@ from typing import Any
 import torch
 
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.config_loading import load_config
+from rlhf_fast.config_loading import load_config, with_values
+from rlhf_fast.distributed.placement import why_not_sliced
+from rlhf_fast.distributed.world import require_replicas
 from rlhf_fast.engine.memory_activations import DecoderShape
 from rlhf_fast.engine.memory_ledger import MemoryPlan
 from rlhf_fast.engine.memory_models import ModelConfigs, RolePlan, layout_key, role_plans
 from rlhf_fast.engine.memory_plan import plan_memory
 from rlhf_fast.engine.memory_sharded import Sharding
+from rlhf_fast.engine.path_choice import choose_path
+from rlhf_fast.engine.view_choice import cannot_read
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.models.checks import check_context
 from rlhf_fast.models.meta import meta_model, model_config
 from rlhf_fast.stages.plan_advice import OBJECTS, Advice, advise
-from rlhf_fast.stages.training import require_settings
+from rlhf_fast.stages.ranks import require_ranks_can
+from rlhf_fast.stages.training import compute_type, require_settings
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -69,11 +74,12 @@ def run_plan(
         path: YAML file of the config; None: defaults.
         overrides: each as `key=value`.
         model: directory or config.json of the actor, in place of the config's `actor`.
-        gpus: how many, on one mesh axis of shards.
+        gpus: how many; `distributed.replicas` says how many of them hold a model between them.
         gpu_memory: of each, such as `80GB`; None: that of the GPU here, if there is one.
 
     Raises:
-        ConfigError: RF1050 to RF1052, and as `load_config`.
+        ConfigError: RF1050 to RF1052, and as `load_config` and `sharding_of`.
+        EnvironmentFault, GenerationError: as `sharding_of`.
         ModelError: as `model_config` and `plan_memory`.
     """
     if gpus < 1:
@@ -87,11 +93,13 @@ def run_plan(
     capacity = _present_memory() if gpu_memory is None else parse_memory(gpu_memory)
     config = _config(path, overrides, model)
     models, notes = model_configs(config)
-    sharding = Sharding.over(gpus, DecoderShape.of(models.actor).kv_heads)
+    sharding = sharding_of(config, models.actor, gpus)
 
     layouts: dict[str, Mapping[str, RolePlan]] = {}
 
     def predict(changed: PPOConfig) -> MemoryPlan:
+        if gpus > 1:  # where auto is off
+            changed = with_values(changed, {"engine.overlap_scoring": "off"})
         key = layout_key(changed)
         if key not in layouts:
             layouts[key] = role_plans(changed, models)
@@ -106,6 +114,33 @@ def run_plan(
         limit = capacity
         advice = advise(config, predict, lambda found: sharding.fits(found, limit), gpus=gpus)
     return PlanResult(config, plan, sharding, capacity, advice, (*notes, *plan.notes))
+
+
+def sharding_of(config: PPOConfig, actor: Any, gpus: int) -> Sharding:
+    """How a run on so many GPUs spreads its models.
+
+    Args:
+        config: of the run.
+        actor: config of transformers.
+        gpus: how many.
+
+    Raises:
+        ConfigError: RF1045, a setting that is for one process.
+        EnvironmentFault: RF7050, they cannot be so many replicas.
+        GenerationError: RF4037, generation cannot read the weights as asked for.
+    """
+    if gpus == 1:
+        return Sharding()
+    require_ranks_can(config, gpus)
+    replicas, wish = config.distributed.replicas, config.distributed.weights
+    require_replicas(gpus, replicas)
+    module = meta_model(actor, dtype=compute_type(config.run))
+    why_not = why_not_sliced(module, gpus // replicas)
+    if choose_path(module, config.engine.path)[0] != "fused":
+        why_not = why_not or "only the fused path sums slices"
+    if wish == "tp" and replicas < gpus and why_not:
+        raise cannot_read(wish, why_not)
+    return Sharding.over(gpus, replicas, wish, sliced=why_not is None)
 
 
 def parse_memory(text: str) -> int:

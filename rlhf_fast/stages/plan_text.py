@@ -12,7 +12,7 @@ from rich.table import Table
 from rlhf_fast.engine.memory_ledger import PHASES, RESERVED, ROLES, MemoryPlan
 from rlhf_fast.stages.plan import PlanResult
 
-_SHARDED = "one model over all of them (docs/distributed.md); unmeasured on GPUs"
+_SHARDED = "one model over those of a replica (docs/distributed.md); unmeasured on GPUs"
 Row = tuple[str, str, list[int]]
 
 
@@ -49,7 +49,8 @@ def plan_as_json(result: PlanResult) -> dict[str, Any]:
         "notes": list(result.notes),
     }
     if sharding.gpus > 1:
-        report["sharding"] = {"view": sharding.view, "note": _SHARDED}
+        replicas = sharding.replicas
+        report["sharding"] = {"view": sharding.view, "replicas": replicas, "note": _SHARDED}
     if result.advice is not None:
         report["advice"] = {
             "fits": result.advice.fits,

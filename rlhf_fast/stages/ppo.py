@@ -165,7 +165,7 @@ class PPOTrainer:
         self.quiet = quiet
         self.world = alone(config) if world is None else world
         self.device = self.world.device
-        require_ranks_can(config, self.world)
+        require_ranks_can(config, self.world.size)
         self.tokenizer = tokenizer or load_stage_tokenizer(config.actor, config.data)
         options = LoadOptions.from_config(config.data)
         if not isinstance(train_dataset, LoadedData):

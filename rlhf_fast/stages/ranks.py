@@ -176,13 +176,13 @@ def require_same_data(world: World, **fingerprints: str) -> None:
             )
 
 
-def require_ranks_can(config: PPOConfig, world: World) -> None:
-    """Refuse settings that are for one rank alone.
+def require_ranks_can(config: PPOConfig, ranks: int) -> None:
+    """Refuse settings that are for one rank alone, if there are more.
 
     Raises:
         ConfigError: RF1045, all of them at once.
     """
-    if world.size == 1:
+    if ranks == 1:
         return
     faults = []
     if config.engine.overlap_scoring == "on":
@@ -195,7 +195,7 @@ def require_ranks_can(config: PPOConfig, world: World) -> None:
         raise ConfigError(
             "RF1045",
             f"{len(faults)} setting{'s do' if len(faults) > 1 else ' does'} not work on "
-            f"{world.size} ranks",
+            f"{ranks} ranks",
             where="; ".join(faults),
             remedy="leave them at their defaults, or run one process",
         )

@@ -212,7 +212,7 @@ def _refused(world: World, out: str):
     for refuse in (
         lambda: require_same_data(world, prompts=fingerprint),
         lambda: require_ranks_can(
-            PPOConfig(engine=EngineConfig(overlap_scoring="on"), side_by_side=2), world
+            PPOConfig(engine=EngineConfig(overlap_scoring="on"), side_by_side=2), world.size
         ),
         lambda: open_run(_occupied(out), "sft", quiet=True, world=world).__enter__(),
     ):
@@ -234,7 +234,4 @@ def test_what_ranks_cannot_do_is_refused_on_all(base):
         run.mark_complete(1)
     assert on_ranks(2, _refused, str(base)) == [["RF2064", "RF1045", "RF8203"]] * 2
     with pytest.raises(ConfigError, match=r"(?s)overlap_scoring.*side_by_side"):
-        require_ranks_can(
-            PPOConfig(engine=EngineConfig(overlap_scoring="on"), side_by_side=2),
-            dataclasses.replace(World(torch.device("cpu")), size=2),
-        )
+        require_ranks_can(PPOConfig(engine=EngineConfig(overlap_scoring="on"), side_by_side=2), 2)

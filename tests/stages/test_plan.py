@@ -12,7 +12,7 @@ from rlhf_fast.engine.memory_ledger import PHASES, RESERVED, Slot
 from rlhf_fast.engine.memory_models import ModelConfigs
 from rlhf_fast.engine.memory_plan import plan_memory
 from rlhf_fast.engine.memory_sharded import Sharding
-from rlhf_fast.errors import ConfigError
+from rlhf_fast.errors import ConfigError, EnvironmentFault, GenerationError
 from rlhf_fast.stages.plan import parse_memory, run_plan
 from rlhf_fast.stages.plan_text import plan_as_json
 
@@ -232,7 +232,7 @@ def test_several_gpus_share_all_but_adapters_and_gathered_blocks(llama, capsys):
     assert sharding.generation_weights(plan) == 2 * plan.parameters // 8
     assert Sharding(8, "gather").generation_weights(plan) == 2 * plan.parameters
     assert one.sharding.generation_weights(plan) == 0
-    assert Sharding.over(8, 4) == Sharding(8, "gather")
+    assert Sharding.over(8, 1, "auto", sliced=False) == Sharding(8, "gather")
     update = plan.resident("update") // 8 + 12 * plan.parameters // 32 + plan.transient("update")
     assert sharding.device(plan, "update") == update
     lora = run_plan(None, [BF16, "lora.rank=16"], model=llama, gpu_memory="80GB", gpus=8)
@@ -247,6 +247,56 @@ def test_several_gpus_share_all_but_adapters_and_gathered_blocks(llama, capsys):
     assert "memory.step_in_backward" not in tight.advice.changes  # several processes refuse it
     assert main(["plan", "--model", llama, "--gpus", "8", "--gpu-memory", "80GB"]) == 0
     assert "8 GPUs, weights view tp" in capsys.readouterr().out
+
+
+def on_eight(model, *overrides):
+    return run_plan(None, [BF16, *overrides], model=model, gpus=8)
+
+
+def test_replicas_divide_the_gpus_that_hold_a_model(llama):
+    four = run_plan(None, [BF16], model=llama, gpus=4)
+    twice = on_eight(llama, "distributed.replicas=2")
+    assert (twice.sharding.shards, twice.sharding.view) == (4, "tp")
+    for phase in ("load", "score", "update"):
+        pages = four.plan.pages(phase)
+        assert pages == 0
+        assert twice.sharding.device(twice.plan, phase) == four.sharding.device(four.plan, phase)
+    one, whole = run_plan(None, [BF16], model=llama), on_eight(llama, "distributed.replicas=8")
+    for phase in ("load", "score", "update"):
+        assert whole.sharding.device(whole.plan, phase) == one.plan.device(phase)
+    plan, sharding = whole.plan, whole.sharding
+    assert sharding.generation_weights(plan) == 0
+    held = plan.resident("generate") - plan.pages("generate")  # with the copies of one GPU
+    assert sharding.held(plan, "generate") == held + plan.pages("generate") // 8
+
+
+def test_several_gpus_read_weights_as_the_config_and_the_model_have_it(llama, tmp_path):
+    assert on_eight(llama, "distributed.weights=gather").sharding.view == "gather"
+    layers = on_eight(llama, "distributed.weights=layerwise")
+    plan = layers.plan
+    outside = 2 * 32000 * 4096
+    blocks = 2 * (plan.parameters - outside) // 32
+    assert layers.sharding.generation_weights(plan) == 2 * (blocks + outside)
+    assert on_eight(llama, "engine.path=modules").sharding.view == "gather"
+    sizes = {"vocab_size": 96, "num_hidden_layers": 2}
+    odd = {"hidden_size": 64, "intermediate_size": 132, "num_attention_heads": 8}
+    LlamaConfig(**sizes, **odd).save_pretrained(tmp_path / "odd")
+    AutoConfig.for_model("gpt2", **sizes, n_embd=64, n_head=8).save_pretrained(tmp_path / "gpt2")
+    for name in ("odd", "gpt2"):  # 132 columns of the MLP; no slices are known
+        assert on_eight(str(tmp_path / name)).sharding.view == "gather"
+        with pytest.raises(GenerationError, match="RF4037"):
+            on_eight(str(tmp_path / name), "distributed.weights=tp")
+
+
+def test_several_gpus_plan_what_several_processes_do(llama):
+    assert "actor" not in on_eight(llama).plan.passes["generate"]  # scored after the rollout
+    alone = ["memory.step_in_backward=true", "algorithm.minibatches=64"]
+    alone += [f"{name}_optim.max_grad_norm=0" for name in ("actor", "critic")]
+    for overrides in (["engine.overlap_scoring=on"], ["side_by_side=2"], alone):
+        with pytest.raises(ConfigError, match="RF1045"):
+            on_eight(llama, *overrides)
+    with pytest.raises(EnvironmentFault, match="RF7050"):
+        on_eight(llama, "distributed.replicas=3")
 
 
 def test_json_has_every_number(llama, capsys):
