@@ -6,8 +6,8 @@
     facts                GPU, driver, compilers, packages
     build                the compiled module with its CUDA part, for the architectures named
     ops                  every kernel against its reference on the device
-    tests                `pytest -m gpu`
     paths, graphs        fused forward against the modules; replayed steps against the same steps
+    tests                `pytest -m gpu`, where there is pytest-xdist in several processes
     kernel-OP            each op beside its peers and the limits of the device
     decode-SHAPE-BATCH   tokens per second beside `generate`, `generate_batch` and vLLM, roofline
     step-1b-full         a PPO step by phase, memory by phase and role, predicted and held
@@ -28,6 +28,7 @@ sources have no git history, BENCH_COMMIT names the commit.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -85,9 +86,11 @@ def pieces(archs: str = "90", tiny: bool = False) -> list[Piece]:
         Piece("facts", ("sh", "-c", FACTS.format(python=python)), 60),
         Piece("build", setup, 300, build),
         of("ops", 120),
-        Piece("tests", (python, "-m", "pytest", "-m", "gpu", *(COLLECT if tiny else TESTS)), 300),
         of("paths", 120),
         of("graphs", 120),
+        Piece(
+            "tests", (python, "-m", "pytest", "-m", "gpu", *(COLLECT if tiny else _tests())), 300
+        ),
         *_kernels(tiny),
         *decoding[:2],
         of("step-1b-full", 400),
@@ -98,6 +101,18 @@ def pieces(archs: str = "90", tiny: bool = False) -> list[Piece]:
         of("memory-lora", 300),
         of("switch", 200),
     ]
+
+
+def _tests() -> tuple[str, ...]:
+    """Arguments of pytest: the files with tests for a GPU, as collecting all others takes a minute.
+
+    Compiling the kernels, one core each, is most of their time.
+    """
+    folder = limited.ROOT / "tests"
+    named = (path for path in folder.rglob("test_*.py") if "mark.gpu" in path.read_text("utf-8"))
+    files = sorted(str(path.relative_to(limited.ROOT)) for path in named)
+    workers = min(8, os.cpu_count() or 1) if importlib.util.find_spec("xdist") else 0
+    return (*TESTS, *(("-n", str(workers)) if workers > 1 else ()), *files)
 
 
 def _kernels(tiny: bool) -> list[Piece]:

@@ -88,11 +88,15 @@ def test_every_piece_has_a_command_that_exists_and_fits_ten_minutes() -> None:
     for tiny in (False, True):
         pieces = gpu_suite.pieces(tiny=tiny)
         names = [piece.name for piece in pieces]
-        assert names[:4] == ["facts", "build", "ops", "tests"]
+        assert names[:6] == ["facts", "build", "ops", "paths", "graphs", "tests"]
         assert len(names) == len(set(names))
         assert all(piece.limit <= gpu_suite.BUDGET < 600 - limited.GRACE for piece in pieces)
         here = {piece.command[3] for piece in pieces if "bench.gpu_piece" in piece.command}
         assert here == set(gpu_piece.pieces(SETUP))
+    tests = next(piece.command for piece in gpu_suite.pieces() if piece.name == "tests")
+    assert "tests/kernels/test_sample_gpu.py" in tests
+    assert "tests/robustness/test_devices.py" in tests
+    assert "tests/kernels/test_linear_small.py" not in tests
     modules = {p.command[2] for p in gpu_suite.pieces() if p.name.startswith("kernel-")}
     scripts = (Path(gpu_suite.__file__).parent / "kernels").glob("bench_*.py")
     of_gpus = {f"bench.kernels.{path.stem}" for path in scripts} - {
