@@ -84,24 +84,8 @@ def run(
         ConfigError: RF1070, no bench of that name in the group; RF1072, no such interpreter.
         EnvironmentFault: RF7030, the preset needs a GPU; RF7901, `out` cannot be written.
     """
-    benches = chosen(group, names)
-    unknown = [name for name in names if name not in {bench.name for bench in benches}]
-    if unknown:
-        raise ConfigError(
-            "RF1070",
-            f"no bench {unknown[0]} in {group}",
-            where="--only",
-            expected=", ".join(bench.name for bench in chosen(group)),
-            remedy="correct the name",
-        )
-    if trl_python is not None and shutil.which(trl_python) is None:
-        raise ConfigError(
-            "RF1072",
-            f"no program {trl_python}",
-            where="--trl-python",
-            expected="a Python interpreter, for example trl-env/bin/python",
-            remedy="correct the path",
-        )
+    benches = _chosen(group, names)
+    _require_program(trl_python)
     _require_device(preset)
     _require_folder(out / "logs")
     before = _ended_well(out) if resume else {}
@@ -149,6 +133,31 @@ def show_comparison(before: Path, after: Path) -> int:
     """
     print_comparison(compare(before, after))
     return 0
+
+
+def _chosen(group: str, names: Sequence[str]) -> list[Bench]:
+    benches = chosen(group, names)
+    unknown = [name for name in names if name not in {bench.name for bench in benches}]
+    if unknown:
+        raise ConfigError(
+            "RF1070",
+            f"no bench {unknown[0]} in {group}",
+            where="--only",
+            expected=", ".join(bench.name for bench in chosen(group)),
+            remedy="correct the name",
+        )
+    return benches
+
+
+def _require_program(trl_python: str | None) -> None:
+    if trl_python is not None and shutil.which(trl_python) is None:
+        raise ConfigError(
+            "RF1072",
+            f"no program {trl_python}",
+            where="--trl-python",
+            expected="a Python interpreter, for example trl-env/bin/python",
+            remedy="correct the path",
+        )
 
 
 def _require_device(preset: str) -> None:
