@@ -8,7 +8,6 @@ can be, and `back_to_back` measures what they cost.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import statistics
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+
+from rlhf_fast_kernels.spoilt_captures import abandon
 
 PROC = Path("/proc/self")
 RESET_PEAK = "5"  # man 5 proc: writing 5 to clear_refs resets VmHWM
@@ -149,9 +150,6 @@ def _status(key: str) -> int:
 # ---- GPU ----------------------------------------------------------------------------------------
 
 
-_SPOILT: list[torch.cuda.CUDAGraph] = []
-
-
 def _captured(stream: Any, call: Callable[[], Any]) -> Callable[[], None]:
     """The replay of a call. If it fails, `stream` is the current one again, and nothing captures.
 
@@ -162,11 +160,7 @@ def _captured(stream: Any, call: Callable[[], Any]) -> Callable[[], None]:
         with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=pool):
             call()
     except Exception:
-        _SPOILT.append(graph)
-        index = torch.cuda.current_device()
-        with contextlib.suppress(RuntimeError):  # the allocator knows that the capture is over
-            torch._C._cuda_endAllocateToPool(index, pool)
-            torch._C._cuda_releasePool(index, pool)
+        abandon(graph, pool)
         raise
     return graph.replay
 

@@ -18,7 +18,6 @@ Where recording fails, the steps run as they are, at the same padded width: the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,11 +27,11 @@ from rlhf_fast.engine.decode_rows import DecodeRows
 from rlhf_fast.engine.paged_batch import PagedForward
 from rlhf_fast.engine.paged_cache import PagedCache
 from rlhf_fast.engine.side_streams import side_stream
+from rlhf_fast_kernels.spoilt_captures import abandon
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Splits beyond a row's context end at once: a coarse bucket costs little, a graph costs a capture.
 FEWEST_PAGES = 4
-_SPOILT: list[torch.cuda.CUDAGraph] = []
 
 
 class Recorder(Protocol):
@@ -187,7 +186,7 @@ class CudaRecorder:
                 try:
                     graph.capture_end()
                 except RuntimeError:  # it says again that the capture is spoilt
-                    self._abandon(graph)
+                    abandon(graph, self._pool)
                 raise
             graph.capture_end()
         current.wait_stream(self._stream)
@@ -195,15 +194,3 @@ class CudaRecorder:
         self._first = self._first or graph
         self.pool_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
         return graph.replay
-
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Tell the allocator that a spoilt capture is over: `capture_end` fails before it does.
-
-        It would free nothing that other streams used any more, nor its cache before memory runs
-        out. What the allocator of pinned memory asks about each stream points into the graph.
-        """
-        _SPOILT.append(graph)
-        index = torch.cuda.current_device()
-        with suppress(RuntimeError):  # a PyTorch that has told it
-            torch._C._cuda_endAllocateToPool(index, self._pool)
-            torch._C._cuda_releasePool(index, self._pool)

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_fast.engine import decode_graphs
 from rlhf_fast.engine.decode_graphs import CudaRecorder
 from rlhf_fast.engine.overlap import Overlap
 from rlhf_fast.engine.side_streams import _made, side_stream
+from rlhf_fast_kernels import spoilt_captures
 
 GPU = torch.device("cuda", 0)
 POOL = (0, 7)
@@ -55,7 +55,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setattr(Stream, "made", 0)
     monkeypatch.setattr(Graph, "spoilt", False)
     monkeypatch.setattr(_made, "streams", {})
-    monkeypatch.setattr(decode_graphs, "_SPOILT", [])
+    monkeypatch.setattr(spoilt_captures, "_GRAPHS", [])
     for name, value in {
         "Stream": Stream,
         "CUDAGraph": Graph,
@@ -125,4 +125,4 @@ def test_a_failed_capture_is_over_for_the_allocator(
         CudaRecorder(GPU).record(waits, [])
     calls = [("_cuda_endAllocateToPool", 0, POOL), ("_cuda_releasePool", 0, POOL)]
     assert told == (calls if spoilt else [])
-    assert len(decode_graphs._SPOILT) == spoilt
+    assert len(spoilt_captures._GRAPHS) == spoilt
