@@ -174,8 +174,9 @@ class Patch:
             EnvironmentFault: the peer is missing (RF7301), of an unknown version (RF7302), lacks a
                 name (RF7303) or cannot be imported (RF7304). Nothing has been replaced.
         """
-        report = self._replace(on_import)
-        self._permanent = True
+        with _LOCK:
+            report = self._replace(on_import)
+            self._permanent = True
         return report
 
     def _replace(self, on_import: bool = False) -> Report:
