@@ -43,13 +43,15 @@ test-all: $(READY)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 # verl, OpenRLHF and AReaL bring vllm and flash-attn, which their training on a CPU never uses: without
-# their dependencies, and with those that they do use. DeepSpeed without its compiled ops.
+# their dependencies, and with those that they do use. DeepSpeed without its compiled ops. tensordict as
+# verl asks for it: with later versions its older trainer fails on two ranks.
 $(PEERS_READY): Makefile $(READY)
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --upgrade pip
 	$(PEERS)/bin/python -m pip install --quiet "$(TORCH)"
 	$(PEERS)/bin/python -m pip install --quiet trl==1.16.0 peft rich omegaconf requests pandas \
-		colorlog einops hjson msgpack ninja psutil py-cpuinfo pydantic ray tensordict codetiming \
+		colorlog einops hjson msgpack ninja psutil py-cpuinfo pydantic ray \
+		'tensordict>=0.8.0,!=0.9.0,<=0.10.0' codetiming \
 		torchdata hydra-core orjson pillow cachetools uvicorn fastapi aiohttp pyzmq msgspec \
 		prometheus_client pytest pytest-timeout hypothesis
 	DS_BUILD_OPS=0 $(PEERS)/bin/python -m pip install --quiet --no-deps \

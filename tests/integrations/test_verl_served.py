@@ -134,14 +134,18 @@ def test_verls_server_manager_drives_two_replicas(cluster: None, directory: Path
 
 # ---- verl's trainer -----------------------------------------------------------------------------
 
+# As a number of Python or of NumPy.
+NORM = r"actor/grad_norm:(?:np\.float64\()?([\d.e+-]+)"
 
-def trained(directory: Path, *overrides: str) -> str:
-    """What `main_ppo` prints, run as users run it."""
-    ray_options = ["num_cpus=16", "+num_gpus=1", "+include_dashboard=False"]
+
+def trained(directory: Path, ranks: int, *overrides: str) -> str:
+    """What `main_ppo` prints, run as users run it, with a training worker and a server a rank."""
+    ray_options = ["num_cpus=16", f"+num_gpus={ranks}", "+include_dashboard=False"]
     ray_options = [
         f"{'+' * o.startswith('+')}ray_kwargs.ray_init.{o.lstrip('+')}" for o in ray_options
     ]
     arguments = verl_loop.overrides(directory, directory / "model")
+    arguments.append(f"trainer.n_gpus_per_node={ranks}")
     done = subprocess.run(
         [sys.executable, "-m", "verl.trainer.main_ppo", *arguments, *ray_options, *overrides],
         cwd=directory,
@@ -156,20 +160,20 @@ def trained(directory: Path, *overrides: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["v1", "v0"])
-def test_verls_trainer_trains_on_our_samples(directory: Path, trainer: str) -> None:
+@pytest.mark.parametrize(("trainer", "ranks"), [("v1", 1), ("v1", 2), ("v0", 2)])
+def test_verls_trainer_trains_on_our_samples(directory: Path, trainer: str, ranks: int) -> None:
     """`main_ppo`: FSDP2, its agent loop, its reward loop, two steps and an update after each.
 
     verl compares the probabilities that came with the samples with those its own engine gives. With
-    weights of another step they would be far apart.
+    weights of another step, or of one rank's shard, they would be far apart.
     """
     if trainer == "v1":  # verl's default, whose samples travel through a store of their own
         pytest.importorskip("transfer_queue")
-    printed = trained(directory, f"trainer.use_v1={trainer == 'v1'}")
+    printed = trained(directory, ranks, f"trainer.use_v1={trainer == 'v1'}")
     gaps = [float(x) for x in re.findall(r"rollout_probs_diff_max:([\d.e+-]+)", printed)]
     assert len(gaps) == 2
     assert max(gaps) < 1e-5
-    norms = [float(x) for x in re.findall(r"actor/grad_norm:\D*([\d.]+)", printed)]
+    norms = [float(x) for x in re.findall(NORM, printed)]
     assert len(norms) == 2
     assert min(norms) > 0
     samples = [verl_loop.rollouts(directory, step) for step in (1, 2)]
