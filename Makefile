@@ -8,6 +8,9 @@ TORCH ?= torch==2.13.0
 # The other trainers, for the tests of their adapters; TRL twice, the older one in a folder.
 PEERS ?= .venv-peers
 TRL_OLD := $(PEERS)/trl-1.12
+# transformers as verl and OpenRLHF pin it; TRL takes the newest.
+VERL_PINS := $(PEERS)/verl-pins
+OPENRLHF_PINS := $(PEERS)/openrlhf-pins
 # Test processes. Each keeps to one thread and takes up to 2 GB.
 WORKERS ?= 2
 
@@ -42,6 +45,9 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
+# What these versions of transformers need besides, and newer ones do not take.
+HUB_1 := 'huggingface_hub<2' 'tokenizers<0.23' httpx httpcore
+
 # verl, OpenRLHF and AReaL bring vllm and flash-attn, which their training on a CPU never uses: without
 # their dependencies, and with those that they do use. DeepSpeed without its compiled ops. tensordict as
 # verl asks for it: with later versions its older trainer fails on two ranks.
@@ -57,6 +63,8 @@ $(PEERS_READY): Makefile $(READY)
 	DS_BUILD_OPS=0 $(PEERS)/bin/python -m pip install --quiet --no-deps \
 		verl==0.9.1 TransferQueue==0.1.11 openrlhf==0.11.2 areal==1.0.4 deepspeed==0.19.8
 	$(PEERS)/bin/python -m pip install --quiet --no-deps --target $(TRL_OLD) trl==1.12.0
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --target $(VERL_PINS) transformers==5.9.0 $(HUB_1)
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --target $(OPENRLHF_PINS) transformers==5.15.0 $(HUB_1)
 	@touch $@
 
 # From the checkout, with the compiled ops that `make setup` put there. Each trainer in a process of its
@@ -67,8 +75,8 @@ test-integrations: $(PEERS_READY)
 	$(call PEERS_TEST,,test_areal.py)
 	$(call PEERS_TEST,,test_benches.py)
 	$(call PEERS_TEST,,test_deepspeed_rollout.py)
-	$(call PEERS_TEST,,test_openrlhf*.py)
-	$(call PEERS_TEST,,test_verl*.py)
+	$(call PEERS_TEST,$(OPENRLHF_PINS):,test_openrlhf*.py)
+	$(call PEERS_TEST,$(VERL_PINS):,test_verl*.py)
 	$(call PEERS_TEST,,test_trl*.py)
 	$(call PEERS_TEST,$(TRL_OLD):,test_trl*.py)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers.utils.versions import require_version
 
 from rlhf_fast.engine.module_forward import PAGED_MODEL_TYPES, batch_dependent_rope, unwrapped
 from rlhf_fast.models.forward import compute_dtype, foreign_attention
@@ -13,12 +14,22 @@ TRANSFORMERS_MODEL_TYPES = (PAGED_MODEL_TYPES - {"gemma2", "gpt_neox", "opt", "v
 }
 
 
-def why_not_transformers(module: nn.Module) -> str | None:
-    """None if transformers' continuous batching can draw what the engine promises, or why not."""
+def version_fault() -> str | None:
+    """What keeps the continuous batching of the installed version from running with our sampler."""
     try:
+        # Before, it has no bound on rows (5.10) or leaves windows of attention out (5.15).
+        require_version("transformers>=5.17")
         import rlhf_fast.engine.transformers_runner  # noqa: F401
     except ImportError as error:
-        return f"continuous batching of this transformers takes no sampler of ours ({error})"
+        return f"continuous batching of this transformers does not run with our sampler ({error})"
+    return None
+
+
+def why_not_transformers(module: nn.Module) -> str | None:
+    """None if transformers' continuous batching can draw what the engine promises, or why not."""
+    fault = version_fault()
+    if fault is not None:
+        return fault
     config = unwrapped(module).config
     if config.model_type not in TRANSFORMERS_MODEL_TYPES:
         return f"architecture {config.model_type} is not known to run in continuous batching"

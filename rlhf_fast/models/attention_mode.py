@@ -20,6 +20,16 @@ def implementations(configs: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(config._attn_implementation for config in configs)
 
 
+def drops_softcap(config: Any) -> bool:
+    """Whether the attention that a config names leaves the softcap of the scores out.
+
+    transformers before 5.21 chooses SDPA for such models, which takes the softcap and does nothing
+    with it; later versions choose eager attention themselves.
+    """
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return capped and config._attn_implementation == "sdpa"
+
+
 @contextmanager
 def attention_mode(configs: tuple[Any, ...], *names: str) -> Iterator[None]:
     """Make attention layers call other implementations until the block is left, however it is left.

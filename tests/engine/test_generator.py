@@ -43,6 +43,7 @@ from rlhf_fast.engine.batching import pad_left, plan_batches
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.progress import Progress
 from rlhf_fast.engine.settings import EngineSettings
+from rlhf_fast.engine.transformers_path import version_fault
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.models.forward import set_compute_dtype
 from rlhf_fast.protocols import Generator
@@ -100,7 +101,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "gemma2": lambda: Gemma2ForCausalLM(
         Gemma2Config(
             **SIZES, head_dim=8, sliding_window=5, attn_logit_softcapping=2.0,
-            final_logit_softcapping=3.0, query_pre_attn_scalar=8,
+            final_logit_softcapping=3.0, query_pre_attn_scalar=8, attn_implementation="eager",
         )
     ),
     # Two rotary tables: one for windows, one for full attention.
@@ -120,10 +121,10 @@ FUSED = ("llama", "llama-bias", "mistral", "qwen2", "qwen2-tied", "qwen3")
 RUNS = [
     *(("fused", name) for name in FUSED),
     *(("modules", name) for name in FAMILIES if name != "llama-bias"),
-    *(("transformers", name) for name in ("llama", "mistral", "gpt2")),
+    *(("transformers", name) for name in ("llama", "mistral", "gpt2") if version_fault() is None),
     *(("padded", name) for name in ("llama", "mistral", "gpt2")),
 ]
-PATHS = ("fused", "modules", "transformers", "padded")
+PATHS = tuple(dict.fromkeys(path for path, _ in RUNS))
 # These compute in bf16 over fp32 weights.
 OVER_MASTERS = ("fused", "modules", "padded")
 

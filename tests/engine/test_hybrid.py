@@ -227,6 +227,15 @@ def test_a_path_that_cannot_run_says_why() -> None:
     assert engine_for(module).path == "modules"
 
 
+def test_a_model_whose_own_attention_drops_the_softcap_is_refused() -> None:
+    module = build("gemma2")
+    module.config._attn_implementation = "sdpa"  # what transformers before 5.21 chooses
+    with pytest.raises(GenerationError, match="RF4045"):
+        engine_for(module)
+    module.set_attn_implementation("eager")
+    assert engine_for(module).path == "modules"
+
+
 # ---- training beside generation -----------------------------------------------------------------
 
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from rlhf_fast.engine.module_forward import PAGED_MODEL_TYPES
-from rlhf_fast.engine.transformers_path import TRANSFORMERS_MODEL_TYPES
+from rlhf_fast.engine.transformers_path import TRANSFORMERS_MODEL_TYPES, version_fault
 from rlhf_fast.types import SamplingParams
 from tests.engine.architectures import known, tiny
 from tests.engine.test_generator import EOS, ragged, run, trainer_logprobs
 
-MODEL_TYPES = {"modules": PAGED_MODEL_TYPES, "transformers": TRANSFORMERS_MODEL_TYPES}
+MODEL_TYPES = {"modules": PAGED_MODEL_TYPES}
+if version_fault() is None:
+    MODEL_TYPES["transformers"] = TRANSFORMERS_MODEL_TYPES
 
 
 @pytest.mark.parametrize("model_type", sorted(PAGED_MODEL_TYPES | TRANSFORMERS_MODEL_TYPES))

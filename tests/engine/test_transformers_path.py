@@ -12,6 +12,7 @@ from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.progress import Progress
 from rlhf_fast.engine.requests import Completions, Request
 from rlhf_fast.engine.settings import EngineSettings
+from rlhf_fast.engine.transformers_path import version_fault
 from rlhf_fast.engine.transformers_runner import PAGE_SIZE
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.models.forward import set_compute_dtype
@@ -25,6 +26,8 @@ from tests.engine.test_generator import (
     run,
 )
 from tests.engine.test_hybrid import bytes_of_pages, engine_for
+
+pytestmark = pytest.mark.skipif(version_fault() is not None, reason=f"{version_fault()}")
 
 GREEDY = SamplingParams(12, temperature=0.0)
 # transformers runs neither GPT-NeoX nor OPT so, and Gemma 2 without its softcap.

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Gemma2ForCausalLM, Gemma2PreTrainedModel
 
 from rlhf_fast.errors import ModelError
 from rlhf_fast.models.checks import (
@@ -88,6 +89,24 @@ def test_dropout_and_padding_idx_are_off(saved: Path) -> None:
     assert loaded.get_input_embeddings().padding_idx is None
     ids = random_sequences([9]).ids[None]
     assert torch.equal(loaded(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
+def test_a_softcap_of_scores_is_never_left_to_sdpa(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers before 5.21 takes SDPA for these, which ignores the softcap without a word."""
+    build("gemma2", attn_logit_softcapping=0.5, query_pre_attn_scalar=1).save_pretrained(tmp_path)
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    stock = Gemma2ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    ids = torch.arange(3, 15)[None]
+    for loaded in (
+        load_causal_lm(tmp_path, dtype="float32"),
+        load_critic(tmp_path, dtype="float32"),
+        critic_from(load_causal_lm(tmp_path, dtype="float32")),
+    ):
+        assert loaded.config._attn_implementation == "eager"
+        hidden = loaded.model(ids).last_hidden_state
+        torch.testing.assert_close(hidden, stock.model(ids).last_hidden_state)
 
 
 def test_loading_is_silent(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
