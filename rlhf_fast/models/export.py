@@ -46,7 +46,7 @@ def export_model(
         module: Hugging Face causal LM or sequence classifier; not changed. Sharded weights are
             gathered one by one, and the files are those of the same model in one process.
         tokenizer: its tokenizer; not changed.
-        directory: where to; replaced if it is a model directory.
+        directory: where to; replaced if it is a model directory. Of a link, what it leads to.
         world: the ranks that hold the module, each of which calls this; rank 0 writes.
 
     Returns:
@@ -105,7 +105,9 @@ def publish(directory: str | Path, write: Callable[[Path], None]) -> Path:
 
     Errors and result as for `export_model`.
     """
-    target = Path(os.path.abspath(directory))
+    given = Path(os.path.abspath(directory))
+    # A link stays where it is: beside what it leads to there is room, and a disk to rename on.
+    target = Path(os.path.realpath(given))
     draft = target.with_name(f".{target.name}.exporting")
     try:
         _require_replaceable(target)
@@ -124,7 +126,7 @@ def publish(directory: str | Path, write: Callable[[Path], None]) -> Path:
             where=str(target),
             remedy="free disk space or choose another output directory; the old export is intact",
         ) from error
-    return target
+    return given
 
 
 def _require_replaceable(target: Path) -> None:

@@ -135,6 +135,25 @@ def test_second_export_replaces_the_first(tmp_path: Path) -> None:
     assert (target / MANIFEST).is_file()
 
 
+@pytest.mark.parametrize("before", ["a model", "an empty directory", "nothing"])
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path, before: str) -> None:
+    real, link = tmp_path / "large_disk" / "policy", tmp_path / "run" / "model"
+    real.parent.mkdir()
+    link.parent.mkdir()
+    if before == "a model":
+        export_model(build("llama", seed=1), tiny_tokenizer(), real)
+    elif before == "an empty directory":
+        real.mkdir()
+    link.symlink_to(real)
+    module = build("llama", seed=2)
+    assert export_model(module, tiny_tokenizer(), link) == link
+    assert link.is_symlink()
+    assert [p.name for p in link.parent.iterdir()] == ["model"]
+    assert [p.name for p in real.parent.iterdir()] == ["policy"]
+    stock = AutoModelForCausalLM.from_pretrained(link)
+    assert torch.equal(stock.lm_head.weight, module.lm_head.weight)
+
+
 def test_without_atomic_exchange_the_old_one_steps_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
