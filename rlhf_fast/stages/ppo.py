@@ -35,6 +35,7 @@ from rlhf_fast.models.reward_function import RewardFunction
 from rlhf_fast.ppo.health import hints
 from rlhf_fast.ppo.trainer import PPOLearner, StepOutput
 from rlhf_fast.stages.adapted import ADAPTER_NAME, export_adapted, trunk_digest
+from rlhf_fast.stages.finished import finished_summary
 from rlhf_fast.stages.found_to_fit import remembering
 from rlhf_fast.stages.generation import (
     engine_of,
@@ -55,7 +56,6 @@ from rlhf_fast.stages.shared_roles import shared_bytes, shared_trunk
 from rlhf_fast.stages.training import (
     MODEL_NAME,
     TrainingState,
-    finished_summary,
     load_stage_tokenizer,
     load_training_state,
     open_metrics,
@@ -354,7 +354,7 @@ class PPOTrainer:
     def _finished(self, run: Run) -> PPOResult:
         # More than `total_steps` if that was lowered after they were done.
         done = run.checkpoint.step if run.checkpoint is not None else self.config.total_steps
-        summary = finished_summary(run)
+        summary = finished_summary(run, dict.fromkeys(_KEPT, float))
         metrics = {name: summary.get(name, math.nan) for name in _KEPT}
         return PPOResult(run.path / MODEL_NAME, done, metrics)
 

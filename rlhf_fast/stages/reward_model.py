@@ -45,6 +45,7 @@ from rlhf_fast.models.ranking_loss import PairCounts, count_pairs, pair_accuracy
 from rlhf_fast.models.roles import last_token_hidden
 from rlhf_fast.stages.adapted import ADAPTER_NAME, export_adapted, one_adapter, stage_bytes
 from rlhf_fast.stages.calibration import calibration_of
+from rlhf_fast.stages.finished import finished_result
 from rlhf_fast.stages.held_out import Split, split_by_prompt
 from rlhf_fast.stages.messages import say, show_reports, warn_loudly
 from rlhf_fast.stages.ranks import joined
@@ -53,7 +54,6 @@ from rlhf_fast.stages.supervised import SupervisedStage
 from rlhf_fast.stages.training import (
     MODEL_NAME,
     compute_type,
-    finished_result,
     open_metrics,
     open_run,
     prepare_for_training,

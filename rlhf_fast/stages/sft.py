@@ -39,6 +39,7 @@ from rlhf_fast.models.export import export_model
 from rlhf_fast.models.loading import load_causal_lm
 from rlhf_fast.models.roles import Actor
 from rlhf_fast.stages.adapted import ADAPTER_NAME, export_adapted, one_adapter, stage_bytes
+from rlhf_fast.stages.finished import finished_result
 from rlhf_fast.stages.messages import show_reports
 from rlhf_fast.stages.ranks import joined
 from rlhf_fast.stages.run import Run
@@ -46,7 +47,6 @@ from rlhf_fast.stages.supervised import SupervisedStage
 from rlhf_fast.stages.training import (
     MODEL_NAME,
     compute_type,
-    finished_result,
     open_metrics,
     open_run,
     prepare_for_training,
@@ -79,8 +79,8 @@ class SFTResult:
 
     @property
     def eval_perplexity(self) -> float | None:
-        """exp of `eval_loss`."""
-        return None if self.eval_loss is None else math.exp(self.eval_loss)
+        """exp of `eval_loss`; of 700, near the largest float, where that is more."""
+        return None if self.eval_loss is None else math.exp(min(self.eval_loss, 700.0))
 
     def summary(self) -> str:
         """The result in a few plain lines."""

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,12 +43,9 @@ from rlhf_fast.optim import GuardedOptimizer
 from rlhf_fast.stages.collector import old_objects_apart
 from rlhf_fast.stages.device_choice import choose_device
 from rlhf_fast.stages.placing import place
-from rlhf_fast.stages.run import COMPLETE_NAME, RUN_NAME, Resume, Run
-from rlhf_fast.stages.run_files import read_json, unreadable
+from rlhf_fast.stages.run import RUN_NAME, Resume, Run
 from rlhf_fast.stages.run_on_ranks import NoMetrics, RunOnRanks
 from rlhf_fast.stages.saved_state import check_saved_state, load_optimizer, refusing
-
-R = TypeVar("R")
 
 MODEL_NAME = "model"
 
@@ -419,32 +416,3 @@ def train(
 def steps_of(epochs: int, max_steps: int, sampler: EpochSampler) -> int:
     """Optimizer steps of a run: `max_steps`, or by epochs if that is 0."""
     return max_steps if max_steps > 0 else epochs * sampler.batches_per_epoch
-
-
-def finished_summary(run: Run) -> dict[str, Any]:
-    """What `mark_complete` stored when the run finished.
-
-    Raises:
-        CheckpointError: RF8206, it cannot be read.
-    """
-    path = run.path / COMPLETE_NAME
-
-    def read() -> dict[str, Any]:
-        summary = (read_json(path) or {}).get("summary")
-        if not isinstance(summary, dict):
-            raise unreadable(path, "it holds no summary")
-        return summary
-
-    return run.on_main(read)
-
-
-def finished_result(run: Run, kind: Callable[..., R]) -> R:
-    """What `mark_complete` stored of a finished run, as its result.
-
-    Raises:
-        CheckpointError: RF8206, it cannot be read, or has other fields, as of another release.
-    """
-    try:
-        return kind(**finished_summary(run))
-    except TypeError as error:
-        raise unreadable(run.path / COMPLETE_NAME, str(error)) from error

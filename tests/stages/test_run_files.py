@@ -17,10 +17,11 @@ from rlhf_fast.distributed import load, save
 from rlhf_fast.errors import CheckpointError, EnvironmentFault
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.stages import run_files
+from rlhf_fast.stages.finished import finished_result, finished_summary
+from rlhf_fast.stages.reward_model import RewardModelResult
 from rlhf_fast.stages.run import Run
 from rlhf_fast.stages.run_files import MAX_JSON_BYTES, keep_samples, read_json
 from rlhf_fast.stages.sft import SFTResult
-from rlhf_fast.stages.training import finished_result, finished_summary
 
 LIMIT_SECONDS = 20
 
@@ -112,9 +113,59 @@ def test_a_finished_run_without_a_summary(tmp_path: Path, content: str) -> None:
 
 def test_a_finished_run_of_another_release_is_named(tmp_path: Path) -> None:
     run = started(tmp_path, complete=True)
-    assert finished_result(run, dict) == {"loss": 0.5}
     with pytest.raises(CheckpointError, match=r"(?s)RF8206: complete\.json.*'loss'"):
         finished_result(run, SFTResult)
+
+
+SUMMARY = {
+    "output_dir": "/moved/from",
+    "model_dir": "/moved/from/model",
+    "steps": 3,
+    "train_loss": 0.5,
+    "reports": {"train": {}},
+}
+
+
+def finished(path: Path, **changes: Any) -> Run:
+    run = started(path, complete=True)
+    record = {"stage": "sft", "step": 3, "summary": SUMMARY | changes}
+    (path / "complete.json").write_text(json.dumps(record))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", "3"),
+        ("steps", 3.0),
+        ("steps", True),
+        ("train_loss", None),
+        ("train_loss", [0.5]),
+        ("train_loss", 10**400),
+        ("eval_loss", "0.5"),
+        ("output_dir", 7),
+        ("reports", []),
+    ],
+)
+def test_a_finished_run_with_values_of_another_kind(tmp_path: Path, name: str, value: Any) -> None:
+    run = finished(tmp_path, **{name: value})
+    with pytest.raises(CheckpointError, match=rf"(?s)RF8206: complete\.json.*summary\.{name} is"):
+        finished_result(run, SFTResult)
+
+
+def test_a_finished_run_with_half_of_its_figures(tmp_path: Path) -> None:
+    held_out = {"accuracy": 0.7, "accuracy_low": None, "accuracy_high": None, "margin": 0.1}
+    rest = {"eval_loss": 0.6, "eval_prompts": 3, "eval_pairs": 4, "near_chance": False}
+    calibration = {"gain": 1.0, "bias": 0.0, "demonstrations": 9}
+    run = finished(tmp_path, **held_out, **rest, **calibration)
+    with pytest.raises(CheckpointError, match=r"RF8206: complete\.json.*NoneType"):
+        finished_result(run, RewardModelResult)
+
+
+def test_a_finished_run_that_was_moved_names_where_it_lies(tmp_path: Path) -> None:
+    found = finished_result(finished(tmp_path, eval_loss=1, train_loss=float("nan")), SFTResult)
+    assert (found.output_dir, found.model_dir) == (str(tmp_path), str(tmp_path / "model"))
+    assert (found.steps, found.eval_loss) == (3, 1)
 
 
 def test_the_bound_of_a_record_and_its_depth(tmp_path: Path) -> None:
