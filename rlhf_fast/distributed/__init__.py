@@ -9,7 +9,7 @@ from rlhf_fast.distributed.background import BackgroundSaver
 from rlhf_fast.distributed.checkpoint import save
 from rlhf_fast.distributed.checkpoint_directory import steps
 from rlhf_fast.distributed.checkpoint_reading import Checkpoint, load
-from rlhf_fast.distributed.checkpoint_writer import CheckpointWriter
+from rlhf_fast.distributed.checkpoint_writer import CheckpointWriter, make_newest
 from rlhf_fast.distributed.durable import staged_directory
 from rlhf_fast.distributed.module_state import (
     load_module_tensors,
@@ -33,6 +33,7 @@ __all__ = [
     "load_optimizer_state",
     "load_rng_state",
     "load_scheduler_state",
+    "make_newest",
     "module_tensors",
     "optimizer_state",
     "require_same_frozen",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,6 +36,7 @@ from rlhf_fast.distributed.manifest import (
     TensorRecord,
     library_versions,
     parse_file,
+    read_manifest,
 )
 from rlhf_fast.distributed.tensor_file import DTYPE_NAMES, SUFFIX, stream
 from rlhf_fast.distributed.world import World
@@ -189,6 +190,39 @@ class CheckpointWriter:
             return work()
         except OSError as error:
             raise storage_fault(error, self.root) from error
+
+
+def make_newest(directory: Path, *, world: World = ALONE, fs: FileSystem = LOCAL) -> None:
+    """Put a committed checkpoint behind all others in the order of saves, if it is not there.
+
+    For a run that goes on from an older one. Were it killed before its next save, it would else go
+    on from the state that it has left, whose log it has cut; and `prune` would keep that state
+    rather than this one.
+
+    Args:
+        directory: of the checkpoint. A crash leaves its place as it was, or the new one.
+        world: its ranks, each of which calls this.
+        fs: where the system calls go.
+
+    Raises:
+        CheckpointError: its manifest cannot be read any more (RF8001).
+        EnvironmentFault: the disk refused (RF7101).
+    """
+    root = directory.parent
+
+    def work() -> None:
+        manifest = read_manifest(directory)
+        others = [c.commit for c in candidates(root) if c.path.name != directory.name]
+        if manifest.commit > max(others, default=0):
+            return
+        try:
+            moved = replace(manifest, commit=max(others) + 1)
+            write_atomically(directory / MANIFEST_NAME, moved.dump(), fs)
+            write_atomically(root / LATEST_NAME, f"{directory.name}\n".encode(), fs)
+        except OSError as error:
+            raise storage_fault(error, root) from error
+
+    on_main(world, work)
 
 
 def _record(piece: Piece) -> TensorRecord:

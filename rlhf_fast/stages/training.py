@@ -26,6 +26,7 @@ from rlhf_fast.distributed import (
     Checkpoint,
     load_module_tensors,
     load_rng_state,
+    make_newest,
     module_tensors,
     optimizer_state,
     require_same_frozen,
@@ -363,6 +364,7 @@ def load_training_state(
         load_module_tensors(module, checkpoint.tensors[name], saved["aliases"][name])
     for name, guarded in state.optimizers.items():
         load_optimizer(checkpoint, name, guarded)
+    make_newest(checkpoint.path, world=world)  # before the lines of newer ones are cut
     state.metrics.truncate(saved["metrics_position"])
     state.step = saved["step"]
     state.extra = dict(saved["extra"])

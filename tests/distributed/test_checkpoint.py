@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from rlhf_fast.distributed import load, save, staged_directory, steps
+from rlhf_fast.distributed import load, make_newest, save, staged_directory, steps
 from rlhf_fast.distributed.checkpoint_directory import LATEST_NAME, unfinished
 from rlhf_fast.distributed.tensor_file import DTYPE_NAMES
 from rlhf_fast.errors import CheckpointError
@@ -146,6 +146,24 @@ def test_after_going_back_the_new_branch_is_the_newest(tmp_path: Path) -> None:
     write(tmp_path, 15, keep_last=2)
     assert load(tmp_path).step == 15
     assert steps(tmp_path) == [15, 20]
+
+
+def test_an_older_state_is_made_the_newest_and_kept_as_that(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    manifest = tmp_path / "step-00000003" / "manifest.json"
+    before = manifest.read_bytes()
+    make_newest(manifest.parent)
+    assert manifest.read_bytes() == before, "it was that already"
+    first = json.loads((tmp_path / "step-00000001" / "manifest.json").read_text())
+    make_newest(tmp_path / "step-00000001")
+    again = json.loads((tmp_path / "step-00000001" / "manifest.json").read_text())
+    assert {key for key in first if first[key] != again[key]} == {"commit", "digest"}
+    assert (value_of(tmp_path), value_of(tmp_path, 3)) == (1.0, 3.0)
+    assert (tmp_path / LATEST_NAME).read_text() == "step-00000001\n"
+    write(tmp_path, 2, 2.5, keep_last=2)
+    assert steps(tmp_path) == [1, 2], "the other branch goes first"
+    assert value_of(tmp_path) == 2.5
 
 
 def test_pruning_leaves_what_it_does_not_understand(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_fast.distributed import load, save, steps
+from rlhf_fast.distributed import load, make_newest, save, steps
 from rlhf_fast.distributed.checkpoint_directory import unfinished
 from rlhf_fast.distributed.durable import FileSystem, write_atomically
 from rlhf_fast.errors import EnvironmentFault, RLHFError
@@ -205,6 +205,31 @@ def test_power_cut_at_every_call(memory_path: Path, scenario: str, loses: bool) 
         assert unfinished(root) == []
     assert fs.calls == fail_at - 1 > 20, "the sweep covered every call"
     assert outcomes == ({1.0, 2.0} if before else {2.0})
+
+
+@pytest.mark.parametrize("loses", [False, True], ids=["kept", "lost"])
+def test_power_cut_while_an_older_state_is_made_the_newest(memory_path: Path, loses: bool) -> None:
+    outcomes = set()
+    for fail_at in range(1, 50):
+        root = memory_path / f"run{fail_at}"
+        for step in (1, 2, 3):
+            tensors = {"actor": {"w": torch.full((4,), float(step))}}
+            save(root, step, tensors=tensors, state={}, keep_last=None)
+        fs = FaultyFileSystem(fail_at)
+        cut = False
+        try:
+            make_newest(load(root, 2).path, fs=fs)
+        except PowerCut:
+            cut = True
+        if loses:
+            fs.lose_unsynced()
+        outcomes.add(load(root).step)
+        assert all(load(root, step).step == step for step in (1, 2, 3))
+        if not cut:
+            break
+    assert load(root).step == 2
+    assert (root / "LATEST").read_text() == "step-00000002\n"
+    assert outcomes == {2, 3}
 
 
 @pytest.mark.parametrize("fault", ["disk full", "input/output error"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_fast.distributed import load, save
+from rlhf_fast.distributed import load, make_newest, save
+from rlhf_fast.distributed.manifest import seal
 from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import CheckpointError
 from tests.distributed.ranks import on_ranks
@@ -102,6 +104,21 @@ def test_every_byte_is_written_once(folder: Path, name: str) -> None:
     assert held == {key: tensor.numel() for key, tensor in expected.items()}
     ranks = {file.split(".")[1] for file in body["files"] if file != "state.json"}
     assert len(ranks) == LAYOUTS[name][0], "every rank has written some of it"
+
+
+def test_shards_of_an_older_state_are_made_the_newest(folder: Path, tmp_path: Path) -> None:
+    for step in (7, 8):
+        shutil.copytree(folder / "two" / "step-00000007", tmp_path / f"step-{step:08d}")
+    manifest = tmp_path / "step-00000008" / "manifest.json"
+    body = json.loads(manifest.read_bytes()) | {"step": 8, "commit": 5}
+    manifest.write_bytes(seal(body))
+    assert load(tmp_path).step == 8
+    make_newest(tmp_path / "step-00000007")
+    opened = load(tmp_path)
+    assert opened.step == 7
+    for group, tensors in load(folder / "two").tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(opened.tensors[group][name], tensor)
 
 
 def test_one_process_writes_what_it_always_wrote(folder: Path) -> None:

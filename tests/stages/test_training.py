@@ -90,6 +90,55 @@ def test_state_comes_back_to_the_bit(tmp_path: Path) -> None:
         again.metrics.close()
 
 
+def test_killed_after_going_back_a_run_goes_on_from_where_it_went(tmp_path: Path) -> None:
+    config = sft_config(tmp_path)
+    with open_run(config, "sft", quiet=True) as run:
+        state = build_state(tmp_path, seed=1)
+        for step in (2, 4, 6):
+            advance(state, 2)
+            assert state.step == step
+            save_training_state(run, state)
+        want = read_metrics(tmp_path)
+        state.metrics.close()
+    back = dataclasses.replace(config, run=dataclasses.replace(config.run, resume_step=4))
+    with open_run(back, "sft", quiet=True) as run:
+        state = build_state(tmp_path, seed=2)
+        load_training_state(run.checkpoint, state)
+        assert read_metrics(tmp_path) == want[:4]
+        state.metrics.log(5, {"loss": 99.0})  # of the new branch; killed before its next save
+        state.metrics.close()
+    with open_run(config, "sft", quiet=True) as run:
+        assert run.checkpoint is not None
+        assert run.checkpoint.step == 4
+        state = build_state(tmp_path, seed=3)
+        load_training_state(run.checkpoint, state)
+        assert read_metrics(tmp_path) == want[:4]
+        advance(state, 2)
+        assert read_metrics(tmp_path) == want
+        state.metrics.close()
+
+
+def test_a_state_that_cannot_be_loaded_is_not_made_the_newest(tmp_path: Path) -> None:
+    config = sft_config(tmp_path)
+    with open_run(config, "sft", quiet=True) as run:
+        state = build_state(tmp_path, seed=1)
+        for _ in range(2):
+            advance(state, 1)
+            save_training_state(run, state)
+        state.metrics.close()
+    back = dataclasses.replace(config, run=dataclasses.replace(config.run, resume_step=1))
+    with open_run(back, "sft", quiet=True) as run:
+        state = build_state(tmp_path, seed=1)
+        state.modules = {"m": nn.Linear(2, 2)}
+        with pytest.raises(CheckpointError, match="RF8007"):
+            load_training_state(run.checkpoint, state)
+        state.metrics.close()
+    assert len(read_metrics(tmp_path)) == 2
+    with open_run(config, "sft", quiet=True) as run:
+        assert run.checkpoint is not None
+        assert run.checkpoint.step == 2
+
+
 def test_the_beginning_empties_the_metric_log(tmp_path: Path) -> None:
     state = build_state(tmp_path, seed=1)
     state.metrics.log(1, {"loss": 1.0})
