@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,15 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensors]
     state: Any
     notices: tuple[str, ...] = ()
+    _files: tuple[ShardFile, ...] = field(default=(), repr=False)
+
+    def close(self) -> None:
+        """Let go of its files, once all that is wanted of them is copied.
+
+        An open file takes room on the disk after it is deleted, as older checkpoints are.
+        """
+        for file in self._files:
+            file.close()
 
 
 def load(
@@ -189,7 +198,7 @@ def _open(candidate: Candidate, world: World) -> Checkpoint:
         group: StoredTensors.in_files(records, files)
         for group, records in manifest.groups(candidate.path / MANIFEST_NAME).items()
     }
-    return Checkpoint(manifest.step, candidate.path, tensors, state)
+    return Checkpoint(manifest.step, candidate.path, tensors, state, _files=tuple(files.values()))
 
 
 def _read_state(directory: Path, manifest: Manifest) -> Any:

@@ -41,6 +41,10 @@ class ShardFile:
         """The file as a mapping; not hashed, but a regular file of the right size and contents."""
         return self._tensors
 
+    def close(self) -> None:
+        """Let go of the file; it is opened again when a tensor of it is asked for."""
+        self.__dict__.pop("_tensors", None)
+
     @functools.cached_property
     def _tensors(self) -> TensorFile:
         verify_file(self.path.parent, self.path.name, self.record, digest=False)

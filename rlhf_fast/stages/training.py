@@ -371,6 +371,7 @@ def load_training_state(
     # Last: nothing above may draw from a generator after its state is back.
     with refusing(checkpoint, "random generators", RuntimeError):
         load_rng_state(checkpoint.tensors["rng"], saved["rng"], device=rng_device(world))
+    checkpoint.close()
 
 
 def rng_device(world: World) -> torch.device | None:

@@ -118,6 +118,24 @@ def test_killed_after_going_back_a_run_goes_on_from_where_it_went(tmp_path: Path
         state.metrics.close()
 
 
+def test_a_resumed_run_holds_no_file_of_its_checkpoint(tmp_path: Path) -> None:
+    config = sft_config(tmp_path)
+    with open_run(config, "sft", quiet=True) as run:
+        state = build_state(tmp_path, seed=1)
+        advance(state, 1)
+        save_training_state(run, state)
+        state.metrics.close()
+    with open_run(config, "sft", quiet=True) as run:
+        assert run.checkpoint is not None
+        state = build_state(tmp_path, seed=2)
+        load_training_state(run.checkpoint, state)
+        place = str(run.checkpoint.path)
+        assert place not in Path("/proc/self/maps").read_text(), "deleted, it would take room still"
+        weight = run.checkpoint.tensors["m"]["0.weight"]
+        assert torch.equal(weight, state.modules["m"][0].weight), "opened again when asked for"
+        state.metrics.close()
+
+
 def test_a_state_that_cannot_be_loaded_is_not_made_the_newest(tmp_path: Path) -> None:
     config = sft_config(tmp_path)
     with open_run(config, "sft", quiet=True) as run:
