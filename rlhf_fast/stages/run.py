@@ -24,7 +24,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -40,11 +39,11 @@ from rlhf_fast.distributed.durable import (
     unique_suffix,
 )
 from rlhf_fast.distributed.world import World
-from rlhf_fast.errors import CheckpointError, EnvironmentFault, RLHFError
+from rlhf_fast.errors import CheckpointError, RLHFError
 from rlhf_fast.metrics import METRICS_NAME
 from rlhf_fast.stages.progress import PhaseTimer, ProgressBar, ProgressDisplay
 from rlhf_fast.stages.run_config import ConfigDifference, compare, listed, plain_config
-from rlhf_fast.stages.run_files import read_json, write_json
+from rlhf_fast.stages.run_files import bytes_of, delete, read_json, require_space, write_json
 from rlhf_fast.stages.run_lock import RunLock
 from rlhf_fast.stages.saves import Saves
 from rlhf_fast.stages.stop_signals import StopSignals
@@ -322,19 +321,11 @@ class Run:
         descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         os.close(descriptor)
         os.unlink(probe)
-        free = shutil.disk_usage(self.path).free
-        if free < self._bytes_needed:
-            raise EnvironmentFault(
-                "RF7102",
-                f"the run needs about {self._bytes_needed / 2**20:,.0f} MiB, "
-                f"{free / 2**20:,.0f} MiB are free",
-                where=str(self.path),
-                remedy="free some space, keep fewer checkpoints, or move output_dir",
-            )
 
     def _settle(self) -> None:
         """Decide between a fresh start, a resume and nothing to do; refuse everything else."""
         if self._overwrite:
+            self._require_space(self._owned)
             self.on_main(self._clear)
         recorded = self.on_main(lambda: read_json(self.path / RUN_NAME))
         if recorded is None:
@@ -364,6 +355,7 @@ class Run:
         self.notices = tuple(notices)
         if self.already_complete:
             return
+        self._require_space([CHECKPOINTS_NAME])
         if complete is not None:
             self.on_main(lambda: (self.path / COMPLETE_NAME).unlink())
         self.renew_record()
@@ -398,8 +390,15 @@ class Run:
                 expected="an empty or new directory",
                 remedy="use another output_dir, or remove them yourself",
             )
+        if not self._overwrite:  # else it was asked before anything was deleted
+            self._require_space([])
         self._fresh = True
         self.renew_record()
+
+    def _require_space(self, given_back: Iterable[str]) -> None:
+        """Check the disk, less what these entries hold, whose place the run's new ones take."""
+        held = [self.path / name for name in given_back]
+        self.on_main(lambda: require_space(self.path, self._bytes_needed - bytes_of(held)))
 
     def _differences(self, recorded: Mapping[str, Any]) -> list[ConfigDifference]:
         if recorded.get("format_version") != _RUN_FORMAT:
@@ -438,13 +437,4 @@ class Run:
             return  # nothing here was made by a run; `_start_fresh` refuses what is in the way
         # run.json goes last: after a crash in between the directory is still known to be a run's.
         order = [name for name in self._owned if name != RUN_NAME] + [RUN_NAME]
-        try:
-            for name in order:
-                entry = self.path / name
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
-                else:
-                    with contextlib.suppress(FileNotFoundError):
-                        entry.unlink()
-        except OSError as error:
-            raise storage_fault(error, self.path) from error
+        delete(self.path / name for name in order)

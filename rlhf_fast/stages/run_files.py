@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from rlhf_fast.distributed.durable import replace_atomically, storage_fault, write_atomically
-from rlhf_fast.errors import CheckpointError, RLHFError
+from rlhf_fast.errors import CheckpointError, EnvironmentFault, RLHFError
 from rlhf_fast.small_files import open_regular, read_small
 
 # Of one file. A configuration has thousands of bytes; what is larger is not ours and is not read.
@@ -115,3 +118,53 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         write_atomically(path, data)
     except OSError as error:
         raise storage_fault(error, path) from error
+
+
+def bytes_of(entries: Iterable[Path]) -> int:
+    """Bytes of files, and of those in directories; links, and what just vanishes, are nothing."""
+    total = 0
+    for entry in entries:
+        files = [entry]
+        if not entry.is_symlink():
+            files += [Path(d, name) for d, _, names in os.walk(entry) for name in names]
+        for file in files:
+            with contextlib.suppress(OSError):
+                found = file.lstat()
+                total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return total
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Refuse a run that its disk cannot hold.
+
+    Args:
+        directory: existing.
+        needed: bytes beyond those that are taken; less than 0 if it gives back more than it takes.
+
+    Raises:
+        EnvironmentFault: RF7102.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise EnvironmentFault(
+            "RF7102",
+            f"the run needs about {needed / 2**20:,.0f} MiB more, {free / 2**20:,.0f} MiB are free",
+            where=str(directory),
+            remedy="free some space, keep fewer checkpoints, or move output_dir",
+        )
+
+
+def delete(entries: Iterable[Path]) -> None:
+    """Delete files and directories in this order; of links, the link.
+
+    Raises:
+        EnvironmentFault: RF7101.
+    """
+    for entry in entries:
+        try:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_fault(error, entry) from error

@@ -8,6 +8,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,6 +126,50 @@ def test_too_little_disk_is_refused_with_both_numbers(tmp_path: Path) -> None:
         pytest.fail("the block must not run")
     assert f"{2**40:,}" in caught.value.what
     assert not (tmp_path / "run.json").exists()
+
+
+def disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """A disk with so much room beside what lies there now."""
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+
+
+def test_room_that_a_run_holds_already_is_not_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed, free = 10_000, 4_000
+    start(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000003" / "of_some_size").write_bytes(bytes(7_000))
+    disk(monkeypatch, free)
+    with make(tmp_path, bytes_needed=needed) as run:
+        assert run.checkpoint is not None
+    with make(tmp_path, bytes_needed=needed, overwrite=True) as run:
+        assert run.checkpoint is None
+    with pytest.raises(EnvironmentFault, match="RF7102"), make(tmp_path, bytes_needed=needed):
+        pass
+
+
+def test_a_finished_run_needs_no_room_and_one_made_longer_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(tmp_path, at=10, complete=True)
+    disk(monkeypatch, 0)
+    with make(tmp_path, bytes_needed=10_000) as run:
+        assert run.already_complete
+    longer = {"config": {**CONFIG, "steps": 20}, "resume": True, "bytes_needed": 10_000}
+    with pytest.raises(EnvironmentFault, match="RF7102"), make(tmp_path, **longer):
+        pass
+    assert (tmp_path / "complete.json").exists()
+
+
+def test_a_run_that_would_not_fit_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(tmp_path)
+    disk(monkeypatch, 0)
+    with pytest.raises(EnvironmentFault, match="RF7102"):
+        start(tmp_path, overwrite=True, bytes_needed=2**40)
+    assert steps(tmp_path / "checkpoints") == [3]
 
 
 def test_foreign_files_stay_and_foreign_results_are_not_touched(tmp_path: Path) -> None:
