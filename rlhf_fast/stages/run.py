@@ -42,7 +42,13 @@ from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import CheckpointError, RLHFError
 from rlhf_fast.metrics import METRICS_NAME
 from rlhf_fast.stages.progress import PhaseTimer, ProgressBar, ProgressDisplay
-from rlhf_fast.stages.run_config import ConfigDifference, compare, listed, plain_config
+from rlhf_fast.stages.run_config import (
+    ConfigDifference,
+    compare,
+    listed,
+    plain_config,
+    refuse_own_inputs,
+)
 from rlhf_fast.stages.run_files import bytes_of, delete, read_json, require_space, write_json
 from rlhf_fast.stages.run_lock import RunLock
 from rlhf_fast.stages.saves import Saves
@@ -435,6 +441,7 @@ class Run:
     def _clear(self) -> None:
         if not (self.path / RUN_NAME).exists():
             return  # nothing here was made by a run; `_start_fresh` refuses what is in the way
+        refuse_own_inputs(self._config, self.path, self._owned)
         # run.json goes last: after a crash in between the directory is still known to be a run's.
         order = [name for name in self._owned if name != RUN_NAME] + [RUN_NAME]
         delete(self.path / name for name in order)

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from rlhf_fast.errors import CheckpointError
 from rlhf_fast.metrics import redact
 
 _ABSENT = "(absent)"
@@ -63,6 +66,49 @@ def compare(
             hard = any(key == name or key.startswith(f"{name}.") for name in hard_keys)
             found.append(ConfigDifference(key, left, right, hard))
     return sorted(found, key=lambda difference: not difference.hard)
+
+
+def refuse_own_inputs(config: Mapping[str, Any], folder: Path, entries: Iterable[str]) -> None:
+    """Refuse to delete entries of a run directory that the configuration names as input.
+
+    Args:
+        config: nested; a text in it may name a file or directory, also as `file.py:name`.
+        folder: the run directory.
+        entries: names in it.
+
+    Raises:
+        CheckpointError: RF8209.
+    """
+    places = [os.path.realpath(folder / entry) for entry in entries]
+    own = [
+        f"{key}={text}"
+        for key, text in _texts(config)
+        if any(_lies_in(name, places) for name in (text, text.rpartition(":")[0]) if name)
+    ]
+    if own:
+        raise CheckpointError(
+            "RF8209",
+            f"run.overwrite would delete what the run reads: {', '.join(own)}",
+            where=str(folder),
+            expected="input that lies elsewhere",
+            remedy="choose another output_dir",
+        )
+
+
+def _lies_in(name: str, places: Sequence[str]) -> bool:
+    path = Path(os.path.realpath(os.path.expanduser(name)))
+    return os.path.exists(path) and any(path.is_relative_to(place) for place in places)
+
+
+def _texts(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(config, str):
+        yield key, config
+    elif isinstance(config, Mapping):
+        for name, value in config.items():
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(config, list | tuple):
+        for value in config:
+            yield from _texts(value, key)
 
 
 def listed(differences: Sequence[ConfigDifference]) -> str:

@@ -162,6 +162,25 @@ def test_a_finished_run_needs_no_room_and_one_made_longer_does(
     assert (tmp_path / "complete.json").exists()
 
 
+@pytest.mark.parametrize("named", ["model", "model/part.jsonl", "model/reward.py:score", "a link"])
+def test_what_a_run_reads_is_not_overwritten(tmp_path: Path, named: str) -> None:
+    out = tmp_path / "run"
+    start(out, outputs=["model"])
+    (out / "model").mkdir()
+    for name in ("part.jsonl", "reward.py"):
+        (out / "model" / name).write_text("all there is")
+    (tmp_path / "a link").symlink_to(out / "model")
+    source = str(tmp_path / named if named == "a link" else out / named)
+    config = {**CONFIG, "data": {"train": [source]}}
+    with pytest.raises(CheckpointError, match=r"(?s)RF8209.*data\.train="):
+        start(out, outputs=["model"], config=config, overwrite=True)
+    assert (out / "model" / "part.jsonl").read_text() == "all there is"
+    assert steps(out / "checkpoints") == [3]
+    beside = {**CONFIG, "data": {"train": [str(tmp_path), "model", "no/such:file", ""]}}
+    start(out, outputs=["model"], config=beside, overwrite=True)
+    assert not (out / "model").exists()
+
+
 def test_a_run_that_would_not_fit_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
