@@ -9,6 +9,7 @@ uninterrupted one writes.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -142,16 +143,17 @@ def open_run(
     """
     require_settings(config, "run.output_dir")
     run, tree = config.run, to_dict(config)
+    folder = Path(os.path.expanduser(run.output_dir))  # as all other paths of a config
     tree["run"] = {k: v for k, v in tree["run"].items() if k not in _VOLATILE_RUN_KEYS}
     # The first rank says so for all: a shared directory is not seen by all at the same moment.
-    present = on_main(world, lambda: (Path(run.output_dir) / RUN_NAME).exists())
+    present = on_main(world, lambda: (folder / RUN_NAME).exists())
     # `Run` tells "continue, soft changes allowed" (True) from "whatever fits" ("auto").
     resume: Resume = run.resume != "never"
     if run.overwrite or (run.resume == "auto" and not present):
         resume = "auto"
     kind = RunOnRanks if world.size > 1 else Run
     return kind(
-        run.output_dir,
+        folder,
         stage=stage,
         config=tree,
         hard_keys=_hard_keys(tree, run),

@@ -184,6 +184,19 @@ def test_hard_keys_may_not_change_and_soft_ones_may(tmp_path: Path) -> None:
         pass
 
 
+def test_a_run_directory_in_the_home_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    config = sft_config(Path("~/runs/sft"))
+    with open_run(config, "sft", quiet=True) as run:
+        assert run.path == tmp_path / "home" / "runs" / "sft"
+    with open_run(config, "sft", quiet=True):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_resume_off_and_overwrite(tmp_path: Path) -> None:
     config = sft_config(tmp_path)
     with open_run(config, "sft", quiet=True):
