@@ -15,7 +15,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from rlhf_fast.errors import EnvironmentFault, RLHFError
@@ -131,6 +131,41 @@ def replace_atomically(
             fs.remove_file(temporary)
         raise
     fs.sync_directory(path.parent)
+
+
+def replace_together(folder: Path, files: Mapping[str, bytes], fs: FileSystem = LOCAL) -> None:
+    """Replace files that belong together: the last is never there beside any but its own.
+
+    All are written under other names first, so a full disk leaves everything as it was. A crash
+    leaves the old files, or the new ones, or those of both without the last.
+
+    Args:
+        folder: where they lie.
+        files: contents by name, in the order in which they appear.
+        fs: where the system calls go.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    suffix = unique_suffix()
+    drafts = [folder / f".{name}.tmp-{suffix}" for name in files]
+    *places, last = [folder / name for name in files]
+    try:
+        for draft, data in zip(drafts, files.values(), strict=True):
+            write_file(draft, [data], fs)
+        with contextlib.suppress(FileNotFoundError):
+            fs.remove_file(last)
+        fs.sync_directory(folder)
+        for draft, place in zip(drafts[:-1], places, strict=True):
+            fs.replace(draft, place)
+        fs.sync_directory(folder)
+        fs.replace(drafts[-1], last)
+    except OSError:
+        for draft in drafts:
+            with contextlib.suppress(OSError):
+                fs.remove_file(draft)
+        raise
+    fs.sync_directory(folder)
 
 
 def make_directories(path: Path, fs: FileSystem = LOCAL) -> None:

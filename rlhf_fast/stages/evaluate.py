@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ from rlhf_fast.data import (
     load_prompts,
     pack_by_tokens,
 )
-from rlhf_fast.distributed.durable import storage_fault, write_atomically
 from rlhf_fast.engine.best_of_n import best_of_n_curve
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.progress import Progress
@@ -138,12 +136,11 @@ def run_evaluate(config: EvalConfig, *, quiet: bool = False) -> EvalResult:
     outputs = (EVAL_NAME, SAMPLES_NAME)
     with open_run(config, "eval", outputs=outputs, resumable=False, quiet=quiet) as run:
         stage = EvalStage(config, run, device)
-        samples = stage.sample_and_score()
-        result = stage.result(samples)
-        run.renew_record()
-        _write(run.path, result, samples, config)
-        with open_metrics(run, config) as metrics:
+        with open_metrics(run, config) as metrics:  # a sink that does not start costs no results
+            samples = stage.sample_and_score()
+            result = stage.result(samples)
             metrics.truncate(0)
+            run.renew_record(_files(result, samples, config))
             metrics.log(0, _as_metrics(result))
     return result
 
@@ -403,7 +400,8 @@ def _as_metrics(result: EvalResult) -> dict[str, float]:
     return metrics
 
 
-def _write(folder: Path, result: EvalResult, samples: Samples, config: EvalConfig) -> None:
+def _files(result: EvalResult, samples: Samples, config: EvalConfig) -> dict[str, bytes]:
+    """What an evaluation leaves, by name; its result comes last."""
     tree = {
         "model": config.model,
         "reference": config.reference,
@@ -422,8 +420,5 @@ def _write(folder: Path, result: EvalResult, samples: Samples, config: EvalConfi
         row |= {name: _plain(float(v[i])) for name, v in samples.values.items()}
         lines.append(json.dumps(row | {"ended": bool(row["ended"])}, ensure_ascii=False) + "\n")
     text = json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        write_atomically(folder / EVAL_NAME, text.encode("utf-8", "backslashreplace"))
-        write_atomically(folder / SAMPLES_NAME, "".join(lines).encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise storage_fault(error, folder) from error
+    contents = {SAMPLES_NAME: "".join(lines), EVAL_NAME: text}
+    return {name: text.encode("utf-8", "backslashreplace") for name, text in contents.items()}

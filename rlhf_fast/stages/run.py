@@ -264,14 +264,15 @@ class Run:
         record = {"stage": self.stage, "step": step, "summary": plain_config(summary or {})}
         self.on_main(lambda: write_json(self.path / COMPLETE_NAME, record))
 
-    def renew_record(self) -> None:
+    def renew_record(self, results: Mapping[str, bytes] | None = None) -> None:
         """Write this run's stage and configuration to `run.json`.
 
         Done at the start, except where a stage that is not resumable runs again: it does so once
-        it has results to put in the place of the earlier ones.
+        it has `results`, files by name, to put in the place of the earlier ones with it. The last
+        of them is never there beside a record or results of another run.
         """
         record = {"format_version": _RUN_FORMAT, "stage": self.stage, "config": self._config}
-        self.on_main(lambda: write_json(self.path / RUN_NAME, record))
+        self.on_main(lambda: write_json(self.path / RUN_NAME, record, results))
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Add the duration of a block to `time/<name>`."""

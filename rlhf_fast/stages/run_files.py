@@ -11,7 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rlhf_fast.distributed.durable import replace_atomically, storage_fault, write_atomically
+from rlhf_fast.distributed.durable import (
+    replace_atomically,
+    replace_together,
+    storage_fault,
+    write_atomically,
+)
 from rlhf_fast.errors import CheckpointError, EnvironmentFault, RLHFError
 from rlhf_fast.small_files import open_regular, read_small
 
@@ -107,15 +112,25 @@ def unreadable(path: Path, reason: str) -> RLHFError:
     )
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace the file, atomically.
+def write_json(
+    path: Path, value: Mapping[str, Any], results: Mapping[str, bytes] | None = None
+) -> None:
+    """Replace the file, atomically; with files beside it if there are any.
+
+    Args:
+        path: of the file.
+        value: its content.
+        results: further files of the directory; see `replace_together`.
 
     Raises:
         EnvironmentFault: RF7101, writing failed.
     """
     data = json.dumps(value, indent=2, sort_keys=True).encode("utf-8") + b"\n"
     try:
-        write_atomically(path, data)
+        if results:
+            replace_together(path.parent, {path.name: data, **results})
+        else:
+            write_atomically(path, data)
     except OSError as error:
         raise storage_fault(error, path) from error
 

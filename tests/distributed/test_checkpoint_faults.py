@@ -25,7 +25,7 @@ import torch
 
 from rlhf_fast.distributed import load, make_newest, save, steps
 from rlhf_fast.distributed.checkpoint_directory import unfinished
-from rlhf_fast.distributed.durable import FileSystem, write_atomically
+from rlhf_fast.distributed.durable import FileSystem, replace_together, write_atomically
 from rlhf_fast.errors import EnvironmentFault, RLHFError
 from tests.forking import in_child
 
@@ -205,6 +205,37 @@ def test_power_cut_at_every_call(memory_path: Path, scenario: str, loses: bool) 
         assert unfinished(root) == []
     assert fs.calls == fail_at - 1 > 20, "the sweep covered every call"
     assert outcomes == ({1.0, 2.0} if before else {2.0})
+
+
+NAMES = ("record", "samples", "result")
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "power cut, lost"])
+def test_files_that_belong_together_at_every_call(memory_path: Path, fault: str) -> None:
+    outcomes = set()
+    for fail_at in range(1, 50):
+        root = memory_path / f"run{fail_at}"
+        root.mkdir()
+        replace_together(root, dict.fromkeys(NAMES, b"old"))
+        fs = FaultyFileSystem(fail_at, FAULTS.get(fault))
+        failed = False
+        try:
+            replace_together(root, dict.fromkeys(NAMES, b"new"), fs)
+        except (PowerCut, OSError):
+            failed = True
+        if fault.endswith("lost"):
+            fs.lose_unsynced()
+        found = {p.name: p.read_bytes() for p in root.iterdir() if not p.name.startswith(".")}
+        if "result" in found:
+            assert found.keys() == set(NAMES)
+            assert len(set(found.values())) == 1
+        outcomes.add(found.get("result"))
+        if FAULTS.get(fault) is not None:
+            assert not list(root.glob(".*"))
+        if not failed:
+            break
+    assert found["result"] == b"new"
+    assert outcomes == {b"old", b"new", None}
 
 
 @pytest.mark.parametrize("loses", [False, True], ids=["kept", "lost"])

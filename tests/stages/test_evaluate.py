@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,23 @@ from rlhf_fast.config import (
     SamplingConfig,
     SFTConfig,
 )
-from rlhf_fast.errors import CheckpointError, ConfigError, ModelError, Preempted
+from rlhf_fast.distributed.durable import FileSystem
+from rlhf_fast.errors import (
+    CheckpointError,
+    ConfigError,
+    EnvironmentFault,
+    ModelError,
+    Preempted,
+)
 from rlhf_fast.models.loading import load_sequence_classifier
 from rlhf_fast.models.roles import RewardModel
-from rlhf_fast.stages.evaluate import Estimate, best_of_n_rows, estimate, run_evaluate
+from rlhf_fast.stages.evaluate import (
+    Estimate,
+    EvalStage,
+    best_of_n_rows,
+    estimate,
+    run_evaluate,
+)
 from rlhf_fast.stages.training import open_run
 from rlhf_fast.types import PackedSequences
 from tests.models.tiny import build_classifier, tokenizer
@@ -212,6 +227,60 @@ def test_an_evaluation_that_fails_leaves_the_earlier_one(base: Path, tmp_path: P
     with pytest.raises(ModelError):
         run_evaluate(config_for(base, tmp_path, model=str(base / "none")), quiet=True)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")} == before
+
+
+class _Killed(BaseException):
+    """Stands for a process that ends here."""
+
+
+@pytest.mark.parametrize("name", ["run.json", "samples.jsonl", "eval.json"])
+def test_killed_while_it_writes_it_leaves_no_result_beside_another_record(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    run_evaluate(config_for(base, tmp_path), quiet=True)
+    fewer = config_for(base, tmp_path, max_prompts=4, reference="", best_of=[])
+    original = FileSystem.replace
+
+    def dies(fs: FileSystem, source: Path, target: Path) -> None:
+        if target.name == name:
+            raise _Killed
+        original(fs, source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystem, "replace", dies)
+        with pytest.raises(_Killed):
+            run_evaluate(fewer, quiet=True)
+    assert not (tmp_path / "eval.json").exists()
+    assert run_evaluate(fewer, quiet=True).prompts == 4
+    assert json.loads((tmp_path / "eval.json").read_bytes())["prompts"] == 4
+
+
+def test_a_full_disk_leaves_the_earlier_result(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_evaluate(config_for(base, tmp_path), quiet=True)
+    names = ("run.json", "samples.jsonl", "eval.json")
+    before = [(tmp_path / name).read_bytes() for name in names]
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystem, "write", full)
+        with pytest.raises(EnvironmentFault, match="RF7101"):
+            run_evaluate(config_for(base, tmp_path, max_prompts=4), quiet=True)
+    assert [(tmp_path / name).read_bytes() for name in names] == before
+
+
+def test_a_sink_that_is_missing_is_found_before_anything_is_generated(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(base, tmp_path)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, sinks=["wandb"]))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(EvalStage, "generate", lambda *_: pytest.fail("it went on"))
+    with pytest.raises(EnvironmentFault, match="RF7104"):
+        run_evaluate(config, quiet=True)
 
 
 def test_other_runs_are_not_evaluated_over(base: Path, tmp_path: Path) -> None:
