@@ -26,9 +26,8 @@ from rlhf_fast.errors import ModelError
 from rlhf_fast.models.adapters import AdapterModule, AdapterShape, SharedTrunk
 from rlhf_fast.models.checks import choose_pad_token
 from rlhf_fast.models.directory import ADAPTER_CONFIG, MANIFEST, sha256
-from rlhf_fast.models.export import publish_on_main
+from rlhf_fast.models.export import publish_on_main, save_tokenizer
 from rlhf_fast.models.heads import Calibration, get_calibration
-from rlhf_fast.models.loading import quiet_transformers
 from rlhf_fast.models.sharded_export import whole
 
 WEIGHTS = "adapter_model.safetensors"
@@ -175,8 +174,7 @@ def _write(
     _sort_targets(draft / ADAPTER_CONFIG)
     contents = {key: value.cpu().contiguous() for key, value in tensors.items()}
     save_file(contents, draft / WEIGHTS, metadata={"format": "pt"})
-    with quiet_transformers():
-        tokenizer.save_pretrained(draft)
+    save_tokenizer(tokenizer, draft)
     calibration = get_calibration(module)
     record = {"trunk_sha256": trunk.digest, "calibration": vars(calibration)}
     (draft / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -152,12 +152,28 @@ def _write(
         else:
             module.save_pretrained(draft, state_dict={})  # the configs, and a file of no weights
             weights.write(draft)
-        tokenizer.save_pretrained(draft)
+    save_tokenizer(tokenizer, draft)
     always = {**dropout_before(module), "pad_token_id": pad}
     defaults = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
     _patch_json(draft / "config.json", always, defaults)
     if (draft / "generation_config.json").is_file():
         _patch_json(draft / "generation_config.json", {"pad_token_id": pad}, defaults)
+
+
+def save_tokenizer(tokenizer: Any, draft: Path) -> None:
+    """Write the files of a tokenizer.
+
+    Raises:
+        OSError: the file system refused, or the path is no text.
+    """
+    try:
+        with quiet_transformers():
+            tokenizer.save_pretrained(draft)
+    except Exception as error:
+        # The Rust side has no type of its own for a full disk.
+        if type(error) is Exception or isinstance(error, UnicodeEncodeError):
+            raise OSError(str(error)) from error
+        raise
 
 
 def _patch_json(file: Path, always: dict[str, Any], defaults: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,25 @@ def test_full_disk_is_one_message_and_leaves_nothing_behind(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(EnvironmentFault, match=r"(?s)RF7201.*No space left.*policy"):
         export_model(build("llama", seed=2), tiny_tokenizer(), target)
+    assert contents(target) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["policy"]
+
+
+def test_a_disk_that_is_full_when_the_tokenizer_comes_is_the_same_message(tmp_path: Path) -> None:
+    target = tmp_path / "policy"
+    export_model(build("llama"), tiny_tokenizer(), target)
+    before, soft = contents(target), resource.getrlimit(resource.RLIMIT_FSIZE)
+    largest = max(map(len, before.values()))
+    long = tiny_tokenizer()  # longer than the weights
+    long.add_tokens([f"{'added' * 60}{i}" for i in range(1 + largest // 300)])
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest + 1, soft[1]))
+    try:
+        with pytest.raises(EnvironmentFault, match=r"(?s)RF7201.*File too large.*policy"):
+            export_model(build("llama", seed=2), long, target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+        signal.signal(signal.SIGXFSZ, handler)
     assert contents(target) == before
     assert [p.name for p in tmp_path.iterdir()] == ["policy"]
 
