@@ -28,7 +28,7 @@ from rlhf_fast.stages.evaluate import SAMPLES_NAME, EvalResult, run_evaluate
 from rlhf_fast.stages.messages import say
 from rlhf_fast.stages.ppo import PPOTrainer
 from rlhf_fast.stages.reward_model import RewardModelResult, run_reward_model
-from rlhf_fast.stages.run_files import read_json
+from rlhf_fast.stages.run_files import read_json, write_json
 from rlhf_fast.stages.sft import run_sft
 from rlhf_fast.tasks.demo_results import (
     DEMO_RESULTS_NAME,
@@ -121,8 +121,9 @@ def _claim(folder: Path, arguments: dict[str, Any], overwrite: bool) -> None:
             expected=json.dumps(held),
             remedy="repeat those arguments, choose another --output, or --overwrite",
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(json.dumps(arguments) + "\n", encoding="utf-8")
+    if held is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(mark, arguments)
 
 
 class Demo:

@@ -1,6 +1,8 @@
 """The short demo, end to end, and its exported policy judged once more by plain transformers."""
 
 import dataclasses
+import errno
+import json
 import math
 import statistics
 from pathlib import Path
@@ -10,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_fast.cli import main
-from rlhf_fast.errors import CheckpointError
-from rlhf_fast.stages.demo import conclusion, run_demo
+from rlhf_fast.distributed.durable import FileSystem
+from rlhf_fast.errors import CheckpointError, EnvironmentFault
+from rlhf_fast.stages import demo as demo_module
+from rlhf_fast.stages.demo import DEMO_FILE, conclusion, run_demo
 from rlhf_fast.stages.demo_plan import RESPONSE_TOKENS
 from rlhf_fast.tasks.demo_results import DemoResults
 from rlhf_fast.tasks.gold import gold_scores
@@ -92,3 +96,24 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "keep me"
     with pytest.raises(CheckpointError, match="RF8401"):
         run_demo(tmp_path / "mine.txt")
+
+
+def test_a_full_disk_leaves_a_demo_its_mark(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystem, "write", full)
+        with pytest.raises(EnvironmentFault, match="RF7101"):
+            run_demo(tmp_path / "run", seed=SEED)
+    assert not list((tmp_path / "run").iterdir())
+    monkeypatch.setattr(demo_module, "Demo", stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(tmp_path / "run", seed=SEED)
+        # A folder whose demo has begun is not written to before its first stage is.
+        monkeypatch.setattr(demo_module, "write_json", lambda *_: pytest.fail("written again"))
+    assert json.loads((tmp_path / "run" / DEMO_FILE).read_text())["seed"] == SEED
