@@ -237,17 +237,27 @@ def read_metrics(path: Path | str) -> list[dict[str, Number]]:
     path = Path(path)
     if path.is_dir():
         path = path / METRICS_NAME
-    records = []
     lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}:{number}: not a JSON object")
-        records.append({key: _from_jsonable(value) for key, value in record.items()})
-    return records
+    return [_record(line, f"{path}:{i}") for i, line in enumerate(lines[:-1], start=1)]
+
+
+def read_last_metrics(path: Path) -> dict[str, Number]:
+    """The last complete line of `metrics.jsonl`; empty if there is none, or it is damaged."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+        return _record(lines[-2], str(path)) if len(lines) > 1 else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _record(line: bytes, where: str) -> dict[str, Number]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: not a JSON object")
+    return {key: _from_jsonable(value) for key, value in record.items()}
 
 
 def redact(config: Any) -> Any:

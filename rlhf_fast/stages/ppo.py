@@ -26,7 +26,7 @@ from rlhf_fast.data.readers import RowSource
 from rlhf_fast.distributed.work import WorldSplit
 from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.memory_held import MemoryWatch
-from rlhf_fast.metrics import METRICS_NAME, read_metrics
+from rlhf_fast.metrics import METRICS_NAME, read_last_metrics
 from rlhf_fast.models.adapter_files import export_adapter
 from rlhf_fast.models.adapter_roles import AdapterActor
 from rlhf_fast.models.adapters import AdapterModule
@@ -368,7 +368,7 @@ def run_ppo(config: PPOConfig, *, world: World | None = None) -> PPOResult:
 
 def _kept_metrics(directory: Path, step: int) -> dict[str, float]:
     """What is kept of the last step; NaN if the log has lost its line, as on a full disk."""
-    last = next(iter(read_metrics(directory / METRICS_NAME)[::-1]), {})
+    last = read_last_metrics(directory / METRICS_NAME)
     if last.get("step") != step:
         return dict.fromkeys(_KEPT, math.nan)
     return {name: float(last[name] or 0.0) for name in _KEPT}

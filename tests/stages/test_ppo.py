@@ -273,6 +273,22 @@ def test_a_lost_line_of_the_log_does_not_keep_a_run_from_its_end(tmp_path, token
         (tmp_path / "complete.json").unlink()
 
 
+@pytest.mark.parametrize("line", [0, -1])
+def test_a_damaged_line_of_the_log_does_not_keep_a_run_from_its_end(tmp_path, tokenizer, line):
+    first = trainer(tmp_path, tokenizer).train()
+    (tmp_path / "complete.json").unlink()
+    log = tmp_path / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    lines[line] = b"\xff" + lines[line][1:]
+    log.write_bytes(b"".join(lines))
+    again = trainer(tmp_path, tokenizer).train()
+    assert again.steps == 3
+    if line == 0:
+        assert again.metrics == first.metrics
+    else:
+        assert all(math.isnan(value) for value in again.metrics.values())
+
+
 def test_a_finished_run_made_shorter_says_how_many_steps_it_did(tmp_path, tokenizer):
     trainer(tmp_path, tokenizer).train()
     shorter = settings(tmp_path, total_steps=2)
