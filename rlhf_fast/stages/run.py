@@ -49,7 +49,14 @@ from rlhf_fast.stages.run_config import (
     plain_config,
     refuse_own_inputs,
 )
-from rlhf_fast.stages.run_files import bytes_of, delete, read_json, require_space, write_json
+from rlhf_fast.stages.run_files import (
+    bytes_of,
+    delete,
+    read_json,
+    require_directory,
+    require_space,
+    write_json,
+)
 from rlhf_fast.stages.run_lock import RunLock
 from rlhf_fast.stages.saves import Saves
 from rlhf_fast.stages.stop_signals import StopSignals
@@ -314,14 +321,7 @@ class Run:
 
     def _prepare_directory(self) -> None:
         for place in (self.path, *self.path.parents):
-            if place.exists() and not place.is_dir():
-                raise CheckpointError(
-                    "RF8205",
-                    f"{place} is a file, not a directory",
-                    where="output_dir",
-                    expected="a directory, or a path where one can be created",
-                    remedy="choose another output_dir",
-                )
+            require_directory(place, "output_dir")
         make_directories(self.path)
         # Asking for permissions proves nothing (root, read-only mounts, quotas); writing does.
         probe = self.path / f".probe-{unique_suffix()}"
@@ -369,6 +369,8 @@ class Run:
 
     def _open_checkpoint(self, notices: list[str]) -> None:
         root = self.checkpoint_root
+        # To start anew would cut the log of a run whose checkpoints are only out of reach.
+        self.on_main(lambda: require_directory(root, "checkpoints"))
         if self._resume_step is not None:
             self.checkpoint = checkpoints.load(root, self._resume_step, world=self.world)
         elif self.on_main(lambda: checkpoints.steps(root)):

@@ -149,6 +149,27 @@ def bytes_of(entries: Iterable[Path]) -> int:
     return total
 
 
+def require_directory(path: Path, name: str) -> None:
+    """Refuse what is there and is no directory, a link that leads nowhere included.
+
+    Args:
+        path: what may be missing.
+        name: what to call it.
+
+    Raises:
+        CheckpointError: RF8205.
+    """
+    if os.path.lexists(path) and not path.is_dir():
+        leads = "a file, not a directory" if path.exists() else "a link that leads nowhere"
+        raise CheckpointError(
+            "RF8205",
+            f"{path} is {leads}",
+            where=name,
+            expected="a directory, or a path where one can be created",
+            remedy="choose another output_dir, or mount or remove what is there",
+        )
+
+
 def require_space(directory: Path, needed: int) -> None:
     """Refuse a run that its disk cannot hold.
 

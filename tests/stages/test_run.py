@@ -223,6 +223,26 @@ def test_a_run_without_a_checkpoint_starts_again(tmp_path: Path) -> None:
         assert "starting at step 0" in run.notices[0]
 
 
+@pytest.mark.parametrize("kind", ["a link that leads nowhere", "a file"])
+def test_checkpoints_that_cannot_be_reached_are_no_fresh_start(tmp_path: Path, kind: str) -> None:
+    start(tmp_path, complete=True)
+    root, disk = tmp_path / "checkpoints", tmp_path / "disk"
+    root.rename(disk)
+    if kind == "a file":
+        root.write_text("in the way")
+    else:
+        root.symlink_to(tmp_path / "not mounted")
+    longer = {**CONFIG, "steps": 20}
+    with pytest.raises(CheckpointError, match=r"RF8205.*checkpoints"):
+        start(tmp_path, config=longer, resume=True)
+    assert (tmp_path / "complete.json").exists(), "nothing was changed"
+    root.unlink()
+    root.symlink_to(disk)
+    with make(tmp_path, config=longer, resume=True) as run:
+        assert run.checkpoint is not None
+        assert run.checkpoint.step == 3
+
+
 def test_resume_false_and_resume_true_insist(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="RF8204"):
         start(tmp_path, resume=True)
