@@ -260,8 +260,11 @@ def training_bytes(model: str | Path, keep_last: int) -> int:
 
 
 def export_bytes(model: str | Path) -> int:
-    """Disk space of a model's weights; 0 if `model` is no local directory."""
-    return sum(f.stat().st_size for f in Path(model).glob("*.safetensors"))
+    """Disk space of a model's weights; 0 if `model` is no local directory, or empty."""
+    if not str(model):  # a model in memory; as a path it were the working directory
+        return 0
+    folder = Path(os.path.expanduser(model))
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
 
 @dataclass

@@ -20,6 +20,7 @@ from rlhf_fast.stages.device_choice import choose_device
 from rlhf_fast.stages.messages import say
 from rlhf_fast.stages.training import (
     TrainingState,
+    export_bytes,
     load_training_state,
     open_run,
     require_settings,
@@ -254,6 +255,16 @@ def test_steps_by_epochs_or_by_number() -> None:
     sampler = EpochSampler(10, 4, seed=1, drop_last=False)
     assert steps_of(2, 0, sampler) == 6
     assert steps_of(2, 5, sampler) == 5
+
+
+def test_space_is_estimated_from_the_weights_that_the_config_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.chdir(tmp_path)
+    assert export_bytes(f"~/{tmp_path.name}") == 1000
+    assert export_bytes("") == 0, "weights in the working directory are not those in memory"
 
 
 def test_space_is_estimated_from_the_weights(tmp_path: Path) -> None:
