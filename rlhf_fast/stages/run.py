@@ -33,11 +33,7 @@ from torch import Tensor
 
 from rlhf_fast import distributed as checkpoints
 from rlhf_fast.distributed.agreement import ALONE
-from rlhf_fast.distributed.durable import (
-    make_directories,
-    storage_fault,
-    unique_suffix,
-)
+from rlhf_fast.distributed.durable import make_directories, storage_fault, unique_suffix
 from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import CheckpointError, RLHFError
 from rlhf_fast.metrics import METRICS_NAME
@@ -62,14 +58,12 @@ from rlhf_fast.stages.saves import Saves
 from rlhf_fast.stages.stop_signals import StopSignals
 
 T = TypeVar("T")
-
 Resume = Literal["auto"] | bool
 
 RUN_NAME = "run.json"
 COMPLETE_NAME = "complete.json"
 CHECKPOINTS_NAME = "checkpoints"
 OUT_OF_MEMORY_NAME = "out_of_memory.json"
-
 _RUN_FORMAT = 1
 _OWN_ENTRIES = (
     *(CHECKPOINTS_NAME, METRICS_NAME, RUN_NAME, COMPLETE_NAME, OUT_OF_MEMORY_NAME),
@@ -358,7 +352,13 @@ class Run:
                 f"already complete after {complete.get('step')} steps: {self.path} "
                 "(run.overwrite=true runs it again)"
             )
-        self._open_checkpoint(notices)
+        try:
+            self._open_checkpoint(notices)
+        except CheckpointError as error:
+            # What a finished run has exported does not depend on them; to start over deletes it.
+            if not self.already_complete or error.code == "RF8010":
+                raise
+            notices.append(f"its checkpoints cannot be used any more: {error.what}")
         self.notices = tuple(notices)
         if self.already_complete:
             return

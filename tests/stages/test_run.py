@@ -323,6 +323,24 @@ def test_already_complete(tmp_path: Path) -> None:
         assert not run.already_complete, "the mark went when the run was extended"
 
 
+@pytest.mark.parametrize("how", ["damaged", "out of reach"])
+def test_a_finished_run_needs_its_checkpoints_no_more(tmp_path: Path, how: str) -> None:
+    start(tmp_path, at=10, complete=True)
+    root = tmp_path / "checkpoints"
+    if how == "damaged":
+        (root / "step-00000010" / "state.json").write_text("{}")
+    else:
+        root.rename(tmp_path / "elsewhere")
+        root.symlink_to(tmp_path / "not mounted")
+    with make(tmp_path) as run:
+        assert run.already_complete
+        assert run.checkpoint is None
+        assert any("cannot be used any more" in notice for notice in run.notices)
+    with pytest.raises(CheckpointError, match=r"RF8001|RF8205"):
+        start(tmp_path, config={**CONFIG, "steps": 20}, resume=True)
+    assert (tmp_path / "complete.json").exists()
+
+
 def test_an_explicit_step(tmp_path: Path) -> None:
     with make(tmp_path) as run:
         for step in (1, 2, 3):
