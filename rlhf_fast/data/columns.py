@@ -62,6 +62,15 @@ def missing_column(row: Row, *layouts: tuple[str, ...]) -> DataError:
     )
 
 
+def given_columns(row: Row, *names: str) -> set[str]:
+    """Those of `names` that tell the row's format: the ones with a value, else the ones there are.
+
+    A table with rows of several formats fills the columns that a row does not have with null.
+    """
+    present = [name for name in names if name in row.fields]
+    return {name for name in present if row.fields[name] is not None} or set(present)
+
+
 def wrong_type(row: Row, column: str, value: Any, expected: str) -> DataError:
     return DataError(
         "RF2021",

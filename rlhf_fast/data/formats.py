@@ -7,7 +7,8 @@
     [prompt,] chosen, rejected[, margin]            preference
     prompt, completions[, ranks | scores]           ranked list, best first without ranks or scores
 
-Text or messages (`{"role", "content"}`) everywhere, one or the other within a row.
+Text or messages (`{"role", "content"}`) everywhere, one or the other within a row. A column that is
+null in a row says nothing about its format, so that one table can hold rows of several.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 from rlhf_fast.data.columns import (
     Content,
+    given_columns,
     malformed,
     missing_column,
     read_content,
@@ -88,13 +90,14 @@ def parse_sft(row: Row) -> CompletionRecord | TextRecord:
         DataError: RF2020 to RF2026.
     """
     fields = row.fields
-    if "messages" in fields:
+    given = given_columns(row, "messages", "prompt", "completion", "text")
+    if "messages" in given:
         return CompletionRecord(row, (), read_messages(row, "messages", fields["messages"]))
-    if "prompt" in fields or "completion" in fields:
+    if "prompt" in given or "completion" in given:
         prompt, completion = read_content(row, "prompt"), read_content(row, "completion")
         require_same_kind(row, prompt, completion, "completion")
         require_reply(row, prompt, completion, "completion")
         return CompletionRecord(row, prompt, completion)
-    if "text" in fields:
+    if "text" in given:
         return TextRecord(row, read_text(row, "text", fields["text"]))
     raise missing_column(row, ("messages",), ("prompt", "completion"), ("text",))

@@ -9,6 +9,7 @@ from typing import Any
 from rlhf_fast.data.columns import (
     Content,
     Message,
+    given_columns,
     malformed,
     missing_column,
     read_content,
@@ -32,7 +33,7 @@ def parse_preference(row: Row) -> PreferenceRecord:
     Raises:
         DataError: RF2020 to RF2030.
     """
-    if "completions" in row.fields:
+    if "completions" in given_columns(row, "chosen", "rejected", "completions"):
         return _parse_ranked(row)
     if not {"chosen", "rejected"} <= row.fields.keys():
         raise missing_column(row, ("prompt", "chosen", "rejected"), ("prompt", "completions"))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_fast.data import columnar
+from rlhf_fast.data import columnar, load_sft
 from rlhf_fast.data.readers import fingerprint_source, read_rows
 from rlhf_fast.data.report import BadRowPolicy, DataReport
 from rlhf_fast.data.rows import Row
@@ -194,3 +194,15 @@ def test_a_file_name_is_never_taken_for_a_hub_name(monkeypatch: pytest.MonkeyPat
     assert fault("train.jsonl").code == "RF2001"
     assert fault("data/train.parquet").code == "RF2001"
     assert fault("./owner/name").code == "RF2001"
+
+
+def test_a_table_holds_rows_of_several_formats(bpe: Any) -> None:
+    rows = [
+        {"prompt": "hello", "completion": " there"},
+        {"text": "the cat sat"},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
+    ]
+    columns = {name: [row.get(name) for row in rows] for row in rows for name in row}
+    mixed = load_sft(datasets.Dataset.from_dict(columns), bpe)
+    apart = [load_sft([row], bpe)[0] for row in rows]
+    assert [e.key for e in mixed.examples] == [e.key for e in apart]

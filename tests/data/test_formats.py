@@ -124,6 +124,28 @@ def test_sft_layouts_and_their_precedence() -> None:
     assert isinstance(parse_sft(row(text="x")), TextRecord)
 
 
+def test_null_columns_say_nothing_about_the_format() -> None:
+    nothing = dict.fromkeys(("messages", "prompt", "completion", "text"))
+    text = parse_sft(row(**nothing | {"text": "t"}))
+    assert isinstance(text, TextRecord)
+    pair = parse_sft(row(**nothing | {"prompt": "p", "completion": "c"}))
+    assert (pair.prompt, pair.completion) == ("p", "c")  # type: ignore[union-attr]
+    talk = parse_sft(row(**nothing | {"messages": [user("u"), assistant("a")]}))
+    assert talk.completion == (Message("user", "u"), Message("assistant", "a"))  # type: ignore[union-attr]
+    nobody = dict.fromkeys(("prompt", "chosen", "rejected", "completions", "ranks"))
+    record = parse_preference(row(**nobody | {"prompt": "p", "chosen": "c", "rejected": "r"}))
+    assert record.completions == ("c", "r")
+    ranked = {"prompt": "p", "completions": ["r", "c"], "ranks": [2, 1]}
+    assert parse_preference(row(**nobody | ranked)).completions == ("c", "r")
+
+
+def test_what_is_null_in_the_only_format_is_still_named() -> None:
+    assert "'messages' is null" in fault(parse_sft, messages=None, id=3).what
+    assert "'completion' is null" in fault(parse_sft, prompt="p", completion=None, text="t").what
+    assert "'rejected' is null" in fault(parse_preference, chosen="c", rejected=None).what
+    assert "'completions' is null" in fault(parse_preference, prompt="p", completions=None).what
+
+
 @pytest.mark.parametrize(
     ("role", "hint"),
     [
