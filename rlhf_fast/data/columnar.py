@@ -60,7 +60,7 @@ def read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _corrupt(path, "parquet", error) from error
 
 
@@ -84,7 +84,7 @@ def read_arrow(path: Path) -> Iterator[Mapping[str, Any]]:
                 batches = iter(ipc.open_stream(source))
             for batch in batches:
                 yield from batch.to_pylist()
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _corrupt(path, "arrow", error) from error
 
 

@@ -196,6 +196,25 @@ def test_a_file_name_is_never_taken_for_a_hub_name(monkeypatch: pytest.MonkeyPat
     assert fault("./owner/name").code == "RF2001"
 
 
+def test_text_that_is_no_utf8(tmp_path: Path) -> None:
+    arrow, parquet_files = (
+        pytest.importorskip("pyarrow"),
+        importlib.import_module("pyarrow.parquet"),
+    )
+    offsets = arrow.py_buffer((0).to_bytes(4, "little") + (6).to_bytes(4, "little"))
+    text = arrow.Array.from_buffers(
+        arrow.string(), 1, [None, offsets, arrow.py_buffer(b"hel\xfflo")]
+    )
+    table = arrow.table({"prompt": text})
+    parquet_files.write_table(table, tmp_path / "x.parquet")
+    with arrow.ipc.new_file(tmp_path / "x.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for name in ("x.parquet", "x.arrow"):
+        error = fault(tmp_path / name)
+        assert error.code == "RF2012"
+        assert name in error.where
+
+
 def test_a_table_holds_rows_of_several_formats(bpe: Any) -> None:
     rows = [
         {"prompt": "hello", "completion": " there"},
