@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from rlhf_fast.data.encoding import TextEncoder
 from rlhf_fast.data.examples import (
+    OVERLONG,
     ExampleBuilder,
     LoadOptions,
     PreferenceExample,
@@ -169,6 +170,8 @@ class _Loader:
             try:
                 example = build(_renamed(row, self.options.columns))
             except DataError as error:
+                if error.code == OVERLONG:  # the row is sound: `overlong` says what it means
+                    raise
                 self.policy.reject(error)
                 continue
             if example is None:

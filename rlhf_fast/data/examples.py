@@ -25,6 +25,9 @@ from rlhf_fast.data.templates import ChatTemplate
 from rlhf_fast.errors import DataError
 
 
+OVERLONG = "RF2050"
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """How rows become examples. The first six are leaves of `DataConfig`, which documents them.
@@ -321,7 +324,7 @@ class ExampleBuilder:
     def _may_truncate(self, length: int, limit: int, origin: str, key: str) -> bool:
         if self.options.overlong == "error":
             raise DataError(
-                "RF2050",
+                OVERLONG,
                 f"the row has {length} tokens",
                 where=origin,
                 expected=f"at most {key}={limit}",

@@ -164,6 +164,9 @@ def test_overlong_policies(bpe: Tok, load: Any, row: dict[str, Any], key: str) -
     assert caught.value.where == "<list in memory>[1]"
     assert key in caught.value.expected
     assert "data.overlong" in caught.value.remedy
+    with pytest.raises(DataError) as skipping:  # which is about rows that cannot be read
+        load([short, row], bpe, LoadOptions(overlong="error", on_bad_row="skip", **sizes))
+    assert skipping.value.code == "RF2050"
 
     filtered = load([short, row], bpe, LoadOptions(overlong="filter", **sizes))
     assert len(filtered) == 1
