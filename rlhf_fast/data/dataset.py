@@ -200,10 +200,9 @@ def _fingerprint_part(example: SFTExample | PreferenceExample | PromptExample) -
 def _renamed(row: Row, columns: Mapping[str, str] | None) -> Row:
     if not columns:
         return row
-    fields: dict[str, Any] = dict(row.fields)
-    for wanted, present in columns.items():
-        if present in fields:
-            fields[wanted] = fields.pop(present)
+    taken = {wanted: row.fields[name] for wanted, name in columns.items() if name in row.fields}
+    left = {name: v for name, v in row.fields.items() if name not in columns.values()}
+    fields: dict[str, Any] = left | taken  # all at once: names may change places
     return Row(row.origin, row.index, fields)
 
 

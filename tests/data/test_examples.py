@@ -299,6 +299,15 @@ def test_columns_are_renamed(bpe: Tok) -> None:
     assert bpe.decode(data[0].ids) == "q a<|im_end|>"
 
 
+def test_renamed_columns_may_change_places(bpe: Tok) -> None:
+    options = LoadOptions(columns={"chosen": "rejected", "rejected": "chosen"})
+    data = load_preferences([pair("q", " bad", " good")], bpe, options)
+    assert bpe.decode(data[0].completions[0]) == " good<|im_end|>"
+    options = LoadOptions(columns={"rejected": "chosen", "chosen": "best"})
+    data = load_preferences([{"prompt": "q", "chosen": " worse", "best": " top"}], bpe, options)
+    assert [bpe.decode(c) for c in data[0].completions] == [" top<|im_end|>", " worse<|im_end|>"]
+
+
 def test_duplicates_and_overlap_are_counted(bpe: Tok) -> None:
     train = load_prompts([{"prompt": p} for p in ("a", "b", "a")], bpe)
     assert train.report.duplicates == 1
