@@ -86,11 +86,15 @@ class EpochSampler:
     def _permutation(self, epoch: int) -> list[int]:
         return epoch_permutation(self.n, self.seed, epoch) if self.shuffle else list(range(self.n))
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Batches that one epoch pays for; the last is shared with the next without drop_last."""
-        full, rest = divmod(self.n, self.batch_size)
-        return full + (1 if rest and not self.drop_last else 0)
+    def batches(self, epochs: int) -> int:
+        """Batches of so many epochs from the first on.
+
+        Without drop_last those in which every example is used `epochs` times: the last batch of all
+        is filled up from the epoch after, and no other is.
+        """
+        if self.drop_last:
+            return epochs * (self.n // self.batch_size)
+        return -(-epochs * self.n // self.batch_size)
 
     def _advance_epoch(self) -> None:
         self.epoch += 1

@@ -423,4 +423,4 @@ def train(
 
 def steps_of(epochs: int, max_steps: int, sampler: EpochSampler) -> int:
     """Optimizer steps of a run: `max_steps`, or by epochs if that is 0."""
-    return max_steps if max_steps > 0 else epochs * sampler.batches_per_epoch
+    return max_steps if max_steps > 0 else sampler.batches(epochs)

@@ -50,7 +50,8 @@ def test_permutations_differ_and_mix() -> None:
 
 def test_an_epoch_uses_every_example_at_most_once() -> None:
     sampler = EpochSampler(10, 3, seed=1)
-    assert sampler.batches_per_epoch == 3
+    assert sampler.batches(1) == 3
+    assert sampler.batches(4) == 12
     first = [i for b in take(sampler, 3) for i in b]
     assert len(set(first)) == 9
     assert sampler.epoch == 0
@@ -60,7 +61,7 @@ def test_an_epoch_uses_every_example_at_most_once() -> None:
 
 def test_without_drop_last_every_batch_is_full_and_every_example_is_used() -> None:
     sampler = EpochSampler(10, 4, seed=1, drop_last=False)
-    assert sampler.batches_per_epoch == 3
+    assert [sampler.batches(epochs) for epochs in (1, 2, 3, 4)] == [3, 5, 8, 10]
     flat = [i for b in take(sampler, 5) for i in b]
     assert flat == epoch_permutation(10, 1, 0) + epoch_permutation(10, 1, 1)
 

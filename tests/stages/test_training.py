@@ -253,8 +253,10 @@ def test_required_settings_are_listed_at_once() -> None:
 
 def test_steps_by_epochs_or_by_number() -> None:
     sampler = EpochSampler(10, 4, seed=1, drop_last=False)
-    assert steps_of(2, 0, sampler) == 6
-    assert steps_of(2, 5, sampler) == 5
+    assert steps_of(2, 0, sampler) == 5
+    assert steps_of(2, 7, sampler) == 7
+    # 65 rows three times over are 195 rows: six batches of 64 would be nearly six passes.
+    assert steps_of(3, 0, EpochSampler(65, 64, seed=1, drop_last=False)) == 4
 
 
 def test_space_is_estimated_from_the_weights_that_the_config_names(
