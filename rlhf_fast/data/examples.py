@@ -24,7 +24,6 @@ from rlhf_fast.data.report import DataReport
 from rlhf_fast.data.templates import ChatTemplate
 from rlhf_fast.errors import DataError
 
-
 OVERLONG = "RF2050"
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.data.encoding import TextEncoder
 from rlhf_fast.errors import RewardError
 from rlhf_fast.models.checks import check_same_tokenizer, max_positions
 from rlhf_fast.models.roles import DEFAULT_TOKEN_BUDGET, RewardModel, require_tokens
@@ -30,12 +30,15 @@ class ModelReward:
         tokenizer_rm: tokenizer the reward model was trained with.
         retokenize: decode each sample and encode it again with `tokenizer_rm`. Without it the two
             tokenizers must be the same, because ids are handed over as they are.
-        render: for `retokenize`, the text to encode from prompt and response text; the default is
-            one after the other. Rows that ended get the reward model's EOS.
+        render: for `retokenize`, the text to encode from prompt and response text, with whatever
+            control tokens of the reward model belong there; None is the sample as it reads, without
+            control tokens. What prompt or response spell of those stays text. Rows get the reward
+            model's BOS, if its tokenizer adds one, and its EOS if they ended.
         token_budget: tokens of one forward.
 
     Raises:
-        ModelError: tokenizers differ and `retokenize` is off.
+        ModelError: tokenizers differ and `retokenize` is off (RF3023), or it is on and
+            `tokenizer_rm` has no EOS token (RF3040).
     """
 
     splits = True
@@ -47,7 +50,7 @@ class ModelReward:
         tokenizer_rm: Any,
         *,
         retokenize: bool = False,
-        render: Render = operator.add,
+        render: Render | None = None,
         token_budget: int = DEFAULT_TOKEN_BUDGET,
     ) -> None:
         if not retokenize:
@@ -56,6 +59,7 @@ class ModelReward:
         self.tokenizer_policy = tokenizer_policy
         self.tokenizer_rm = tokenizer_rm
         self.retokenize = retokenize
+        self._encoder = TextEncoder(tokenizer_rm) if retokenize else None
         self.render = render
         self.token_budget = token_budget
 
@@ -78,7 +82,8 @@ class ModelReward:
 
     def prepare(self, rollout: Rollout, samples: Sequence[int], *, at_once: bool = False) -> Start:
         """As `score`, of a rollout whose rows are called `samples`; see `SampleReward.prepare`."""
-        sequences = self._retokenized(rollout) if self.retokenize else rollout.sequences()
+        encoder = self._encoder
+        sequences = rollout.sequences() if encoder is None else self._encoded(rollout, encoder)
         self._require_fitting(sequences, samples)
         tokens = max(1, sequences.ids.numel())
 
@@ -103,20 +108,30 @@ class ModelReward:
                 remedy="shorten prompts or responses, or use a reward model with more positions",
             )
 
-    def _retokenized(self, rollout: Rollout) -> PackedSequences:
+    def _encoded(self, rollout: Rollout, encoder: TextEncoder) -> PackedSequences:
+        """The samples in the reward model's tokens."""
         bounds = rollout.prompts.sequences.cu_seqlens.tolist()
-        prompt_ids = rollout.prompts.sequences.ids.tolist()
-        texts = [self._decode(prompt_ids[a:b]) for a, b in itertools.pairwise(bounds)]
-        eos = self.tokenizer_rm.eos_token_id
+        ids = rollout.prompts.sequences.ids.tolist()
+        prompts = [ids[a:b] for a, b in itertools.pairwise(bounds)]
         rows = []
         for s, (response, ended) in enumerate(
             zip(rollout.response_ids(), rollout.ended.tolist(), strict=True)
         ):
-            text = self.render(texts[s // rollout.samples_per_prompt], self._decode(response))
-            ids = list(self.tokenizer_rm(text)["input_ids"])
-            closes = ended and eos is not None and ids[-1:] != [eos]
-            rows.append([*ids, eos] if closes else ids)
+            row = self._read(prompts[s // rollout.samples_per_prompt], response, encoder)
+            closes = ended and row[-1:] != [encoder.eos_id]
+            rows.append([*row, encoder.eos_id] if closes else row)
         return PackedSequences.from_lists(rows)
+
+    def _read(self, prompt: list[int], response: list[int], encoder: TextEncoder) -> list[int]:
+        bos = encoder.bos_ids
+        if self.render is None:
+            # Decoded as one: a response by itself may lose the space that parts it from the prompt.
+            return [*bos, *encoder.encode_text(self._decode(prompt + response))]
+        texts = self._decode(prompt), self._decode(response)
+        marks = encoder.marks(texts)
+        text = self.render(*(encoder.mark(text, marks) for text in texts))
+        ids = encoder.encode_marked(text, marks)
+        return ids if ids[: len(bos)] == bos else [*bos, *ids]
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self.tokenizer_policy.decode(

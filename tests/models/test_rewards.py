@@ -11,6 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_fast.errors import ModelError, RewardError
 from rlhf_fast.models.heads import set_calibration
@@ -283,6 +290,60 @@ def test_model_reward_with_another_tokenizer() -> None:
         )
     )
     torch.testing.assert_close(reward.score(make_rollout()).scores, expected)
+
+
+class Reader:
+    """In the place of a judge: keeps the tokens it is given."""
+
+    def __init__(self) -> None:
+        self.module = build_classifier("llama", vocab_size=600, max_position_embeddings=200)
+        self.rows: list[list[int]] = []
+
+    def score_sequences(self, sequences: PackedSequences, *, token_budget: int) -> torch.Tensor:
+        self.rows = [part.tolist() for part in sequences.ids.split(sequences.lengths.tolist())]
+        return torch.zeros(len(sequences))
+
+
+def read_by_another(render: Any = None) -> tuple[list[str], list[str]]:
+    """What a judge with a tokenizer of bytes reads of the four samples, and its tokens."""
+    judge, theirs = Reader(), bytes_with_bos_and_eos()
+    ours = tokenizer()
+    ours.add_tokens(["[E]"])  # a word of ours that spells a control token of theirs
+    rollout = make_rollout([[5, len(ours) - 1, EOS], [7], [8, EOS], [EOS]])
+    reward = ModelReward(judge, ours, theirs, retokenize=True, render=render)  # type: ignore[arg-type]
+    reward.score(rollout)
+    return theirs.batch_decode(judge.rows), theirs.convert_ids_to_tokens(judge.rows[0])
+
+
+def bytes_with_bos_and_eos() -> Any:
+    """Adds a BOS and an EOS to every text that it is given."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(
+        special_tokens=["[B]", "[E]"], initial_alphabet=ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator([""], trainer)
+    backend.post_processor = TemplateProcessing(
+        single="[B] $A [E]", special_tokens=[("[B]", 0), ("[E]", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="[B]", eos_token="[E]")
+
+
+def test_another_tokenizer_reads_the_sample_as_it_stands() -> None:
+    """With the space between prompt and response, an EOS where the row ended and nowhere else."""
+    texts, first = read_by_another()
+    assert texts == ["[B]w11 w12 w5 [E][E]", "[B]w11 w12 w7", "[B]w13 w8[E]", "[B]w13[E]"]
+    # Of the two [E] of the first, one is text.
+    assert first.count("[E]") == 1
+    assert first[-4:] == ["[", "E", "]", "[E]"]
+
+
+def test_what_a_render_writes_are_control_tokens_and_what_it_is_given_is_text() -> None:
+    texts, first = read_by_another(lambda prompt, text: f"[B]{prompt}[E]{text}[E]")
+    assert texts[:2] == ["[B]w11 w12[E]w5 [E][E]", "[B]w11 w12[E]w7[E]"]
+    assert first.count("[B]") == 1
+    assert first.count("[E]") == 2
 
 
 def test_model_reward_refuses_what_it_cannot_score() -> None:
