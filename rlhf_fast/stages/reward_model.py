@@ -400,7 +400,7 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
         """[K] float64 uncalibrated scores, on the CPU."""
         scores = torch.zeros(len(sequences), dtype=torch.float64)
         lengths = [s.numel() for s in sequences]
-        budget = max(self.config.microbatch_tokens, *lengths)
+        budget = max(self.budget.tokens, *lengths)
         self.module.eval()
         with torch.no_grad():
             for chosen, idle in self.dealt(pack_best_fit(lengths, budget), lengths):
