@@ -44,6 +44,7 @@ from rlhf_fast.ppo.trunk import require_trunk_head
 from rlhf_fast.stages.adapted import open_trunk
 from rlhf_fast.stages.device_choice import choose_device
 from rlhf_fast.stages.evaluate import choose_prompts
+from rlhf_fast.stages.held_out import split_by_prompt
 from rlhf_fast.stages.ppo_checks import check_tokenizers
 from rlhf_fast.stages.shared_roles import check_adapters
 from rlhf_fast.stages.training import (
@@ -96,6 +97,8 @@ def _reward_model(config: RewardModelConfig) -> list[str]:
     sources = _training_data(config, tokenizer, load_preferences)
     reports = [data.report for data in sources]
     examples = [example for data in sources for example in data.examples]
+    if not config.data.eval:
+        split_by_prompt(examples, config.eval_fraction, config.run.seed)
     longest = max(s.numel() for example in examples for s in example.sequences())
     if config.demonstrations:
         options = LoadOptions.from_config(config.data)

@@ -259,6 +259,13 @@ def chosen_equals_rejected(w: Workshop) -> list[str]:
     return []
 
 
+@case("RF2070", "all 2 rows", "eval_fraction", stage="rm")
+def one_prompt_of_which_none_can_be_held_out(w: Workshop) -> list[str]:
+    pair = {"prompt": "w4", "chosen": " w5", "rejected": " w6"}
+    w.rows("ranked.jsonl", [pair, pair | {"chosen": " w7"}])
+    return []
+
+
 @case("RF2023", "demonstrations.jsonl:1", "narrator", stage="sft")
 def unknown_role(w: Workshop) -> list[str]:
     turns = [{"role": "narrator", "content": "w4"}, {"role": "assistant", "content": "w5"}]
