@@ -31,6 +31,10 @@ _COLUMN_ALIASES = {
 }
 
 
+# What a message says beside its content; the chat template is given role and content alone.
+_SAID_BESIDE = ("tool_calls", "function_call", "reasoning_content", "thinking")
+
+
 class Message(NamedTuple):
     """One turn of a conversation."""
 
@@ -169,6 +173,15 @@ def _message(row: Row, place: str, item: Any) -> Message:
             where=row.origin,
             expected=f"one of {', '.join(ROLES)}",
             remedy=f"did you mean '{guess}'?" if guess else "use one of these roles",
+        )
+    beside = [key for key in _SAID_BESIDE if item.get(key)]
+    if beside:
+        raise DataError(
+            "RF2022",
+            f"{place} says something in '{beside[0]}', of which the model would see nothing",
+            where=row.origin,
+            expected="messages whose content is all they say",
+            remedy="write it into the content the way the chat template would, or remove the key",
         )
     text = _joined_parts(row, f"{place}.content", content)
     if not text.strip():

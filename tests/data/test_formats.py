@@ -196,6 +196,16 @@ def test_malformed_messages(messages: Any, code: str, what: str) -> None:
     assert what in error.what
 
 
+@pytest.mark.parametrize("key", ["tool_calls", "function_call", "reasoning_content", "thinking"])
+def test_what_is_said_beside_the_content_is_not_lost(key: str) -> None:
+    said = assistant("a") | {key: [{"name": "f"}] if "call" in key else "first, think"}
+    error = fault(parse_sft, messages=[user("u"), said])
+    assert error.code == "RF2022"
+    assert f"messages[1] says something in '{key}'" in error.what
+    for nothing in (None, [], ""):
+        parse_sft(row(messages=[user("u"), assistant("a") | {key: nothing, "name": "x"}]))
+
+
 def test_share_gpt_keys_are_explained() -> None:
     error = fault(parse_sft, messages=[{"from": "human", "value": "hi"}])
     assert error.code == "RF2022"
