@@ -79,15 +79,15 @@ class SFTResult:
 
     @property
     def eval_perplexity(self) -> float | None:
-        """exp of `eval_loss`; of 700, near the largest float, where that is more."""
-        return None if self.eval_loss is None else math.exp(min(self.eval_loss, 700.0))
+        """exp of `eval_loss`, as `eval/perplexity`."""
+        return None if self.eval_loss is None else perplexity_of(self.eval_loss)
 
     def summary(self) -> str:
         """The result in a few plain lines."""
         lines = [f"SFT: {self.steps} steps, training loss {self.train_loss:.4f} nats per token"]
         if self.eval_loss is not None and self.eval_token_accuracy is not None:
             lines.append(
-                f"  held out: loss {self.eval_loss:.4f}, perplexity {self.eval_perplexity:.2f},"
+                f"  held out: loss {self.eval_loss:.4f}, perplexity {self.eval_perplexity:.5g},"
                 f" token accuracy {self.eval_token_accuracy:.1%}"
             )
         return "\n".join([*lines, f"  model: {self.model_dir}"])
@@ -239,7 +239,7 @@ class SFTStage(SupervisedStage[SFTConfig]):
         loss = nll / max(1, tokens)
         return {
             "loss/eval": loss,
-            "eval/perplexity": math.exp(min(loss, 700.0)),
+            "eval/perplexity": perplexity_of(loss),
             "eval/token_accuracy": hits / max(1, tokens),
         }
 
@@ -269,6 +269,11 @@ class SFTStage(SupervisedStage[SFTConfig]):
                 self.actor.adapted, self.tokenizer, directory, merge=merge, world=self.world
             )
         return export_model(self.actor.module, self.tokenizer, directory, world=self.world)
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a loss in nats; what diverged so far that it has none counts as 700."""
+    return math.exp(min(loss, 700.0))
 
 
 def nll_sum(actor: Actor | AdapterActor, batch: PackedBatch) -> Tensor:

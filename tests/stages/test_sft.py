@@ -91,6 +91,15 @@ def test_training_learns_and_reports(base: Path, tmp_path: Path) -> None:
         assert word in result.summary()
 
 
+def test_a_run_that_diverged_still_says_what_it_found(base: Path, tmp_path: Path) -> None:
+    optim = OptimConfig(lr=50.0, schedule="constant")
+    result = run_sft(config_for(base, tmp_path, max_steps=2, optim=optim), quiet=True)
+    assert result.eval_loss is not None
+    assert result.eval_loss > 710  # beyond exp
+    assert "perplexity 1.0142e+304," in result.summary()
+    assert metric_lines(tmp_path)[-1]["eval/perplexity"] == result.eval_perplexity
+
+
 def test_export_is_what_plain_transformers_loads(base: Path, tmp_path: Path) -> None:
     config = config_for(base, tmp_path)
     result = run_sft(config, quiet=True)
