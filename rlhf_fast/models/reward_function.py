@@ -130,7 +130,7 @@ class FunctionReward:
 
     def _guarded(self, arguments: dict[str, Any]) -> Any:
         try:
-            return self.function(**arguments)
+            return _listed(self.function(**arguments))
         except (Exception, SystemExit) as error:
             raise RewardError(
                 "RF5004",
@@ -140,13 +140,7 @@ class FunctionReward:
             ) from error
 
     def _values(self, returned: Any, rows: int) -> list[Any]:
-        if hasattr(returned, "tolist"):  # a tensor on any device, a numpy array
-            returned = returned.tolist()
-        # A set has no order that would say whose value is whose.
-        usable = isinstance(returned, Iterable) and not isinstance(
-            returned, str | bytes | Mapping | Set
-        )
-        values = list(returned) if usable else None
+        values = returned if isinstance(returned, list) else None
         if values is None or len(values) != rows:
             found = type(returned).__name__ if values is None else f"{len(values)} values"
             raise RewardError(
@@ -197,6 +191,17 @@ class FunctionReward:
             expected="a finite number, None to abstain, or a list of numbers per token",
             remedy="return None for completions that cannot be scored",
         )
+
+
+def _listed(returned: Any) -> Any:
+    """A list of what was returned, if it is one by any name: a generator runs here, not later."""
+    if hasattr(returned, "tolist"):  # a tensor on any device, a numpy array
+        returned = returned.tolist()
+    # A set has no order that would say whose value is whose.
+    usable = isinstance(returned, Iterable) and not isinstance(
+        returned, str | bytes | Mapping | Set
+    )
+    return list(returned) if usable else returned
 
 
 def completion_texts(rollout: Rollout, tokenizer: Any) -> list[str]:
@@ -274,7 +279,7 @@ def _import_file(file: Path) -> Any:
     sys.path.insert(0, str(file.absolute().parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that parses arguments or leaves by exit
         del sys.modules[module_name]
         raise RewardError(
             "RF5010",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,20 @@ def test_exception_names_the_line_of_the_user() -> None:
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
+def late(completions: list[str]) -> Iterator[float]:
+    yield 1.0
+    raise ValueError("late")
+
+
+@pytest.mark.parametrize("timeout", [None, 30])
+def test_a_generator_that_raises_is_the_user_s_fault_too(timeout: float | None) -> None:
+    line = late.__code__.co_firstlineno + 2
+    with pytest.raises(RewardError, match=rf"(?s)RF5004.*ValueError: late.*rewards\.py:{line}"):
+        FunctionReward(late, tokenizer(), timeout_s=timeout).score(make_rollout())
+    reward = FunctionReward(late, tokenizer(), timeout_s=timeout, on_error="abstain")
+    assert not reward.score(make_rollout()).scored.any()
+
+
 def test_exception_can_abstain(caplog: pytest.LogCaptureFixture) -> None:
     out = FunctionReward(broken, tokenizer(), on_error="abstain").score(make_rollout())
     assert not out.scored.any()
@@ -254,7 +269,12 @@ def test_load_reward_function(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "line"),
-    [("x = 1\nimport no_such_module_here\n", 2), ("x = 1\ny = (\nz z\n", 2), ("1 / 0\n", 1)],
+    [
+        ("x = 1\nimport no_such_module_here\n", 2),
+        ("x = 1\ny = (\nz z\n", 2),
+        ("1 / 0\n", 1),
+        ("import sys\nsys.exit(0)\n", 2),
+    ],
 )
 def test_reward_file_that_fails_names_its_line(tmp_path: Path, source: str, line: int) -> None:
     file = tmp_path / "bad.py"
