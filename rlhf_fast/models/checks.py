@@ -115,7 +115,9 @@ def check_same_tokenizer(first: Any, second: Any, *, names: str = "policy, rewar
 def _tokenizer_difference(first: Any, second: Any) -> str | None:
     if first is second:
         return None
-    one, other = first.get_vocab(), second.get_vocab()
+    one, other = dict(first.get_vocab()), dict(second.get_vocab())
+    _leave_out_new_pad(first, one, other)
+    _leave_out_new_pad(second, other, one)
     if one != other:
         names = [t for t in {**one, **other} if one.get(t) != other.get(t)]
         shown = ", ".join(f"{t!r} {one.get(t)} and {other.get(t)}" for t in sorted(names)[:3])
@@ -128,6 +130,16 @@ def _tokenizer_difference(first: Any, second: Any) -> str | None:
     if ids_one != ids_other:
         return "same vocabulary, but they split text differently"
     return None
+
+
+def _leave_out_new_pad(tokenizer: Any, own: dict[str, int], of_other: dict[str, int]) -> None:
+    """Drop a pad token that `choose_pad_token` has added, so that an export is still like its base.
+
+    Nobody reads it, and its id is not one that means something else to the other tokenizer.
+    """
+    pad = tokenizer.pad_token
+    if pad == _NEW_PAD and pad not in of_other and own.get(pad) not in of_other.values():
+        own.pop(pad, None)
 
 
 def choose_pad_token(tokenizer: Any, embedding_rows: int) -> int:

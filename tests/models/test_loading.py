@@ -379,6 +379,17 @@ def test_same_tokenizer() -> None:
         check_same_tokenizer(tokenizer(), other)
 
 
+def test_an_export_with_a_new_pad_token_is_still_like_its_base() -> None:
+    padded = _without_pad()
+    assert choose_pad_token(padded, VOCAB) == 36
+    check_same_tokenizer(padded, _without_pad())
+    check_same_tokenizer(_without_pad(), padded)
+    other = _without_pad()
+    other.add_tokens(["word"])  # its id is that of the pad token
+    with pytest.raises(ModelError, match="RF3023"):
+        check_same_tokenizer(padded, other)
+
+
 def test_same_vocabulary_other_splitting() -> None:
     from tokenizers.pre_tokenizers import Whitespace
 
