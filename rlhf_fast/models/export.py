@@ -156,8 +156,10 @@ def _write(
     always = {**dropout_before(module), "pad_token_id": pad}
     defaults = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
     _patch_json(draft / "config.json", always, defaults)
-    if (draft / "generation_config.json").is_file():
-        _patch_json(draft / "generation_config.json", {"pad_token_id": pad}, defaults)
+    generation = draft / "generation_config.json"
+    if generation.is_file():
+        _patch_json(generation, {"pad_token_id": pad}, defaults)
+        _add_eos(generation, tokenizer.eos_token_id)
 
 
 def save_tokenizer(tokenizer: Any, draft: Path) -> None:
@@ -183,6 +185,15 @@ def _patch_json(file: Path, always: dict[str, Any], defaults: dict[str, Any]) ->
         if content.get(key) is None and value is not None:
             content[key] = value
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _add_eos(file: Path, eos: int | None) -> None:
+    """Stop at the tokenizer's EOS too: it is what was learnt, whatever ended the base's texts."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    known = content.get("eos_token_id")
+    stops = known if isinstance(known, list) else [known]
+    if eos is not None and eos not in stops:
+        _patch_json(file, {"eos_token_id": [eos, *stops]}, {})
 
 
 def _sync(directory: Path) -> None:

@@ -103,6 +103,14 @@ def test_export_is_ready_for_generation(tmp_path: Path) -> None:
     assert stock.generate(prompt, do_sample=False, max_new_tokens=5).shape[1] <= 7
 
 
+@pytest.mark.parametrize("before", [5, [5, 6]])
+def test_generation_stops_at_what_was_learnt(before: Any, tmp_path: Path) -> None:
+    """A base whose texts end otherwise than the tokenizer says, as with a new chat template."""
+    directory = export_model(build("llama", eos_token_id=before), tiny_tokenizer(), tmp_path / "lm")
+    stops = GenerationConfig.from_pretrained(directory).eos_token_id
+    assert stops == [EOS, *(before if isinstance(before, list) else [before])]
+
+
 def test_several_eos_ids_are_kept(tmp_path: Path) -> None:
     module = build("llama")
     module.generation_config.eos_token_id = [2, 5]
