@@ -146,7 +146,9 @@ class _Loader:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: LoadOptions, name: str) -> None:
         self.options = options
         self.report = DataReport(name)
-        self.builder = ExampleBuilder(TextEncoder(tokenizer), options, self.report)
+        self.builder = ExampleBuilder(
+            TextEncoder(tokenizer, options.stop_ids), options, self.report
+        )
         self.policy = BadRowPolicy(options.on_bad_row, options.max_bad_rows, self.report)
 
     def load(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from rlhf_fast.errors import DataError, ModelError
@@ -29,9 +29,11 @@ class TextEncoder:
 
     Args:
         tokenizer: a Hugging Face tokenizer, fast or slow. It is not changed.
+        stop_ids: further ids that end a response when it is generated.
 
     Attributes:
-        eos_id: appended to every response.
+        eos_id: ends every response that does not end by itself.
+        end_ids: what ends a response: EOS, and those control tokens that stop generation.
         bos_ids: what the tokenizer itself puts before a plain text; empty for most.
         control_ids: ids that text from the data may not produce; the unknown token is not one.
 
@@ -39,7 +41,7 @@ class TextEncoder:
         ModelError: RF3040 if the tokenizer has no EOS token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int] = ()) -> None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
                 "RF3040",
@@ -59,6 +61,7 @@ class TextEncoder:
         unknown = {tokenizer.unk_token_id, *self._raw(_NONCHARACTERS[0], literal=True)}
         unknown -= {self.eos_id, tokenizer.bos_token_id}
         self.control_ids = frozenset(special) - unknown
+        self.end_ids = frozenset({self.eos_id}) | self.control_ids.intersection(stop_ids)
         strings = sorted((t for i, t in special.items() if i in self.control_ids), key=len)
         self._control = re.compile("|".join(re.escape(t) for t in reversed(strings)))
         self.bos_ids = self._leading_ids()

@@ -35,6 +35,9 @@ class LoadOptions:
         columns: renames applied to every row, from the name wanted to the name in the data, such as
             `{"prompt": "question"}`.
         template_variables: further variables of the chat template.
+        stop_ids: further ids that end a response when the model generates. A reply to which the
+            chat template gives one of them ends there, as the responses of PPO will; EOS is added
+            to no other end.
         replace_invalid_text: replace invalid UTF-8, lone surrogates and NUL by U+FFFD, counted.
         max_row_bytes: longest JSON line accepted.
         max_identical: fraction of preference rows with equal completions that stops loading.
@@ -48,6 +51,7 @@ class LoadOptions:
     chat_template: str = ""
     columns: Mapping[str, str] | None = None
     template_variables: Mapping[str, Any] | None = None
+    stop_ids: tuple[int, ...] = ()
     replace_invalid_text: bool = False
     max_row_bytes: int = MAX_ROW_BYTES
     max_identical: float = 0.5

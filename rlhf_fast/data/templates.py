@@ -166,10 +166,11 @@ class ChatTemplate:
     def encode_turns(self, messages: Sequence[Message], where: str) -> list[Turn]:
         """A conversation up to its last reply, encoded turn by turn.
 
-        A reply is learnt through its EOS; what the template writes after that is context, and is
-        left off after the last reply. If the template writes no EOS, one is appended to the last
-        reply. Each turn continues the ids before it, as it will at generation: a prompt has the
-        same ids whatever follows.
+        A reply is learnt through the token that ends it: EOS, or another control token at which
+        generation stops. What the template writes after that is context, and is left off after the
+        last reply. If the template writes no such token, EOS is appended to the last reply. Each
+        turn continues the ids before it, as it will at generation: a prompt has the same ids
+        whatever follows.
 
         Raises:
             DataError: as `segments`, and RF2044.
@@ -197,12 +198,12 @@ class ChatTemplate:
 
     def _end_reply(self, reply: list[int], last: bool) -> tuple[list[int], int]:
         """The reply's ids and how many of them carry loss."""
-        eos = self.encoder.eos_id
-        if eos in reply:
-            taught = len(reply) - reply[::-1].index(eos)
+        ends = [i for i, token in enumerate(reply) if token in self.encoder.end_ids]
+        if ends:
+            taught = ends[-1] + 1
             return (reply[:taught] if last else reply), taught
         if last:
-            reply = [*reply, eos]
+            reply = [*reply, self.encoder.eos_id]
         return reply, len(reply)
 
 

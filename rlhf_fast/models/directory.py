@@ -112,6 +112,31 @@ def read_config_file(file: Path) -> dict[str, Any]:
     )
 
 
+def stop_ids(path: str | Path) -> tuple[int, ...]:
+    """Ids that end a response of the model in a directory, besides the tokenizer's EOS.
+
+    As transformers does: of its generation config, or of config.json where it has none.
+
+    Raises:
+        ModelError: as `resolve`; RF3012 if the file is not a JSON object.
+    """
+    directory = resolve(path)
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        file = directory / "config.json"
+    try:
+        named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, OSError, AttributeError) as error:
+        raise ModelError(
+            "RF3012",
+            f"{file.name} cannot be read: {error}",
+            where=str(file),
+            remedy="copy or download the model again",
+        ) from error
+    listed = named if isinstance(named, list) else [named]
+    return tuple(i for i in listed if isinstance(i, int))
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a model, each checked to be whole.
 

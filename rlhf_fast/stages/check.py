@@ -36,6 +36,7 @@ from rlhf_fast.models.checks import (
     check_same_tokenizer,
     check_vocabulary,
 )
+from rlhf_fast.models.directory import stop_ids
 from rlhf_fast.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 from rlhf_fast.models.reward_function import load_reward_function
 from rlhf_fast.models.vocabulary import vocabulary_head
@@ -101,7 +102,7 @@ def _reward_model(config: RewardModelConfig) -> list[str]:
         split_by_prompt(examples, config.eval_fraction, config.run.seed)
     longest = max(s.numel() for example in examples for s in example.sequences())
     if config.demonstrations:
-        options = LoadOptions.from_config(config.data)
+        options = _options(config)
         people = load_sft(config.demonstrations, tokenizer, options, name="demonstrations")
         reports.append(people.report)
         longest = max(longest, people.report.longest)
@@ -126,7 +127,7 @@ def _adapter(config: SFTConfig | RewardModelConfig, module: nn.Module) -> list[s
 
 def _ppo(config: PPOConfig) -> list[str]:
     tokenizer = load_stage_tokenizer(config.actor, config.data)
-    options = LoadOptions.from_config(config.data)
+    options = LoadOptions.from_config(config.data, stop_ids=stop_ids(config.actor))
     data = load_prompts(config.data.train, tokenizer, options, split=config.data.split)
     reports = [data.report]
     EpochSampler(len(data), config.rollout.prompts, config.run.seed)
@@ -168,11 +169,15 @@ def _evaluation(config: EvalConfig) -> list[str]:
     return lines + _lines(data.report)
 
 
+def _options(config: SFTConfig | RewardModelConfig) -> LoadOptions:
+    return LoadOptions.from_config(config.data, stop_ids=stop_ids(config.model))
+
+
 def _training_data(
     config: SFTConfig | RewardModelConfig, tokenizer: Any, load: Loader
 ) -> list[LoadedData[Any]]:
     data = config.data
-    options = LoadOptions.from_config(data)
+    options = _options(config)
     train = load(data.train, tokenizer, options, split=data.split)
     if not data.eval:
         return [train]

@@ -26,10 +26,12 @@ from rlhf_fast.data.readers import RowSource
 from rlhf_fast.distributed.work import WorldSplit
 from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.memory_held import MemoryWatch
+from rlhf_fast.engine.stopping import stops_of
 from rlhf_fast.metrics import METRICS_NAME, read_last_metrics
 from rlhf_fast.models.adapter_files import export_adapter
 from rlhf_fast.models.adapter_roles import AdapterActor
 from rlhf_fast.models.adapters import AdapterModule
+from rlhf_fast.models.directory import stop_ids
 from rlhf_fast.models.export import export_model
 from rlhf_fast.models.reward_function import RewardFunction
 from rlhf_fast.ppo.health import hints
@@ -167,7 +169,7 @@ class PPOTrainer:
         self.device = self.world.device
         require_ranks_can(config, self.world.size)
         self.tokenizer = tokenizer or load_stage_tokenizer(config.actor, config.data)
-        options = LoadOptions.from_config(config.data)
+        options = LoadOptions.from_config(config.data, stop_ids=self._stop_ids(model, end_ids))
         if not isinstance(train_dataset, LoadedData):
             train_dataset = load_prompts(
                 config.data.train if train_dataset is None else train_dataset,
@@ -206,6 +208,14 @@ class PPOTrainer:
         self.longest_prompt = longest
         self.memory_watch: MemoryWatch | None = None
         self._hinted: set[str] = set()
+
+    def _stop_ids(self, model: nn.Module | None, given: Sequence[int] | None) -> tuple[int, ...]:
+        """What ends a response, as generation will know it."""
+        if given is not None:
+            return tuple(given)
+        if model is None:
+            return stop_ids(self.config.actor)
+        return tuple(stops_of(model, self.tokenizer)[0])
 
     def _load_pretraining(
         self, dataset: RowSource | None, options: LoadOptions

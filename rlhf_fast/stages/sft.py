@@ -35,6 +35,7 @@ from rlhf_fast.data import (
 from rlhf_fast.distributed.world import World
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.models.adapter_roles import AdapterActor
+from rlhf_fast.models.directory import stop_ids
 from rlhf_fast.models.export import export_model
 from rlhf_fast.models.loading import load_causal_lm
 from rlhf_fast.models.roles import Actor
@@ -159,7 +160,8 @@ class SFTStage(SupervisedStage[SFTConfig]):
         )
 
     def _load_data(self) -> tuple[LoadedData[SFTExample], LoadedData[SFTExample] | None]:
-        source, options = self.config.data, LoadOptions.from_config(self.config.data)
+        source, stops = self.config.data, stop_ids(self.config.model)
+        options = LoadOptions.from_config(source, stop_ids=stops)
         data = load_sft(source.train, self.tokenizer, options, split=source.split)
         if not source.eval:
             return data, None

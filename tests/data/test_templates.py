@@ -126,6 +126,25 @@ def test_special_tokens_in_messages_are_text(bpe: PreTrainedTokenizerFast) -> No
     assert harmless.count(end) == 2
 
 
+def test_a_reply_ends_where_generation_will_stop(make_bpe: Any, templates: dict[str, str]) -> None:
+    """A tokenizer whose EOS is not what its template ends a turn with, as Gemma's."""
+    tokenizer = make_bpe(eos_token="<eos>")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    messages = conversation("hi", "a", "b", "c")
+    known = ChatTemplate(TextEncoder(tokenizer, [end, tokenizer.eos_token_id]), templates["chatml"])
+    ids, mask = flat(known, messages)
+    assert [tokenizer.decode(r) for r in runs(ids, mask)] == ["a<|im_end|>", "c<|im_end|>"]
+    assert ids[-1] == end
+    unknown, _ = flat(ChatTemplate(TextEncoder(tokenizer), templates["chatml"]), messages)
+    assert tokenizer.decode(unknown[len(ids) :]) == "\n<eos>"
+    # An ordinary word is no end, whatever the generation config says: replies hold it.
+    word = tokenizer("c")["input_ids"][0]
+    assert (
+        flat(ChatTemplate(TextEncoder(tokenizer, [word]), templates["chatml"]), messages)[0]
+        == unknown
+    )
+
+
 def test_context_only_turns_after_the_last_reply_are_dropped(bpe: PreTrainedTokenizerFast) -> None:
     chat = ChatTemplate(TextEncoder(bpe))
     assert flat(chat, conversation("a", "b", "c")) == flat(chat, conversation("a", "b"))

@@ -21,7 +21,7 @@ from rlhf_fast.models.checks import (
     check_vocabulary,
     choose_pad_token,
 )
-from rlhf_fast.models.directory import write_manifest
+from rlhf_fast.models.directory import stop_ids, write_manifest
 from rlhf_fast.models.forward import compute_dtype
 from rlhf_fast.models.heads import Calibration, get_calibration, set_calibration
 from rlhf_fast.models.loading import (
@@ -367,6 +367,29 @@ def test_context_length(model_type: str) -> None:
     check_context(model, 40, 24)
     with pytest.raises(ModelError, match=r"(?s)RF3022.*40.*25.*65.*64"):
         check_context(model, 40, 25)
+
+
+@pytest.mark.parametrize(
+    ("generation", "found"),
+    [
+        ({"eos_token_id": 5}, (5,)),
+        ({"eos_token_id": [2, 5]}, (2, 5)),
+        ({"eos_token_id": None}, ()),
+        ({}, ()),
+        (None, (2,)),
+    ],
+)
+def test_what_ends_a_response(saved: Path, generation: Any, found: tuple[int, ...]) -> None:
+    file = saved / "generation_config.json"
+    file.unlink() if generation is None else file.write_text(json.dumps(generation))
+    assert stop_ids(saved) == found
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_generation_config_that_cannot_be_read(saved: Path, content: str) -> None:
+    (saved / "generation_config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"(?s)RF3012: generation_config\.json.*copy"):
+        stop_ids(saved)
 
 
 def test_same_tokenizer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_fast.config import DataConfig, OptimConfig, RewardModelConfig, RunConfig
 from rlhf_fast.data import PreferenceExample, load_preferences, load_sft
+from rlhf_fast.engine.stopping import stops_of
 from rlhf_fast.errors import ConfigError, DataError, ModelError, NumericalError, Preempted
 from rlhf_fast.models.heads import Calibration, get_calibration, set_calibration
-from rlhf_fast.models.loading import load_sequence_classifier, load_tokenizer
+from rlhf_fast.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 from rlhf_fast.models.ranking_loss import PairCounts, pair_accuracy
 from rlhf_fast.models.roles import RewardModel
 from rlhf_fast.stages.held_out import split_by_prompt
@@ -29,6 +31,7 @@ from rlhf_fast.stages.training import open_metrics, open_run, setup_run
 from rlhf_fast.types import PackedSequences
 from tests.models.tiny import build_classifier, tokenizer
 from tests.stages.tiny_runs import (
+    WORDS,
     as_pairs,
     checkpoint_contents,
     demonstrations,
@@ -131,6 +134,26 @@ def test_a_step_that_runs_out_of_memory_is_done_again_in_halves(
     assert tokens == 64
     for line, wanted in zip(found, expected, strict=True):
         assert line == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+def test_sequences_end_where_responses_of_ppo_will(base: Path, tmp_path: Path) -> None:
+    """A chat model that ends its turns with another token than EOS names it in a config."""
+    policy = model_directory(tmp_path / "policy")
+    generation = json.loads((policy / "generation_config.json").read_text())
+    (policy / "generation_config.json").write_text(
+        json.dumps(generation | {"eos_token_id": [2, 1]})
+    )
+    talk = [[{"role": "user", "content": "w4"}, {"role": "assistant", "content": w}] for w in WORDS]
+    pairs = [{"chosen": a, "rejected": b} for a, b in zip(talk[:8], talk[8:16], strict=True)]
+    config = config_for(base, tmp_path / "out", model=str(policy), eval_fraction=0.0)
+    template = "{% for m in messages %}w9 {{ m.content }} <bos> w8 {% endfor %}"
+    rows = str(write_rows(tmp_path / "talk.jsonl", pairs))
+    data = dataclasses.replace(config.data, train=rows, chat_template=template)
+    with open_run(dataclasses.replace(config, data=data), "reward_model", quiet=True) as run:
+        stage = stage_for(dataclasses.replace(config, data=data), run)
+        read = [s.tolist() for e in stage.split.train for s in e.sequences()]
+    assert all(ids[-1] == 1 for ids in read)
+    assert stops_of(load_causal_lm(policy, dtype="float32"), tokenizer())[0] == [2, 2, 1]
 
 
 def test_near_chance_is_a_loud_warning(base: Path, tmp_path: Path, capsys: Any) -> None:
