@@ -179,14 +179,14 @@ def preference_rows(
 
 
 def label_ceiling(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Accuracy of the gold score itself on preference rows: what a perfect reward model reaches."""
+    """Accuracy of the gold score itself on preference rows: what a perfect reward model reaches.
+
+    A tie counts one half, as in a reward model's own accuracy: its label is a coin's.
+    """
     if not rows:
         raise DataError("RF2905", "no preference rows to measure", where="rows")
-    right = sum(
-        gold(row["prompt"], row["chosen"]).total > gold(row["prompt"], row["rejected"]).total
-        for row in rows
-    )
-    return right / len(rows)
+    pairs = [[gold(row["prompt"], row[c]).total for c in ("chosen", "rejected")] for row in rows]
+    return sum(0.5 if a == b else float(a > b) for a, b in pairs) / len(rows)
 
 
 def _spaced(text: str) -> str:

@@ -133,6 +133,16 @@ def test_label_frequency_is_the_sigmoid_of_twice_the_difference() -> None:
     assert g.label_ceiling(rows) == pytest.approx(share)
 
 
+def test_a_tie_of_the_judge_is_half_right() -> None:
+    other = WARM.replace("great", "lovely")
+    assert other != WARM
+    assert g.gold(PROMPT, other).total == g.gold(PROMPT, WARM).total
+    tie = {"prompt": PROMPT, "chosen": " " + WARM, "rejected": " " + other}
+    right = {"prompt": PROMPT, "chosen": " " + WARM, "rejected": " " + COLD}
+    assert g.label_ceiling([tie]) == 0.5
+    assert g.label_ceiling([tie, right]) == 0.75
+
+
 def test_labels_do_not_favour_a_side() -> None:
     n = 4000
     first = g.preference_rows([PROMPT] * n, [WARM] * n, [COLD] * n, seed=1)
