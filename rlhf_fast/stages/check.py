@@ -129,16 +129,17 @@ def _ppo(config: PPOConfig) -> list[str]:
     tokenizer = load_stage_tokenizer(config.actor, config.data)
     options = LoadOptions.from_config(config.data, stop_ids=stop_ids(config.actor))
     data = load_prompts(config.data.train, tokenizer, options, split=config.data.split)
-    reports = [data.report]
+    reports, text = [data.report], 0
     EpochSampler(len(data), config.rollout.prompts, config.run.seed)
     if config.ptx.coef > 0:
         rows = load_sft(config.ptx.data, tokenizer, options, name="pretraining")
         reports.append(rows.report)
+        text = rows.report.longest
         EpochSampler(len(rows), config.ptx.batch_size, config.run.seed)
     critic = config.critic if config.algorithm.estimator == "gae" else ""
     check_tokenizers(tokenizer, reference=config.reference, critic=critic)
     longest, new = max(len(e) for e in data.examples), config.sampling.max_new_tokens
-    line, head = _policy("actor", config.actor, tokenizer, longest, new)
+    line, head = _policy("actor", config.actor, tokenizer, longest, new, text=text)
     lines, reference_head = [line], head
     if config.reference:
         line, reference_head = _policy("reference", config.reference, tokenizer, longest, new)
@@ -152,7 +153,7 @@ def _ppo(config: PPOConfig) -> list[str]:
     if config.lora.rank > 0:
         lines += check_adapters(config, load_causal_lm(config.actor, dtype="float32"))
     lines += _reward(config.reward, tokenizer, longest, new)
-    require_budget(config.microbatch_tokens, longest + new)
+    require_budget(config.microbatch_tokens, max(longest + new, text))
     return lines + _lines(*reports)
 
 
@@ -187,12 +188,13 @@ def _training_data(
 
 
 def _policy(
-    role: str, path: str, tokenizer: Any, prompt: int, response: int
+    role: str, path: str, tokenizer: Any, prompt: int, response: int, *, text: int = 0
 ) -> tuple[str, VocabularyHead | None]:
-    """(a line about a causal LM, its head without the numbers in it)."""
+    """(a line about a causal LM, its head without the numbers in it); `text`: PPO-ptx's longest."""
     module = load_causal_lm(path, dtype="float32")
     check_vocabulary(tokenizer, module, role=role)
     check_context(module, prompt, response, role=role)
+    check_positions(module, text)
     head = vocabulary_head(module)
     if head is not None:
         # The weights go with the module: the next one needs their memory.

@@ -31,6 +31,7 @@ from rlhf_fast.metrics import METRICS_NAME, read_last_metrics
 from rlhf_fast.models.adapter_files import export_adapter
 from rlhf_fast.models.adapter_roles import AdapterActor
 from rlhf_fast.models.adapters import AdapterModule
+from rlhf_fast.models.checks import check_positions
 from rlhf_fast.models.directory import stop_ids
 from rlhf_fast.models.export import export_model
 from rlhf_fast.models.reward_function import RewardFunction
@@ -201,8 +202,11 @@ class PPOTrainer:
             world=self.world,
         )
         longest = max(len(e) for e in self.data.examples)
+        texts = [] if self.pretraining is None else [len(e) for e in self.pretraining.examples]
         check_roles(roles, self.tokenizer, longest, config.sampling.max_new_tokens)
-        require_budget(config.microbatch_tokens, longest + config.sampling.max_new_tokens)
+        check_positions(roles.actor.module, max(texts, default=0))
+        sequence = longest + config.sampling.max_new_tokens
+        require_budget(config.microbatch_tokens, max([sequence, *texts]))
         self.roles = roles_on_ranks(roles, config, self.world)
         self.learner = PPOLearner(config, self.roles)
         self.longest_prompt = longest

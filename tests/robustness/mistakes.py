@@ -6,6 +6,7 @@ A case damages a `Workshop` and returns the overrides that go with it.
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -282,6 +283,21 @@ def chat_template_missing(w: Workshop) -> list[str]:
 def too_many_bad_rows(w: Workshop) -> list[str]:
     file = w.write("bad.jsonl", "x\ny\nz\n")
     return [f"data.train={file}", "data.on_bad_row=skip", "data.max_bad_rows=1"]
+
+
+def _pretraining(w: Workshop, words: int, *changes: str) -> list[str]:
+    file = w.write("texts.jsonl", json.dumps({"text": "w4 " * words}) + "\n")
+    return [f"ptx.data={file}", "ptx.coef=1", "ptx.batch_size=1", "data.max_length=99", *changes]
+
+
+@case("RF3050", "91 tokens, the model 64 positions", "data.max_length")
+def pretraining_text_beyond_the_positions(w: Workshop) -> list[str]:
+    return _pretraining(w, 90)
+
+
+@case("RF1032", "at least 51", "microbatch_tokens")
+def pretraining_text_beyond_the_token_budget(w: Workshop) -> list[str]:
+    return _pretraining(w, 50, "microbatch_tokens=50")
 
 
 @case("RF2061", "12 examples", "rollout.prompts")
