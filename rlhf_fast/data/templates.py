@@ -125,6 +125,7 @@ class ChatTemplate:
         """
         marked, marks = self._mark(messages)
         text = self.render(marked, where, generation_prompt=True)
+        self._require_context(marked, text, where, generation_prompt=True)
         return self.encoder.encode_marked(text, marks, where), _strip(text, marks)
 
     def segments(self, messages: Sequence[Message], where: str) -> list[Segment]:
@@ -133,10 +134,11 @@ class ChatTemplate:
         Joined, the texts are the rendered conversation, less what follows the last reply.
 
         Raises:
-            DataError: RF2040, RF2041 (also where a reply is left out), RF2042 if the template
+            DataError: RF2040, RF2041 (also where a message is left out), RF2042 if the template
                 rewrites earlier turns, RF2043 without any assistant message.
         """
         full = self.render(messages, where)
+        self._require_context(messages, full, where)
         out: list[Segment] = []
         end = 0
         for i, message in enumerate(messages):
@@ -147,7 +149,7 @@ class ChatTemplate:
             if not (after.startswith(before) and full.startswith(after) and len(before) >= end):
                 raise _rewrites_history(where, i)
             if after == before:
-                raise _leaves_out_reply(where, i)
+                raise _leaves_out(where, i, message.role)
             out += [
                 Segment(full[end : len(before)], False),
                 Segment(full[len(before) : len(after)], True),
@@ -162,6 +164,21 @@ class ChatTemplate:
                 remedy="add the reply, or use the row as a prompt",
             )
         return out
+
+    def _require_context(
+        self, messages: Sequence[Message], text: str, where: str, *, generation_prompt: bool = False
+    ) -> None:
+        """Refuse a template that passes over what is said to the assistant, as some do with system.
+
+        A template may write content in another way; one that writes none is the same for another.
+        """
+        for i, message in enumerate(messages):
+            if message.role == "assistant" or message.content.strip() in text:
+                continue
+            others = list(messages)
+            others[i] = message._replace(content=f"{message.content}x")
+            if self.render(others, where, generation_prompt=generation_prompt) == text:
+                raise _leaves_out(where, i, message.role)
 
     def encode_turns(self, messages: Sequence[Message], where: str) -> list[Turn]:
         """A conversation up to its last reply, encoded turn by turn.
@@ -211,11 +228,11 @@ def _strip(text: str, marks: tuple[str, str]) -> str:
     return text.replace(marks[0], "").replace(marks[1], "")
 
 
-def _leaves_out_reply(where: str, message: int) -> DataError:
+def _leaves_out(where: str, message: int, role: str) -> DataError:
+    loss = "so there is no reply to learn" if role == "assistant" else "so the model never sees it"
     return DataError(
         "RF2041",
-        f"the chat template writes nothing for message {message + 1}, the assistant's, so there "
-        "is no reply to learn",
+        f"the chat template writes nothing for message {message + 1}, the {role}'s, {loss}",
         where=where,
         expected="a template that renders every message",
         remedy="set data.chat_template to such a template",

@@ -204,6 +204,27 @@ def test_template_that_leaves_the_reply_out(bpe: PreTrainedTokenizerFast) -> Non
     assert "nothing for message 2" in caught.value.what
 
 
+# As the first template of Phi-3: roles that it does not know leave no trace.
+FORGETFUL = (
+    "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content | upper }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "tool"])
+def test_template_that_leaves_out_what_the_assistant_was_told(
+    bpe: PreTrainedTokenizerFast, role: str
+) -> None:
+    chat = ChatTemplate(TextEncoder(bpe), FORGETFUL)
+    messages = [Message("user", "hi"), Message("assistant", "yo"), Message("user", "bye")]
+    assert "BYE" in chat.encode_prompt(messages, ORIGIN)[1]  # written otherwise is not left out
+    told = [Message(role, "be kind"), *messages]
+    for encode in (chat.encode_prompt, chat.encode_turns):
+        with pytest.raises(DataError, match=rf"(?s)RF2041.*message 1, the {role}'s.*never sees"):
+            encode(told, ORIGIN)
+
+
 def test_no_assistant_message(bpe: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError) as caught:
         ChatTemplate(TextEncoder(bpe)).encode_turns(conversation("a"), ORIGIN)
