@@ -68,7 +68,7 @@ from rlhf_fast.engine.settings import (
     padded_slots,
 )
 from rlhf_fast.engine.sharded_views import Weights, WeightView, require_path
-from rlhf_fast.engine.stopping import Decode, require_decode, stops_of
+from rlhf_fast.engine.stopping import Decode, checked_eos_ids, require_decode, stops_of
 from rlhf_fast.engine.weights import AliasedWeights
 from rlhf_fast.errors import DivergedGeneration, GenerationError
 from rlhf_fast.protocols import FinishedScorer
@@ -99,7 +99,7 @@ class HybridEngine(EngineFacts, Modes):
 
     Raises:
         GenerationError: RF4003 the model cannot decode, RF4030 its weights cannot be aliased,
-            RF4032 the path asked for cannot run.
+            RF4032 the path asked for cannot run, RF4046 `eos_ids` that are none.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class HybridEngine(EngineFacts, Modes):
         self.module = module
         self.view = view
         self.settings = EngineSettings() if settings is None else settings
-        self.eos_ids = tuple(sorted(set(eos_ids)))
+        self.eos_ids = checked_eos_ids(eos_ids)
         self.on_progress = on_progress
         self.progress_seconds = progress_seconds
         self.on_finished: Callable[[list[int], Completions], None] | None = None

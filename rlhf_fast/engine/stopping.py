@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.engine.sampling_params import is_int64
 from rlhf_fast.errors import GenerationError
 
 Decode = Callable[[list[list[int]]], list[str]]
@@ -29,6 +30,23 @@ def stops_of(module: nn.Module, tokenizer: Any) -> tuple[list[int], Decode]:
         )
 
     return [i for i in ids if i is not None], decode
+
+
+def checked_eos_ids(eos_ids: Any) -> tuple[int, ...]:
+    """The ids, each once, ascending.
+
+    Raises:
+        GenerationError: RF4046, not a collection of whole numbers of 64 bits.
+    """
+    ids = list(eos_ids) if isinstance(eos_ids, Iterable) else None
+    if ids is None or not all(map(is_int64, ids)):
+        raise GenerationError(
+            "RF4046",
+            f"eos_ids={eos_ids!r} are not ids",
+            expected="the ids that end a response, such as [tokenizer.eos_token_id]; [] for none",
+            remedy="use HybridEngine.from_tokenizer, which asks tokenizer and model",
+        )
+    return tuple(sorted(set(map(int, ids))))
 
 
 def require_decode(strings: Sequence[str], decode: Decode | None) -> None:

@@ -236,6 +236,12 @@ def test_a_model_whose_own_attention_drops_the_softcap_is_refused() -> None:
     assert engine_for(module).path == "modules"
 
 
+@pytest.mark.parametrize("eos_ids", [3, None, [None], "</s>", [2.0], [1 << 63]])
+def test_eos_ids_that_are_none_are_refused(eos_ids: Any) -> None:
+    with pytest.raises(GenerationError, match="RF4046"):
+        HybridEngine(build(), eos_ids=eos_ids)
+
+
 # ---- training beside generation -----------------------------------------------------------------
 
 
