@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.errors import ModelError
+from rlhf_fast.models.longrope import tables_by_sequence
 from rlhf_fast.models.packed_attention import (
     PackedLayout,
     packed_attention_mode,
@@ -137,7 +138,8 @@ def packed_hidden(module: nn.Module, sequences: PackedSequences) -> Tensor:
         if not runs_packed(module):
             return _right_padded_hidden(module, sequences)
         _require_our_checkpointing(module)
-        with packed_attention_mode(module):
+        own_tables = tables_by_sequence(module, layout.lengths, packed=True)
+        with packed_attention_mode(module), own_tables:
             output = model.base_model(
                 input_ids=sequences.ids[None],
                 position_ids=sequences.positions[None],
@@ -165,7 +167,9 @@ def right_pad(sequences: PackedSequences) -> tuple[Tensor, Tensor]:
 def _right_padded_hidden(module: nn.Module, sequences: PackedSequences) -> Tensor:
     model: Any = module
     ids, mask = right_pad(sequences)
-    output = model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+    lengths = mask.sum(1).cpu()
+    with tables_by_sequence(module, lengths, packed=False):
+        output = model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
     hidden: Tensor = output.last_hidden_state[mask]
     return hidden
 

@@ -66,6 +66,32 @@ def test_other_architectures_run_right_padded(model_type: str) -> None:
     torch.testing.assert_close(ours, stock, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "phimoe"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_longrope_follows_each_sequence(model_type: str, checkpointing: bool) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "short_factor": [1.0, 1.5],
+        "long_factor": [3.0, 5.0],
+        "original_max_position_embeddings": 16,
+        **({"short_mscale": 1.0, "long_mscale": 1.25} if model_type == "phimoe" else {}),
+    }
+    extra = {"original_max_position_embeddings": 16} if model_type.startswith("phi") else {}
+    # Below, at and above the limit, an empty one among them.
+    sequences = random_sequences([10, 30, 0, 16, 17, 5])
+    model = build(model_type, rope_parameters=rope, **extra)
+    disable_dropout(model)
+    stock = stock_hidden(model, sequences)
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+    model.train(checkpointing)
+    ours = packed_hidden(model, sequences)
+    torch.testing.assert_close(ours, stock, rtol=2e-5, atol=2e-5)
+    assert not any("forward" in vars(part) for part in model.modules())
+
+
 @pytest.mark.parametrize("window", [1, 3, 8, 100])
 def test_sliding_window(window: int) -> None:
     model, sequences = build("mistral", sliding_window=window), random_sequences(SKEWED)
