@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ class FusedForward:
         self._trunk = model.model
         config = model.config
         self.heads = config.num_attention_heads
-        self.eps = config.rms_norm_eps
+        self.eps = float(self._trunk.norm.variance_epsilon)
         self.embedding = self._trunk.embed_tokens.weight.detach()
         self.final_norm = self._trunk.norm.weight.detach()
         self.head = self.compute.view(model.lm_head.weight.detach())
@@ -110,9 +110,6 @@ class FusedForward:
         qkv = [base_linear(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
         gate_up = [base_linear(p) for p in (mlp.gate_proj, mlp.up_proj)]
         out, down = base_linear(attention.o_proj), base_linear(mlp.down_proj)
-        window = getattr(attention, "sliding_window", None)
-        if attention.config.model_type == "mistral":
-            window = attention.config.sliding_window
         q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         return Layer(
             input_norm=block.input_layernorm.weight.detach(),
@@ -128,7 +125,7 @@ class FusedForward:
             down=self._joined([down.weight]),
             down_bias=self._joined_biases([down]),
             scale=float(attention.scaling),
-            window=window,
+            window=_window(attention),
         )
 
     def _joined(self, parameters: list[Tensor]) -> Tensor:
@@ -146,12 +143,21 @@ class FusedForward:
         """See `PagedForward`: the views must be those that training updates."""
         self.weights.check()
         require_same_type(self.module, self.cache_shape)
-        if len(self.cos) < max_context:
-            positions = torch.arange(max_context, device=self.embedding.device)
-            cos, sin = self._trunk.rotary_emb(self.embedding[:1], positions[None])
-            # Rounded to the model's type as its modules do, then read as fp32 by the kernel.
-            self.cos, self.sin = cos[0].float().contiguous(), sin[0].float().contiguous()
+        self._read_numbers(max_context)
         return self._prepared()
+
+    def _read_numbers(self, max_context: int) -> None:
+        """What the modules hold beside parameters, as it is now: nothing tells of its changes."""
+        self.eps = float(self._trunk.norm.variance_epsilon)
+        attentions = [block.self_attn for block in self._trunk.layers]
+        self.layers = [
+            replace(layer, scale=float(attention.scaling), window=_window(attention))
+            for layer, attention in zip(self.layers, attentions, strict=True)
+        ]
+        positions = torch.arange(max_context, device=self.embedding.device)
+        cos, sin = self._trunk.rotary_emb(self.embedding[:1], positions[None])
+        # Rounded to the model's type as its modules do, then read as fp32 by the kernel.
+        self.cos, self.sin = cos[0].float().contiguous(), sin[0].float().contiguous()
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
@@ -280,6 +286,12 @@ class FusedForward:
             max_context=batch.max_context,
         )
         return self.summed(_linear(out.flatten(1), layer.out, layer.out_bias, low.out))
+
+
+def _window(attention: Any) -> int | None:
+    owner = attention.config if attention.config.model_type == "mistral" else attention
+    window: int | None = getattr(owner, "sliding_window", None)
+    return window
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank | None) -> Tensor:

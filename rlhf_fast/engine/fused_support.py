@@ -46,6 +46,8 @@ def why_not_fused(module: nn.Module) -> str | None:
         fault = why_not_adapted(name, part) if adapted else _not_stock(part, config.model_type)
         if fault is not None:
             return f"{name or 'the model'} {fault}"
+    if len({p.variance_epsilon for p in model.modules() if hasattr(p, "variance_epsilon")}) > 1:
+        return "its norms have several epsilons"
     return why_not_aliased(module)
 
 
@@ -114,6 +116,8 @@ def _not_stock(part: nn.Module, model_type: str) -> str | None:
     fault = _hooked(part)
     if fault is not None:
         return fault
+    if isinstance(part, nn.Embedding) and part.max_norm is not None:
+        return "rescales its rows"
     for names in ADJACENT:
         layers = [base_linear(getattr(part, name, None)) for name in names]
         biases = {layer.bias is None for layer in layers if isinstance(layer, nn.Linear)}

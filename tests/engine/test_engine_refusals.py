@@ -59,8 +59,17 @@ def scaled_embedding(module: Any) -> None:
     module.model.embed_tokens.weight = old.weight
 
 
+def epsilon_of_one(module: Any) -> None:
+    module.model.layers[1].post_attention_layernorm.variance_epsilon = 0.5
+
+
+def short_rows(module: Any) -> None:
+    module.model.embed_tokens.max_norm = 0.1
+
+
 CHANGES = [
-    patch_mlp, bias_on_one, share_between_layers, overlap, transposed_head, scaled_embedding
+    patch_mlp, bias_on_one, share_between_layers, overlap, transposed_head, scaled_embedding,
+    epsilon_of_one, short_rows,
 ]  # fmt: skip
 
 
@@ -115,6 +124,40 @@ def test_hooks_and_patches_put_on_later_take_part(change: Callable[[Any], Any]) 
         assert got == pytest.approx(expected, abs=1e-5)
     with pytest.raises(GenerationError, match="RF4032"):
         fused.generate(batch_of(ragged()), GREEDY, **request)
+
+
+def epsilons(module: Any) -> None:
+    for part in module.modules():
+        if hasattr(part, "variance_epsilon"):
+            part.variance_epsilon = 0.5
+
+
+def sharper(module: Any) -> None:
+    module.model.layers[0].self_attn.scaling = 2.0
+
+
+def slower(module: Any) -> None:
+    module.model.rotary_emb.inv_freq.mul_(0.25)
+
+
+def larger_tables(module: Any) -> None:
+    module.model.rotary_emb.attention_scaling = 1.5
+
+
+@pytest.mark.parametrize("change", [epsilons, sharper, slower, larger_tables])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_numbers_of_modules_are_read_anew_in_every_rollout(
+    name: str, change: Callable[[Any], None]
+) -> None:
+    module = build(name)
+    engine = engine_for(module, "fused")
+    request = {"samples_per_prompt": 1, "seeds": range(6)}
+    engine.generate(batch_of(ragged()), GREEDY, **request)
+    change(module)
+    rollout = engine.generate(batch_of(ragged()), GREEDY, **request)
+    for s, expected in enumerate(trainer_logprobs(module, rollout)):
+        got = rollout.rollout_logprobs[s, : len(expected)].tolist()
+        assert got == pytest.approx(expected, abs=2e-5)
 
 
 def test_prompt_learning_is_refused() -> None:
