@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rlhf_fast.engine.batching import PaddedPrompts, pad_left, plan_batches
 from rlhf_fast.engine.kv_cache import DecodeCache, keeps_keys_and_values
+from rlhf_fast.engine.module_forward import uncompiled
 from rlhf_fast.engine.progress import GenerationSummary, Progress, ProgressReports
 from rlhf_fast.engine.requests import (
     Completions,
@@ -112,7 +113,7 @@ class HFGenerator:
         on_progress: Callable[[Progress], None] | None = None,
         progress_seconds: float = 0.0,
     ) -> None:
-        self.module = module
+        self.module = module = uncompiled(module)
         self.eos_ids = tuple(sorted(set(eos_ids)))
         self.max_batch = max_batch
         self.max_batch_tokens = max_batch_tokens

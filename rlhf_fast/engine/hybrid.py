@@ -44,6 +44,7 @@ from rlhf_fast.engine.generator import (
 from rlhf_fast.engine.modes import Mode, Modes
 from rlhf_fast.engine.module_forward import (
     ModuleForward,
+    uncompiled,
     unwrapped,
     why_not_paged,
 )
@@ -115,7 +116,7 @@ class HybridEngine(EngineFacts, Modes):
         expected: ExpectedLengths | None = None,
         view: WeightView | None = None,
     ) -> None:
-        self.module = module
+        self.module = module = uncompiled(module)
         self.view = view
         self.settings = EngineSettings() if settings is None else settings
         self.eos_ids = checked_eos_ids(eos_ids)

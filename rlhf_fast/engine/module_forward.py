@@ -38,6 +38,16 @@ PAGED_MODEL_TYPES = PACKED_MODEL_TYPES | {
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` was called on, or the module itself.
+
+    The wrapper computes the same, and hides which arguments the model's forward takes. Lengths that
+    grow with every token would be compiled over and over.
+    """
+    original: nn.Module = getattr(module, "_orig_mod", module)
+    return original
+
+
 def unwrapped(module: nn.Module) -> Any:
     """The Hugging Face model under a peft wrapper."""
     get_base_model: Any = getattr(module, "get_base_model", None)

@@ -160,6 +160,18 @@ def test_numbers_of_modules_are_read_anew_in_every_rollout(
         assert got == pytest.approx(expected, abs=2e-5)
 
 
+@pytest.mark.parametrize("path", ["auto", "modules", "padded"])
+def test_a_compiled_model_generates_as_it_trains(path: str) -> None:
+    module = build()
+    compiled: Any = torch.compile(module, backend="eager")
+    rollout = engine_for(compiled, path).generate(
+        batch_of(ragged()), GREEDY, samples_per_prompt=1, seeds=range(6)
+    )
+    for s, expected in enumerate(trainer_logprobs(module, rollout)):
+        got = rollout.rollout_logprobs[s, : len(expected)].tolist()
+        assert got == pytest.approx(expected, abs=1e-5)
+
+
 def test_prompt_learning_is_refused() -> None:
     peft = pytest.importorskip("peft")
     module = peft.get_peft_model(
