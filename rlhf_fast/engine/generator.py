@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rlhf_fast.engine.batching import PaddedPrompts, pad_left, plan_batches
 from rlhf_fast.engine.kv_cache import DecodeCache, keeps_keys_and_values
-from rlhf_fast.engine.module_forward import uncompiled
+from rlhf_fast.engine.module_forward import at_most_float32, uncompiled
 from rlhf_fast.engine.progress import GenerationSummary, Progress, ProgressReports
 from rlhf_fast.engine.requests import (
     Completions,
@@ -255,7 +255,8 @@ class HFGenerator:
             arguments["position_ids"] = positions
         if "logits_to_keep" in self._accepts:
             arguments["logits_to_keep"] = 1
-        return self.module(input_ids=ids, use_cache=True, **arguments).logits[:, -1]
+        logits = self.module(input_ids=ids, use_cache=True, **arguments).logits
+        return at_most_float32(logits[:, -1])
 
     def _record(self, job: _Job, rows: _Rows, draw: SampleOutput, step: int) -> int:
         """Write the step's tokens, end the rows that are complete; returns how many live on."""

@@ -152,6 +152,11 @@ def paged_attention_forward(
     return out[None], None
 
 
+def at_most_float32(logits: Tensor) -> Tensor:
+    """What a float64 model draws from is rounded once, as its log-probs are."""
+    return logits.float() if logits.dtype == torch.float64 else logits
+
+
 AttentionInterface.register(PAGED_ATTENTION, paged_attention_forward)
 
 
@@ -201,7 +206,7 @@ class ModuleForward:
         if self._keeps_rows and batch.rows is not None:
             arguments["logits_to_keep"] = batch.rows
         out = self.module(input_ids=batch.ids[None], use_cache=False, **arguments)
-        logits: Tensor = out.logits[0]
+        logits: Tensor = at_most_float32(out.logits[0])
         if batch.rows is not None and not self._keeps_rows:
             logits = logits[batch.rows]
         return logits

@@ -172,6 +172,17 @@ def test_a_compiled_model_generates_as_it_trains(path: str) -> None:
         assert got == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("path", ["auto", "padded", "transformers"])
+def test_a_float64_model_generates(path: str) -> None:
+    module = build().double()
+    rollout = engine_for(module, path).generate(
+        batch_of(ragged()), GREEDY, samples_per_prompt=1, seeds=range(6)
+    )
+    for s, expected in enumerate(trainer_logprobs(module, rollout)):
+        got = rollout.rollout_logprobs[s, : len(expected)].tolist()
+        assert got == pytest.approx(expected, abs=1e-6)
+
+
 def test_prompt_learning_is_refused() -> None:
     peft = pytest.importorskip("peft")
     module = peft.get_peft_model(
