@@ -51,6 +51,8 @@ class EpochSampler:
             full, and a dataset smaller than a batch repeats inside it.
         shuffle: False keeps the order of the data in every epoch.
         fingerprint: of the data; a state saved with another one is refused.
+        setting: the config's key of `batch_size`, for messages.
+        where: what data they are, for messages.
 
     Raises:
         DataError: RF2061 if there is not a single batch.
@@ -65,15 +67,16 @@ class EpochSampler:
         drop_last: bool = True,
         shuffle: bool = True,
         fingerprint: str = "",
+        setting: str = "the batch size",
+        where: str = "training data",
     ) -> None:
         if n < 1 or (drop_last and n < batch_size):
             raise DataError(
                 "RF2061",
                 f"{n} examples are fewer than one batch of {batch_size}",
-                where="training data",
+                where=where,
                 expected=f"at least {max(batch_size, 1) if drop_last else 1} examples",
-                remedy="lower the batch size (PPO: rollout.prompts), add data, or look above for "
-                "rows that were left out",
+                remedy=f"lower {setting}, add data, or look above for rows that were left out",
             )
         if batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size}, expected at least 1")

@@ -130,12 +130,18 @@ def _ppo(config: PPOConfig) -> list[str]:
     options = LoadOptions.from_config(config.data, stop_ids=stop_ids(config.actor))
     data = load_prompts(config.data.train, tokenizer, options, split=config.data.split)
     reports, text = [data.report], 0
-    EpochSampler(len(data), config.rollout.prompts, config.run.seed)
+    EpochSampler(len(data), config.rollout.prompts, config.run.seed, setting="rollout.prompts")
     if config.ptx.coef > 0:
         rows = load_sft(config.ptx.data, tokenizer, options, name="pretraining")
         reports.append(rows.report)
         text = rows.report.longest
-        EpochSampler(len(rows), config.ptx.batch_size, config.run.seed)
+        EpochSampler(
+            len(rows),
+            config.ptx.batch_size,
+            config.run.seed,
+            setting="ptx.batch_size",
+            where="pretraining data",
+        )
     critic = config.critic if config.algorithm.estimator == "gae" else ""
     check_tokenizers(tokenizer, reference=config.reference, critic=critic)
     longest, new = max(len(e) for e in data.examples), config.sampling.max_new_tokens

@@ -184,6 +184,7 @@ class PPOTrainer:
             config.rollout.prompts,
             seed=config.run.seed,
             fingerprint=self.data.fingerprint,
+            setting="rollout.prompts",
         )
         require_same_data(self.world, prompts=self.data.fingerprint)
         self.pretraining = self._load_pretraining(pretraining_dataset, options)
@@ -232,7 +233,12 @@ class PPOTrainer:
         show_reports(data.report)
         require_same_data(self.world, pretraining=data.fingerprint)
         sampler = EpochSampler(
-            len(data), ptx.batch_size, seed=self.config.run.seed, fingerprint=data.fingerprint
+            len(data),
+            ptx.batch_size,
+            seed=self.config.run.seed,
+            fingerprint=data.fingerprint,
+            setting="ptx.batch_size",
+            where="pretraining data",
         )
         split = WorldSplit(self.world)
         return PretrainingBatches(

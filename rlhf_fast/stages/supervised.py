@@ -87,6 +87,7 @@ class SupervisedStage(ABC, Generic[Config]):
             config.run.seed,
             drop_last=False,
             fingerprint=fingerprints["training"],
+            setting="batch_size",
         )
         self.total_steps = steps_of(config.epochs, config.max_steps, self.sampler)
         self.optimizer = GuardedOptimizer(

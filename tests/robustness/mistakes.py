@@ -303,3 +303,8 @@ def pretraining_text_beyond_the_token_budget(w: Workshop) -> list[str]:
 @case("RF2061", "12 examples", "rollout.prompts")
 def fewer_prompts_than_a_batch(w: Workshop) -> list[str]:
     return ["rollout.prompts=13"]
+
+
+@case("RF2061", "12 examples", "pretraining data", "ptx.batch_size")
+def fewer_texts_than_a_batch(w: Workshop) -> list[str]:
+    return ["ptx.coef=1", f"ptx.data={w.path}/demonstrations.jsonl", "ptx.batch_size=13"]
