@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import peft
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from rlhf_fast.errors import ConfigError
+from rlhf_fast.errors import ConfigError, ModelError
 from rlhf_fast.models.attention_mode import attention_configs
 from rlhf_fast.models.checks import check_context, check_same_tokenizer, check_vocabulary
 from rlhf_fast.models.forward import ComputeDtype
@@ -63,12 +65,13 @@ def adopt_modules(dtype: ComputeDtype, modules: Mapping[str, nn.Module | None]) 
 
     Raises:
         ConfigError: RF1041, a trained role shares weights with another.
-        ModelError: a weight is NaN or Inf (RF3020).
+        ModelError: a weight is NaN or Inf (RF3020); adapters of peft (RF3065).
     """
     owners: dict[nn.Parameter, str] = {}
     for role, module in modules.items():
         if module is None:
             continue
+        _refuse_adapters(module, role)
         for parameter in module.parameters():
             owner = owners.setdefault(parameter, role)
             if owner != role and {owner, role} & {"model", "critic"}:
@@ -82,6 +85,23 @@ def adopt_modules(dtype: ComputeDtype, modules: Mapping[str, nn.Module | None]) 
                     else f"pass copy.deepcopy of {role}",
                 )
         adopt_module(module, dtype=dtype, role=role)
+
+
+def _refuse_adapters(module: nn.Module, role: str) -> None:
+    """A wrapper of peft has no trunk that could be called, and adapters in a trained model would be
+    exported as layers that no model has. A frozen model may have some within.
+    """
+    trained = role in ("model", "critic")
+    within = trained and any(isinstance(part, BaseTunerLayer) for part in module.modules())
+    if within or isinstance(module, peft.PeftModel):
+        raise ModelError(
+            "RF3065",
+            "the model has adapters already",
+            where=f"{role} ({type(module).__name__})",
+            expected="a base model",
+            remedy="merge them (merge_and_unload of peft), or pass the base model, lora.rank and "
+            "the adapter's directory as lora.actor_adapter",
+        )
 
 
 def share_nothing(modules: Iterable[nn.Module]) -> bool:

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -335,6 +336,21 @@ def test_a_trained_role_shares_no_weights(tmp_path, tokenizer):
         PPOTrainer(config, model=module, reference=module, **given)
     with pytest.raises(ConfigError, match="RF1041"):
         PPOTrainer(config, model=module, critic=model, **given)
+
+
+def test_adapters_of_peft_are_refused_in_what_is_trained(tmp_path, tokenizer):
+    """They would be exported as layers that no model has, beside none that one has."""
+    lora = peft.LoraConfig(r=2, target_modules="all-linear")
+    within = policy(tokenizer)
+    peft.inject_adapter_in_model(lora, within)
+    around = peft.get_peft_model(policy(tokenizer), lora)
+    config = settings(tmp_path / "run")
+    for module in (within, around):
+        with pytest.raises(ModelError, match="RF3065"):
+            trainer(tmp_path, tokenizer, config, model=module)
+    with pytest.raises(ModelError, match="RF3065"):
+        trainer(tmp_path, tokenizer, config, reference=around)
+    assert trainer(tmp_path, tokenizer, config, reference=within).train().steps == 3
 
 
 def test_gradient_checkpointing_recomputes_and_changes_no_bit(tmp_path, tokenizer):
