@@ -10,6 +10,7 @@ already.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from rlhf_fast.distributed.world import REPLICATE, World
 
 # Elements of the copy that gradients of whole parameters are summed in: 256 MB in fp32.
 BUCKET = 1 << 26
+P = TypeVar("P", bound=Tensor)
 
 
 class RankGradients:
@@ -105,7 +107,7 @@ class RankGradients:
 
         A copy takes the place of the gradients in it, so that one bucket is what is held twice.
         """
-        for bucket in _buckets(parameters):
+        for bucket in buckets_of(parameters):
             sizes = [p.numel() for p in bucket]
             flat = torch.zeros(
                 sum(sizes) + len(bucket), dtype=bucket[0].dtype, device=self._world.device
@@ -120,10 +122,10 @@ class RankGradients:
                 parameter.grad = part.view(parameter.shape) if ranks else None
 
 
-def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def buckets_of(parameters: Sequence[P]) -> Iterator[list[P]]:
     """The parameters in their order, a dtype at a time, at most `BUCKET` elements together."""
     for dtype in dict.fromkeys(p.dtype for p in parameters):
-        bucket: list[nn.Parameter] = []
+        bucket: list[P] = []
         held = 0
         for parameter in (p for p in parameters if p.dtype == dtype):
             if bucket and held + parameter.numel() > BUCKET:

@@ -90,8 +90,11 @@ class MemoryPlan:
         parameters: of the model that generates.
         vocabulary: those of them in embedding and head.
         layers: of that model.
+        compute: bytes of a value in the type of its products.
         frozen: whether that model is a frozen trunk.
         adapted: roles that hold adapters on it and no model.
+        buckets: role -> bytes of the largest bucket in which ranks that hold what it trains whole
+            sum its gradients.
         notes: what is estimated or assumed.
     """
 
@@ -101,8 +104,10 @@ class MemoryPlan:
     parameters: int
     vocabulary: int
     layers: int
+    compute: int
     frozen: bool
     adapted: frozenset[str]
+    buckets: Mapping[str, int]
     notes: tuple[str, ...] = ()
 
     def device(self, phase: str) -> int:

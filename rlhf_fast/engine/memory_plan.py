@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rlhf_fast.adamw8bit import fresh_state
 from rlhf_fast.config import PPOConfig
+from rlhf_fast.distributed.gradients import buckets_of
 from rlhf_fast.distributed.placement import vocabulary_modules
 from rlhf_fast.engine.memory_activations import ForwardPlan, runs_layer_ops
 from rlhf_fast.engine.memory_copies import adapter_copies, weight_copies
@@ -101,10 +102,16 @@ def plan_memory(
         parameters=sum(p.numel() for p in generating.parameters()),
         vocabulary=sum(weight.numel() for weight in vocabulary),
         layers=shape.layers,
+        compute=2 if config.run.dtype == "bfloat16" else 4,
         frozen="trunk" in roles,
         adapted=frozenset(name for name, role in roles.items() if role.rank),
+        buckets={name: _largest_bucket(role) for name, role in roles.items() if role.trained},
         notes=notes,
     )
+
+
+def _largest_bucket(role: RolePlan) -> int:
+    return max(sum(p.nbytes for p in bucket) for bucket in buckets_of(role.trained))
 
 
 def _keys_and_values(

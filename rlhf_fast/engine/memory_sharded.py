@@ -1,22 +1,25 @@
 """What a plan comes to on each of several GPUs.
 
 With one GPU these are the plan's own numbers. With N of them that hold a model between them, for P
-parameters in L layers and bf16 compute:
+parameters in L layers and c bytes of the compute type (2 under bf16, else 4):
 
     held              1 / N of weights, gradients and moments; adapters are whole on every GPU
-    score             held + G blocks of 2 P / L + what a role needs while it runs
-    update            held + G blocks of 2 P / L + 6 P / L + what a role needs while it runs
+    score             held + G blocks of c P / L + what a role needs while it runs
+    update            held + G blocks of c P / L + (c + 4) P / L + what a role needs while it runs,
+                      or held + a bucket of the gradients that are whole on every GPU
     generate          held + keys and values + W + what decoding needs
 
 N is the number of GPUs over `distributed.replicas`; with as many replicas as GPUs each holds what
 one alone would hold. Keys and values are divided by the number of all GPUs.
 
-G = 3 blocks are gathered in bf16 at a time: the one that computes and those fetched ahead. In
-backward the gradients of a block exist whole, in bf16 and in the fp32 buffer that is reduced. W,
-the weights that generation reads, is 0 for one GPU (they alias those that are trained) and for a
-frozen trunk in tensor-parallel slices; 2 P / N for such slices of fp32 weights; 2 P where every GPU
-gathers the whole model to generate samples of its own (and 2 more a parameter of the embedding,
-which stays in fp32); two layers of that, embedding and head, where they are gathered one by one.
+G = 3 blocks are gathered at a time: the one that computes and those fetched ahead. In backward the
+gradients of a block exist whole, in the compute type and in the fp32 buffer that is reduced. After
+it, gradients that are whole on every GPU (of whole models, or of adapters) are summed in copies of
+256 MB or one tensor. W, the weights that generation reads, is 0 for one GPU (they alias those that
+are trained) and for tensor-parallel slices in the type they are read in; c P / N for slices of fp32
+weights under bf16; c P where every GPU gathers the whole model to generate samples of its own (and
+2 more a parameter of the embedding, which stays in fp32); two layers of that, embedding and head,
+where they are gathered one by one.
 """
 
 from __future__ import annotations
@@ -24,13 +27,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf_fast.distributed.sharding import PREFETCHED_BLOCKS
-from rlhf_fast.engine.memory_ledger import COPIES, PAGES, PHASES, RESERVED, MemoryPlan
+from rlhf_fast.engine.memory_ledger import COPIES, PAGES, PHASES, RESERVED, Ledger, MemoryPlan, Slot
 from rlhf_fast.engine.settings import GPU_SHARE
 
 VIEWS = ("alias", "tp", "gather", "layerwise")
-# Blocks that exist whole at a time, see `distributed.sharding.PREFETCHED_BLOCKS`; bytes a parameter
-# of a block's gradients, bf16 and fp32.
-_BLOCKS, _GRADIENT_BYTES = 1 + PREFETCHED_BLOCKS, 6
+# Blocks that exist whole at a time, see `distributed.sharding.PREFETCHED_BLOCKS`.
+_BLOCKS = 1 + PREFETCHED_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -67,26 +69,42 @@ class Sharding:
 
     def generation_weights(self, plan: MemoryPlan) -> int:
         """W of the module's text."""
-        if self.view == "alias" or (self.view == "tp" and plan.frozen):
+        width = plan.compute
+        if self.view == "alias" or (self.view == "tp" and (plan.frozen or width == 4)):
             return 0
         if self.view == "layerwise":
             blocks = 2 * (plan.parameters - plan.vocabulary) // plan.layers
-            return 2 * (blocks + plan.vocabulary)
-        return 2 * plan.parameters // (self.shards if self.view == "tp" else 1)
+            return width * (blocks + plan.vocabulary)
+        return width * plan.parameters // (self.shards if self.view == "tp" else 1)
 
     def held(self, plan: MemoryPlan, phase: str) -> int:
         """Bytes on each GPU throughout a phase, without W."""
-        whole = parts = 0
-        for slot, size in plan.held[phase].items():
-            if slot.place != "device" or (slot == COPIES and self.shards > 1):
-                continue  # copies are what one GPU would make in the place of W
-            if slot == PAGES:
-                whole += size // self.gpus
-            elif slot.role in plan.adapted:
-                whole += size
-            else:
-                parts += size
-        return whole + parts // self.shards
+        return sum(
+            size
+            for slot, size in self.ledger(plan, phase).items()
+            if slot.place == "device" and (slot != COPIES or self.shards == 1)
+        )
+
+    def ledger(self, plan: MemoryPlan, phase: str) -> Ledger:
+        """What each GPU holds throughout a phase, W in the place of one GPU's copies."""
+        found = {slot: self._share(plan, slot, size) for slot, size in plan.held[phase].items()}
+        if self.shards > 1:
+            found.pop(COPIES, None)
+            read = self.generation_weights(plan) if phase == "generate" else 0
+            # A frozen trunk is read as it is: what one GPU copies are the actor's adapters, of
+            # which slices are about as much in all. Whoever gathers the trunk holds them twice.
+            read += plan.copies(phase) if plan.frozen else 0
+            if plan.frozen and phase == "generate" and self.view != "tp":
+                read += plan.held[phase].get(Slot("actor", "weights"), 0)
+            if read:
+                found[COPIES] = read
+        return found
+
+    def _share(self, plan: MemoryPlan, slot: Slot, size: int) -> int:
+        if slot == PAGES:
+            return size // self.gpus
+        whole = slot == COPIES or slot.role in plan.adapted
+        return size if whole else size // self.shards
 
     def device(self, plan: MemoryPlan, phase: str) -> int:
         """Bytes on each GPU at the fullest moment of a phase."""
@@ -98,9 +116,16 @@ class Sharding:
         if phase == "generate":
             return share + self.generation_weights(plan) + plan.transient(phase)
         if self.shards == 1:
-            return share + plan.transient(phase)
-        per_parameter = 2 * _BLOCKS + (_GRADIENT_BYTES if phase == "update" else 0)
-        return share + per_parameter * plan.parameters // plan.layers + plan.transient(phase)
+            running = plan.transient(phase)
+        else:
+            per_parameter = plan.compute * _BLOCKS + (plan.compute + 4 if phase == "update" else 0)
+            running = per_parameter * plan.parameters // plan.layers + plan.transient(phase)
+        return share + max(running, self._bucket(plan) if phase == "update" else 0)
+
+    def _bucket(self, plan: MemoryPlan) -> int:
+        """Bytes of the copy in which gradients are summed, once backward is over."""
+        whole = (n for role, n in plan.buckets.items() if self.shards == 1 or role in plan.adapted)
+        return max(whole, default=0)
 
     def peak(self, plan: MemoryPlan) -> int:
         """The most of all phases."""

@@ -104,7 +104,9 @@ def run_plan(
         if key not in layouts:
             layouts[key] = role_plans(changed, models)
         found = plan_memory(changed, models, roles=layouts[key])
-        if capacity is None or changed.engine.kv_gb:
+        if changed.engine.kv_gb:  # on each GPU
+            return found.limited(gpus * int(changed.engine.kv_gb * 1e9))
+        if capacity is None:
             return found
         return found.limited(sharding.kv_budget(found, capacity))
 
