@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from rlhf_fast.config import PPOConfig
+from rlhf_fast.config_loading import with_values
+from rlhf_fast.distributed.agreement import ALONE
+from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.memory_held import MemoryWatch, role_models
 from rlhf_fast.engine.memory_ledger import PHASES, Ledger, MemoryPlan, Slot
 from rlhf_fast.engine.memory_models import ModelConfigs
 from rlhf_fast.engine.memory_plan import plan_memory
+from rlhf_fast.engine.memory_sharded import Sharding
 from rlhf_fast.engine.settings import cache_budget
 from rlhf_fast.models.adapter_roles import AdapterActor, AdapterReference
 from rlhf_fast.ppo.roles import Roles
+from rlhf_fast.stages.generation import engine_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class MemoryReport:
 
     Args:
         plan: from the config and the models' configs alone.
+        sharding: how it is spread over the ranks; what is held is this rank's.
         held: phase -> bytes counted from tensors, of the phases that were watched.
         allocated: phase -> peak of `torch.cuda.memory_allocated`; empty without CUDA.
     """
@@ -31,12 +37,14 @@ class MemoryReport:
     plan: MemoryPlan
     held: Mapping[str, Ledger]
     allocated: Mapping[str, int]
+    sharding: Sharding = field(default_factory=Sharding)
 
     def rows(self) -> Iterator[tuple[str, Slot, int, int]]:
         """(phase, slot, predicted bytes, held bytes) of all that is held, not of activations."""
         for phase in (p for p in PHASES if p in self.held):
-            predicted, held = dict(self.plan.held[phase]), self.held[phase]
-            for role, parts in self.plan.passes[phase].items():
+            predicted, held = self.sharding.ledger(self.plan, phase), self.held[phase]
+            passes = self.plan.passes[phase] if self.sharding.shards == 1 else {}  # FSDP fetches
+            for role, parts in passes.items():
                 slot = Slot(role, "streamed")
                 # Whether samples are scored in a rollout depends on how long they are.
                 if "streamed" in parts and (phase != "generate" or slot in held):
@@ -54,22 +62,31 @@ class MemoryReport:
         return max(differences, default=0.0)
 
     def __str__(self) -> str:
-        lines = [
+        lines = []
+        if self.sharding.gpus > 1:
+            lines.append(f"each of {self.sharding.gpus} ranks, weights view {self.sharding.view}")
+        lines.append(
             f"{'phase':10}{'role':14}{'part':11}{'place':8}{'predicted':>14}{'held':>14} bytes"
-        ]
+        )
         for phase, slot, predicted, held in self.rows():
             lines.append(
                 f"{phase:10}{slot.role:14}{slot.part:11}{slot.place:8}{predicted:14,}{held:14,}"
             )
         for phase, peak in self.allocated.items():
             lines.append(
-                f"{phase:10}peak allocated by CUDA {peak:,}, predicted {self.plan.device(phase):,}"
+                f"{phase:10}peak allocated by CUDA {peak:,}, predicted "
+                f"{self.sharding.device(self.plan, phase):,}"
             )
         return "\n".join(lines)
 
 
 def memory_report(
-    config: PPOConfig, roles: Roles, watch: MemoryWatch, *, longest_prompt: int | None = None
+    config: PPOConfig,
+    roles: Roles,
+    watch: MemoryWatch,
+    *,
+    longest_prompt: int | None = None,
+    world: World = ALONE,
 ) -> MemoryReport:
     """Compare what a watch has counted with the plan of the same run.
 
@@ -78,16 +95,25 @@ def memory_report(
         roles: of the run.
         watch: has counted.
         longest_prompt: tokens of the longest prompt of the data.
+        world: the ranks of the run, of which each compares what it holds.
     """
+    engine = engine_of(roles.generator)
+    view = None if engine is None else engine.view
+    sharding = Sharding(world.size, "alias" if view is None else view.name, world.replicas)
+    if world.size > 1:  # as `DealtGenerator` has it
+        config = with_values(config, {"engine.overlap_scoring": "off"})
     device: torch.device = next(roles.actor.module.parameters()).device
+    free = _free_bytes(device)
     plan = plan_memory(
         config,
         configs_of(config, roles),
         device=device.type,
-        kv_budget=_free_bytes(device),
+        kv_budget=None if free is None else world.size * free,
         longest_prompt=longest_prompt,
     )
-    return MemoryReport(plan, watch.held, watch.allocated)
+    if config.engine.kv_gb:  # on each rank
+        plan = plan.limited(world.size * int(config.engine.kv_gb * 1e9))
+    return MemoryReport(plan, watch.held, watch.allocated, sharding)
 
 
 def _free_bytes(device: torch.device) -> int | None:

@@ -344,9 +344,18 @@ class PPOTrainer:
             self.memory_watch.attach()
 
     def memory_report(self) -> MemoryReport:
-        """Predicted against held bytes of the phases seen since `watch_memory`; or of now."""
+        """Predicted against held bytes of the phases seen since `watch_memory`; or of now.
+
+        On several ranks each compares what it holds with its share of the plan.
+        """
         watch = self.memory_watch or MemoryWatch(self.roles)
-        return memory_report(self.config, self.roles, watch, longest_prompt=self.longest_prompt)
+        return memory_report(
+            self.config,
+            self.roles,
+            watch,
+            longest_prompt=self.longest_prompt,
+            world=self.world,
+        )
 
     def save_model(self, directory: str | Path) -> None:
         """Export the policy and its tokenizer as a Hugging Face directory, or its adapter."""

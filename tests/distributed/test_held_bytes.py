@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from rlhf_fast.config import AlgorithmConfig, RewardConfig
+from rlhf_fast.config import AlgorithmConfig, LoraConfig, RewardConfig
 from rlhf_fast.config_distributed import DistributedConfig
 from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.memory_held import role_models
+from rlhf_fast.engine.memory_ledger import COPIES, PAGES
 from rlhf_fast.stages.generation import engine_of
 from rlhf_fast.stages.ppo import PPOTrainer
 from tests.distributed.ranks import on_ranks
@@ -148,6 +149,43 @@ def _step(world: World, base: str, weights: str) -> tuple[Any, Any, int, float]:
     trainer.train()
     whole = sum(4 * p.numel() for p in trainer.roles.actor.module.parameters())
     return watch.shares, watch.copies, whole, watch.in_a_layer
+
+
+def _report(world: World, base: str, weights: str, lora: bool) -> tuple[list[Any], float, str]:
+    config = ppo_config(Path(base), Path(base))
+    out = str(Path(base) / f"report {weights} {world.size} {world.replicas} {lora}")
+    config = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, output_dir=out),
+        reward=RewardConfig(model=str(Path(base) / "judge")),
+        distributed=DistributedConfig(weights=weights, replicas=world.replicas),
+        lora=LoraConfig(rank=8) if lora else config.lora,
+        total_steps=2,  # the first one makes the moments
+    )
+    trainer = PPOTrainer(config, quiet=True, world=world)
+    trainer.watch_memory()
+    trainer.train()
+    report = trainer.memory_report()
+    rows = [r for r in report.rows() if max(r[2:]) > 4096 and r[1] != PAGES]
+    return rows, report.worst(), str(report)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("ranks", "replicas", "weights"), [(2, 1, "tp"), (2, 1, "gather"), (2, 2, "auto")]
+)
+def test_a_report_compares_a_rank_with_its_share_of_the_plan(
+    base: Path, ranks: int, replicas: int, weights: str, lora: bool
+) -> None:
+    found = on_ranks(ranks, _report, str(base), weights, lora, replicas=replicas)
+    for rows, _, text in found:
+        assert text.startswith(f"each of {ranks} ranks")
+        assert {"load", "generate", "score", "update"} == {phase for phase, *_ in rows}
+        for phase, slot, predicted, held in rows:
+            # Vectors are whole on every rank, which the plan does not count; of adapters in slices
+            # it does not ask which side is cut.
+            near = 0.3 if slot == COPIES and weights == "tp" else 0.02
+            assert predicted == pytest.approx(held, rel=near), (phase, slot, text)
 
 
 @pytest.mark.parametrize(("ranks", "weights"), [(2, "tp"), (4, "tp"), (2, "gather")])
