@@ -25,6 +25,8 @@ FUSED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 ADAPTED = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 _PLAIN_PARTS = (nn.Linear, nn.Embedding, nn.ModuleList)
 _WRAPPERS = (peft.PeftModel, peft.PeftModelForCausalLM)
+_LIBRARIES = frozenset({"transformers", "peft"})
+_ASKING_HOOKS = frozenset({"make_inputs_require_grad", "make_inputs_require_grads"})
 COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -102,9 +104,17 @@ def _foreign_wrapper(module: nn.Module, model: Any) -> str | None:
 def _hooked(part: nn.Module) -> str | None:
     if "forward" in vars(part):
         return "has a forward of its own"
-    if part._forward_hooks or part._forward_pre_hooks:
+    hooks = [hook for hook in part._forward_hooks.values() if not _asks_for_gradients(hook)]
+    if hooks or part._forward_pre_hooks:
         return "has forward hooks"
     return None
+
+
+def _asks_for_gradients(hook: Any) -> bool:
+    """What transformers and peft put on embeddings for gradient checkpointing: no value changes."""
+    home, _, name = getattr(hook, "__qualname__", "").rpartition(".<locals>.")
+    library = getattr(hook, "__module__", "").partition(".")[0]
+    return bool(home) and library in _LIBRARIES and name in _ASKING_HOOKS
 
 
 def _not_stock(part: nn.Module, model_type: str) -> str | None:

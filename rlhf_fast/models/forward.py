@@ -187,6 +187,10 @@ def enable_gradient_checkpointing(module: nn.Module) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    # It made the embedding's output ask for a gradient, which recomputing needs only in the
+    # reentrant form; with frozen embeddings that would be one more gradient to compute.
+    if hasattr(model, "disable_input_require_grads"):
+        model.disable_input_require_grads()
 
 
 def _checkpoint_functions(module: nn.Module) -> Iterator[Any]:

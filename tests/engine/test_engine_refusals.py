@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.requests import Request
 from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.errors import GenerationError
-from rlhf_fast.models.forward import set_compute_dtype
+from rlhf_fast.models.forward import enable_gradient_checkpointing, set_compute_dtype
 from rlhf_fast.types import SamplingParams
 from tests.engine.test_generator import batch_of, build, ragged, run, trainer_logprobs
 from tests.engine.test_hybrid import bytes_of_pages, engine_for
@@ -181,6 +182,32 @@ def test_a_float64_model_generates(path: str) -> None:
     for s, expected in enumerate(trainer_logprobs(module, rollout)):
         got = rollout.rollout_logprobs[s, : len(expected)].tolist()
         assert got == pytest.approx(expected, abs=1e-6)
+
+
+def checkpointed_by_transformers(module: Any) -> None:
+    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def asking_for_gradients(module: Any) -> None:
+    module.enable_input_require_grads()
+
+
+@pytest.mark.parametrize(
+    "change", [enable_gradient_checkpointing, checkpointed_by_transformers, asking_for_gradients]
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_gradient_checkpointing_leaves_the_fused_forward(
+    change: Callable[[Any], None], adapted: bool
+) -> None:
+    module = build()
+    model: Any = peft.get_peft_model(module, peft.LoraConfig(r=2)) if adapted else module
+    engine = engine_for(model, "fused")
+    request = {"samples_per_prompt": 1, "seeds": range(6)}
+    expected = engine.generate(batch_of(ragged()), GREEDY, **request)
+    change(model)
+    model.train()
+    found = engine.generate(batch_of(ragged()), GREEDY, **request)
+    assert torch.equal(found.rollout_logprobs, expected.rollout_logprobs)
 
 
 def test_prompt_learning_is_refused() -> None:

@@ -117,7 +117,7 @@ def test_every_mode(tmp_path, mode):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("mode", ["default", "offloaded", "value head, all"])
+@pytest.mark.parametrize("mode", ["default", "offloaded", "value head, all", "checkpointing"])
 def test_bfloat16(tmp_path, mode, keep):
     """The fused path's bf16 copy of fp32 masters: 2 bytes a parameter in a rollout, or for good."""
     found = report(tmp_path, dtype="bfloat16", engine={"keep_memory": keep}, **MODES[mode])
