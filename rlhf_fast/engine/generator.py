@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rlhf_fast.engine.batching import PaddedPrompts, pad_left, plan_batches
 from rlhf_fast.engine.kv_cache import DecodeCache, keeps_keys_and_values
-from rlhf_fast.engine.module_forward import at_most_float32, uncompiled
+from rlhf_fast.engine.module_forward import at_most_float32, batch_dependent_rope, uncompiled
 from rlhf_fast.engine.progress import GenerationSummary, Progress, ProgressReports
 from rlhf_fast.engine.requests import (
     Completions,
@@ -33,6 +33,7 @@ from rlhf_fast.engine.requests import (
 from rlhf_fast.engine.stopping import Decode, StopRule, stops_of
 from rlhf_fast.errors import DivergedGeneration, GenerationError
 from rlhf_fast.models.forward import autocast, device_of
+from rlhf_fast.models.longrope import tables_by_sequence
 from rlhf_fast.protocols import FinishedScorer
 from rlhf_fast.types import PromptBatch, Rollout, SamplingParams
 from rlhf_fast_kernels import SampleOutput, sample
@@ -135,6 +136,7 @@ class HFGenerator:
                 expected=f"a causal LM whose forward takes {' or '.join(CACHE_ARGUMENTS)}",
             )
         self._cache_argument = names[0]
+        self._by_longest = batch_dependent_rope(self._config)
 
     @classmethod
     def from_tokenizer(cls, module: nn.Module, tokenizer: Any, **options: Any) -> HFGenerator:
@@ -255,8 +257,15 @@ class HFGenerator:
             arguments["position_ids"] = positions
         if "logits_to_keep" in self._accepts:
             arguments["logits_to_keep"] = 1
-        logits = self.module(input_ids=ids, use_cache=True, **arguments).logits
+        with self._own_tables(positions):
+            logits = self.module(input_ids=ids, use_cache=True, **arguments).logits
         return at_most_float32(logits[:, -1])
+
+    def _own_tables(self, positions: Tensor) -> AbstractContextManager[None]:
+        """Rotary tables by the length of each row, where a model would ask the longest of them."""
+        if not self._by_longest:
+            return nullcontext()
+        return tables_by_sequence(self.module, positions.amax(dim=1).cpu() + 1, packed=False)
 
     def _record(self, job: _Job, rows: _Rows, draw: SampleOutput, step: int) -> int:
         """Write the step's tokens, end the rows that are complete; returns how many live on."""

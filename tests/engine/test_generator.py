@@ -233,6 +233,26 @@ def test_a_sample_does_not_depend_on_its_batch(path: str, name: str) -> None:
     assert len({tuple(r) for r in together.response_ids()}) > 10  # seeds do differ
 
 
+def test_longrope_follows_each_sample_and_not_its_batch() -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "short_factor": [1.0, 1.5, 2.0, 2.5],
+        "long_factor": [3.0, 5.0, 7.0, 9.0],
+        "original_max_position_embeddings": 20,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=rope))
+    # Below the limit to the end, and beyond it from the first token on.
+    prompts = [[5] * 6, list(range(4, 28)), [7, 8, 9]]
+    rollout = run(module, prompts, SamplingParams(8), path="auto")
+    for s, expected in enumerate(trainer_logprobs(module, rollout)):
+        got = rollout.rollout_logprobs[s, : len(expected)].tolist()
+        assert got == pytest.approx(expected, abs=2e-5)
+
+
 def test_order_of_prompts_changes_nothing(path: str) -> None:
     module, prompts = build(), ragged(8)
     generator = HybridEngine(module, eos_ids=[EOS], settings=EngineSettings(path=path, max_batch=3))
