@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -57,6 +58,10 @@ _CPU: dict[str, Any] = {
 }
 
 
+def _with_eager_attention(load: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    return load(*args, **options | {"attn_implementation": "eager"})
+
+
 def use_cpu() -> None:
     """Make the CPU verl's platform in this process."""
     platform = importlib.import_module("verl.plugin.platform")
@@ -70,6 +75,9 @@ def use_cpu() -> None:
     distributed = importlib.import_module("verl.utils.distributed")
     own = distributed.initialize_global_process_group_ray
     distributed.initialize_global_process_group_ray = partial(own, backend="gloo")
+    # Its critic names flash-attn, whatever its config says.
+    critics = importlib.import_module("transformers").AutoModelForTokenClassification
+    critics.from_pretrained = partial(_with_eager_attention, critics.from_pretrained)
     # Its models would be patched in a TRL beside it, of which it knows another version (0.27).
     available = importlib.import_module("verl.utils.import_utils").is_trl_available
     available.cache_clear()

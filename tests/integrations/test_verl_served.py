@@ -135,7 +135,7 @@ def test_verls_server_manager_drives_two_replicas(cluster: None, directory: Path
 # ---- verl's trainer -----------------------------------------------------------------------------
 
 # As a number of Python or of NumPy.
-NORM = r"actor/grad_norm:(?:np\.float64\()?([\d.e+-]+)"
+NORM = r"{}/grad_norm:(?:np\.float64\()?([\d.e+-]+)"
 
 
 def trained(directory: Path, ranks: int, *overrides: str) -> str:
@@ -152,7 +152,7 @@ def trained(directory: Path, ranks: int, *overrides: str) -> str:
         env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
@@ -160,8 +160,13 @@ def trained(directory: Path, ranks: int, *overrides: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("trainer", "ranks"), [("v1", 1), ("v1", 2), ("v0", 2)])
-def test_verls_trainer_trains_on_our_samples(directory: Path, trainer: str, ranks: int) -> None:
+@pytest.mark.timeout(600)  # some twenty processes, most of them imports
+@pytest.mark.parametrize(
+    ("trainer", "ranks", "estimator"), [("v1", 1, "grpo"), ("v1", 2, "gae"), ("v0", 2, "grpo")]
+)
+def test_verls_trainer_trains_on_our_samples(
+    directory: Path, trainer: str, ranks: int, estimator: str
+) -> None:
     """`main_ppo`: FSDP2, its agent loop, its reward loop, two steps and an update after each.
 
     verl compares the probabilities that came with the samples with those its own engine gives. With
@@ -169,12 +174,14 @@ def test_verls_trainer_trains_on_our_samples(directory: Path, trainer: str, rank
     """
     if trainer == "v1":  # verl's default, whose samples travel through a store of their own
         pytest.importorskip("transfer_queue")
-    printed = trained(directory, ranks, f"trainer.use_v1={trainer == 'v1'}")
+    more = verl_loop.critic(directory / "model") if estimator == "gae" else []
+    printed = trained(directory, ranks, f"trainer.use_v1={trainer == 'v1'}", *more)
     gaps = [float(x) for x in re.findall(r"rollout_probs_diff_max:([\d.e+-]+)", printed)]
     assert len(gaps) == 2
     assert max(gaps) < 1e-5
-    norms = [float(x) for x in re.findall(NORM, printed)]
-    assert len(norms) == 2
-    assert min(norms) > 0
+    for model in ("actor", "critic")[: 1 + bool(more)]:
+        norms = [float(x) for x in re.findall(NORM.format(model), printed)]
+        assert len(norms) == 2
+        assert min(norms) > 0
     samples = [verl_loop.rollouts(directory, step) for step in (1, 2)]
     assert [len(rows) for rows in samples] == [8, 8]

@@ -111,6 +111,20 @@ def overrides(directory: Path, model: Path) -> list[str]:
     ]
 
 
+def critic(model: Path) -> list[str]:
+    """Of `main_ppo`: PPO with a critic, from a causal LM under a new value head."""
+    return [
+        "algorithm.adv_estimator=gae",
+        f"critic.model.path={model}",
+        "critic.model.use_remove_padding=False",
+        "critic.model.enable_gradient_checkpointing=False",
+        "critic.strategy=fsdp2",
+        "critic.ppo_mini_batch_size=4",
+        "critic.ppo_micro_batch_size_per_gpu=4",
+        f"+critic.fsdp.mixed_precision={FP32}",
+    ]
+
+
 def composed(directory: Path, model: Path, *more: str) -> Any:
     """verl's whole config, as `main_ppo` composes it."""
     hydra = importlib.import_module("hydra")
