@@ -6,16 +6,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("setup.py", "CMakeLists.txt", "MANIFEST.in", "pyproject.toml")
@@ -265,3 +268,13 @@ def test_the_build_needs_no_torch():
         text = path.read_text()
         assert "#include <torch" not in text, path
         assert "#include <ATen" not in text, path
+
+
+def test_versions_that_other_trainers_pin_are_not_excluded():
+    """pip must find one transformers for them and for us; their tests run under the same ones."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ours = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
+    pinned = re.findall(r"transformers==([\d.]+)", (ROOT / "Makefile").read_text())
+    assert len(pinned) == 2  # verl's and OpenRLHF's
+    assert all(ours["transformers"].contains(v) for v in pinned)
+    assert ours["torch"].contains("2.11.0")  # verl's, with vLLM, SGLang or FSDP
