@@ -40,8 +40,9 @@ def parse_preference(row: Row) -> PreferenceRecord:
     chosen = read_content(row, "chosen", may_be_empty=True)
     rejected = read_content(row, "rejected", may_be_empty=True)
     require_same_kind(row, chosen, rejected, "rejected")
-    if row.fields.get("prompt") is not None:
-        prompt, pair = _explicit_prompt(row, read_content(row, "prompt"), (chosen, rejected))
+    given = None if row.fields.get("prompt") is None else read_content(row, "prompt")
+    if given is not None and not _is_quoted(given, chosen, rejected):
+        prompt, pair = _explicit_prompt(row, given, (chosen, rejected))
     elif isinstance(chosen, str) and isinstance(rejected, str):
         prompt, pair = _implicit_text(row, chosen, rejected)
     else:
@@ -57,6 +58,18 @@ def _different_prompts(row: Row, what: str) -> DataError:
         expected="two answers to the same prompt",
         remedy="pair answers of one prompt, or skip such rows with data.on_bad_row=skip",
     )
+
+
+def _is_quoted(prompt: Content, chosen: Content, rejected: Content) -> bool:
+    """Whether the prompt is the text of a user's message with which both conversations begin.
+
+    UltraFeedback's pairs have it so: the conversations are whole without it.
+    """
+    if not isinstance(prompt, str) or isinstance(chosen, str) or isinstance(rejected, str):
+        return False
+    shared = chosen[: _common_length(chosen, rejected)]
+    said = [m.content.strip() for m in shared if isinstance(m, Message) and m.role == "user"]
+    return prompt.strip() in said
 
 
 def _explicit_prompt(

@@ -278,6 +278,20 @@ def test_different_text_prompts(chosen: str, rejected: str) -> None:
     assert "same prompt" in error.expected
 
 
+def test_a_text_prompt_that_the_conversations_repeat() -> None:
+    """The layout of UltraFeedback's pairs."""
+    pair = {"chosen": [user("Why?"), assistant("So.")], "rejected": [user("Why?"), assistant("No")]}
+    record = parse_preference(row(prompt="Why?", **pair))
+    assert record.prompt == (Message("user", "Why?"),)
+    assert [c[0].content for c in record.completions] == ["So.", "No"]
+    assert fault(parse_preference, prompt="When?", **pair).code == "RF2026"
+    other = {
+        "chosen": [user("Why?"), assistant("So.")],
+        "rejected": [user("What?"), assistant("No")],
+    }
+    assert fault(parse_preference, prompt="Why?", **other).code == "RF2026"
+
+
 def test_implicit_messages_prompt() -> None:
     record = parse_preference(
         row(chosen=[user("q"), assistant("a")], rejected=[user("q"), assistant("b")])
