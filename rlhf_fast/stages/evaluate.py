@@ -90,6 +90,7 @@ class EvalResult:
         estimates: by name: `score` (what PPO would optimise), `reward_model`, `reward_function`,
             `kl` (nats a sequence), `entropy` (nats a token), `length` (tokens), `ended` (fraction).
         best_of_n: rows of `best_of_n_rows`; empty if none were asked for.
+        best_of_n_prompts: prompts they are of, all of whose samples were scored; None: none asked.
         reports: counts of the data source, as `DataReport.to_dict`.
     """
 
@@ -98,6 +99,7 @@ class EvalResult:
     samples_per_prompt: int
     estimates: dict[str, Estimate]
     best_of_n: list[dict[str, float]] = field(default_factory=list)
+    best_of_n_prompts: int | None = None
     reports: dict[str, Any] = field(default_factory=dict)
 
     def summary(self) -> str:
@@ -105,6 +107,11 @@ class EvalResult:
         lines = [f"evaluation: {self.prompts} prompts x {self.samples_per_prompt} samples"]
         for name, e in self.estimates.items():
             lines.append(f"  {name:<16} {e.mean:.4f} +- {e.stderr:.4f}")
+        if self.best_of_n_prompts is not None and self.best_of_n_prompts < self.prompts:
+            lines.append(
+                f"  best of n of {self.best_of_n_prompts} prompts; the others have samples "
+                "without a score"
+            )
         for row in self.best_of_n:
             judge = judge_name(row)
             selector = f"proxy {row['proxy']:.4f}, " if "proxy" in row else ""
@@ -312,12 +319,15 @@ class EvalStage:
     def result(self, samples: Samples) -> EvalResult:
         """Means over prompts, and the best-of-n curve."""
         config, group = self.config, self.config.samples_per_prompt
+        rewards = _rewards(samples.values, group)
+        judged = bool(config.best_of and rewards)
         return EvalResult(
             output_dir=str(self.run.path),
             prompts=len(self.examples),
             samples_per_prompt=group,
             estimates={n: estimate(v.reshape(-1, group)) for n, v in samples.values.items()},
             best_of_n=best_of_n_rows(samples.values, config.best_of, group),
+            best_of_n_prompts=int(_complete(rewards).sum()) if judged else None,
             reports={"prompts": self.data.report.to_dict()},
         )
 
@@ -366,20 +376,32 @@ def best_of_n_rows(
         Rows of n, kl, proxy, gold and gold_stderr with both; with one alone, which selects by the
         very score it reports, of n, kl, and that score and its `_stderr` under its own name.
     """
-    names = [name for name in (REWARD_MODEL, REWARD_FUNCTION) if name in values]
+    rewards = _rewards(values, group)
+    names = list(rewards)
     if not ns or not names:
         return []
-    proxy, gold = (values[name].reshape(-1, group) for name in (names[0], names[-1]))
-    complete = ~(proxy.isnan() | gold.isnan()).any(1)
+    complete = _complete(rewards)
     if not bool(complete.any()):
         return []
-    curve = best_of_n_curve(proxy[complete], gold[complete], ns)
+    proxy, gold = (rewards[name][complete] for name in (names[0], names[-1]))
+    curve = best_of_n_curve(proxy, gold, ns)
     columns = {"n": [float(n) for n in curve.ns], "kl": curve.kl.tolist()}
     if len(names) == 2:
         columns["proxy"] = curve.proxy.tolist()
     judge = GOLD if len(names) == 2 else names[0]
     columns |= {judge: curve.gold.tolist(), f"{judge}_stderr": curve.gold_stderr.tolist()}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _rewards(values: Mapping[str, Tensor], group: int) -> dict[str, Tensor]:
+    """[prompts, group] of each reward that there is, what selects first."""
+    names = [name for name in (REWARD_MODEL, REWARD_FUNCTION) if name in values]
+    return {name: values[name].reshape(-1, group) for name in names}
+
+
+def _complete(rewards: Mapping[str, Tensor]) -> Tensor:
+    """[prompts] bool: every sample has every reward."""
+    return ~torch.stack([scores.isnan().any(1) for scores in rewards.values()]).any(0)
 
 
 def judge_name(row: Mapping[str, float]) -> str:
@@ -412,6 +434,7 @@ def _files(result: EvalResult, samples: Samples, config: EvalConfig) -> dict[str
             for name, e in result.estimates.items()
         },
         "best_of_n": [{k: _plain(v) for k, v in row.items()} for row in result.best_of_n],
+        "best_of_n_prompts": result.best_of_n_prompts,
         "reports": result.reports,
     }
     lines = []

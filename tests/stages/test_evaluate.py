@@ -327,6 +327,9 @@ def test_rows_a_function_abstains_from_are_left_out(base: Path, tmp_path: Path) 
     rows = rows_of(tmp_path / "out")
     assert [row["score"] for row in rows] == [None] * 4 + [1.0] * 8
     assert result.best_of_n[-1]["reward_function"] == 1.0
+    assert result.best_of_n_prompts == 2
+    assert "best of n of 2 prompts; the others have samples without a score" in result.summary()
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["best_of_n_prompts"] == 2
 
 
 @pytest.mark.parametrize("name", ["reward_model", "reward_function"])
@@ -340,6 +343,8 @@ def test_one_judge_alone_goes_by_its_own_name(base: Path, tmp_path: Path, name: 
     assert result.best_of_n[2][name] == pytest.approx(float(values.max(1).values.mean()))
     assert metric_lines(tmp_path)[0]["eval/best_of_4"] == result.best_of_n[2][name]
     assert "gold" not in result.summary()
+    assert result.best_of_n_prompts == result.prompts
+    assert "best of n of" not in result.summary()
     assert f"best of 4        {name} " in result.summary()
 
 
