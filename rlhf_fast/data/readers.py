@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def _open(
 ) -> Iterator[Row]:
     if not isinstance(source, str | Path):
         return _rows_in_memory(source, name, policy, split)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     try:
         is_directory, exists = path.is_dir(), path.exists()
         if is_directory and columnar.is_saved_dataset(path):
@@ -232,7 +233,7 @@ def fingerprint_source(source: RowSource, *, split: str = "train") -> str:
     Raises:
         DataError: as `read_rows`.
     """
-    path = Path(source).expanduser() if isinstance(source, str | Path) else None
+    path = Path(os.path.expanduser(source)) if isinstance(source, str | Path) else None
     if path is not None and path.is_file():
         digest = hashlib.sha256()
         with path.open("rb") as stream:

@@ -8,6 +8,7 @@ rewrites history, no such mask exists, and the row is refused.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ def load_template(template: str) -> str:
     if not template or "{{" in template or "{%" in template:
         return template
     try:
-        return Path(template).expanduser().read_text(encoding="utf-8")
+        return Path(os.path.expanduser(template)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise DataError(
             "RF2045",

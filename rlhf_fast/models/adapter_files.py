@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def load_adapter(path: str | Path, trunk: SharedTrunk) -> AdapterFile:
         ModelError: no adapter there, or an unreadable one (RF3060); more than plain LoRA (RF3061);
             of another base model (RF3062); NaN or Inf (RF3020).
     """
-    directory = Path(path).expanduser()
+    directory = Path(os.path.expanduser(path))
     config, record = _read_json(directory, ADAPTER_CONFIG), _read_record(directory)
     odd = [f"{k}={config.get(k)!r}" for k, plain in _PLAIN.items() if config.get(k) not in plain]
     if odd:
@@ -113,7 +114,7 @@ def adapter_shape(path: str | Path, trunk: SharedTrunk) -> AdapterShape:
     Raises:
         ModelError: RF3060, RF3063.
     """
-    directory = Path(path).expanduser()
+    directory = Path(os.path.expanduser(path))
     config = _read_json(directory, ADAPTER_CONFIG)
     listed = config.get("target_modules")
     # A pattern, or none: peft settles it by names; every layer of the blocks is the most it can be.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def resolve(path: str | Path) -> Path:
     Raises:
         ModelError: neither a directory nor a cached name, or it holds no config.json.
     """
-    directory = Path(path).expanduser()
+    directory = Path(os.path.expanduser(path))
     if not directory.is_dir():
         directory = _cached_snapshot(str(path))
     if (directory / ADAPTER_CONFIG).is_file() and not (directory / "config.json").is_file():

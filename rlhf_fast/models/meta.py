@@ -6,6 +6,7 @@ Nothing is downloaded, no weight file is opened and no code of a model repositor
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def model_config(path: str | Path) -> Any:
         ModelError: no such place, no config there, or an architecture that transformers does not
             contain (RF3010 to RF3013); values that it refuses (RF3025).
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if not file.is_file():
         file = resolve(path) / "config.json"
     fields = read_config_file(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
+import os
 import sys
 import threading
 import traceback
@@ -235,7 +236,7 @@ def load_reward_function(spec: str) -> RewardFunction:
             callable of that name.
     """
     file_name, colon, name = spec.rpartition(":")
-    file = Path(file_name).expanduser()
+    file = Path(os.path.expanduser(file_name))
     if not colon or not name or file.suffix != ".py":
         raise RewardError(
             "RF5008",

@@ -123,6 +123,11 @@ def test_missing_directory_and_uncached_hub_name_fail_at_once() -> None:
         assert time.monotonic() - start < 5
 
 
+def test_a_home_of_nobody_is_a_missing_directory() -> None:
+    with pytest.raises(ModelError, match="RF3010"):
+        load_causal_lm("~no_such_user/model", dtype="float32")
+
+
 def test_a_missing_export_asks_for_its_stage() -> None:
     with pytest.raises(ModelError, match=r"(?s)RF3010.*run the stage that writes it first"):
         load_causal_lm("runs/sft/model", dtype="float32")
