@@ -295,8 +295,8 @@ class GuardedOptimizer:
                 "RF6001",
                 f"{self.name}: gradient norm was {norm} in {self.bad_steps} steps in a row",
                 where=f"optimizer of the {self.name}",
-                remedy="lower the learning rate, check rewards and data for extremes, or resume "
-                f"from the last checkpoint with other settings; weights {touched}",
+                remedy="check rewards and data for extremes; a lower learning rate is another run, "
+                f"in another output_dir or with run.overwrite=true; weights {touched}",
             )
         return StepResult(norm, applied)
 
