@@ -30,6 +30,12 @@ def drops_softcap(config: Any) -> bool:
     return capped and config._attn_implementation == "sdpa"
 
 
+def keep_softcap(module: nn.Module) -> None:
+    """Let the layers for which `drops_softcap` holds call eager attention, which has it."""
+    for config in filter(drops_softcap, attention_configs(module)):
+        config._attn_implementation = "eager"
+
+
 @contextmanager
 def attention_mode(configs: tuple[Any, ...], *names: str) -> Iterator[None]:
     """Make attention layers call other implementations until the block is left, however it is left.

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from rlhf_fast.errors import ModelError
-from rlhf_fast.models.attention_mode import attention_configs, drops_softcap
+from rlhf_fast.models.attention_mode import keep_softcap
 from rlhf_fast.models.checks import check_finite
 from rlhf_fast.models.directory import read_config, resolve, weight_files
 from rlhf_fast.models.dropout import disable_dropout
@@ -308,8 +308,7 @@ def _prepare(module: Any, dtype: ComputeDtype, where: str) -> Any:
     _own_memory(module)
     disable_dropout(module)
     set_compute_dtype(module, dtype)
-    for config in filter(drops_softcap, attention_configs(module)):
-        config._attn_implementation = "eager"
+    keep_softcap(module)
     for child in module.modules():
         if isinstance(child, nn.Embedding):
             # It would keep the pad token's embedding from learning; with pad == eos, that of eos.

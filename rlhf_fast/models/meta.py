@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rlhf_fast.errors import ModelError
+from rlhf_fast.models.attention_mode import keep_softcap
 from rlhf_fast.models.directory import read_config_file, resolve
 from rlhf_fast.models.forward import ComputeDtype, set_compute_dtype
 from rlhf_fast.models.loading import quiet_transformers
@@ -60,6 +61,7 @@ def meta_model(config: Any, *, dtype: ComputeDtype, classifier: bool = False) ->
     except Exception as error:  # sizes that contradict each other fail in all manners
         raise _unusable(error, str(config.model_type)) from error
     set_compute_dtype(module, dtype)
+    keep_softcap(module)
     return module.eval()
 
 

@@ -18,7 +18,7 @@ from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.errors import GenerationError
 from rlhf_fast.models.forward import enable_gradient_checkpointing, set_compute_dtype
 from rlhf_fast.types import SamplingParams
-from tests.engine.test_generator import batch_of, build, ragged, run, trainer_logprobs
+from tests.engine.test_generator import PATHS, batch_of, build, ragged, run, trainer_logprobs
 from tests.engine.test_hybrid import bytes_of_pages, engine_for
 
 GREEDY = SamplingParams(6, temperature=0.0)
@@ -173,7 +173,7 @@ def test_a_compiled_model_generates_as_it_trains(path: str) -> None:
         assert got == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("path", ["auto", "padded", "transformers"])
+@pytest.mark.parametrize("path", ["auto", *(path for path in PATHS if path != "fused")])
 def test_a_float64_model_generates(path: str) -> None:
     module = build().double()
     rollout = engine_for(module, path).generate(
