@@ -71,6 +71,8 @@ _SOFT_STAGE_KEYS = frozenset(
         "distributed",
     }
 )
+# As `max_batch` of an evaluation, and what to lower where memory runs out.
+_SOFT_ROLLOUT_KEYS = frozenset({"max_batch"})
 # Where things lie, and when they are read or stepped: the numbers stay the same.
 _SOFT_MEMORY_KEYS = frozenset({"reference", "reward_model", "optimizer_state", "step_in_backward"})
 # How a run is started, not what it is: never compared.
@@ -171,7 +173,7 @@ def open_run(
 
 
 def _hard_keys(tree: Mapping[str, Any], run: RunConfig) -> list[str]:
-    parts = {"run": _SOFT_RUN_KEYS, "memory": _SOFT_MEMORY_KEYS}
+    parts = {"run": _SOFT_RUN_KEYS, "rollout": _SOFT_ROLLOUT_KEYS, "memory": _SOFT_MEMORY_KEYS}
     hard = [key for key in tree if key not in _SOFT_STAGE_KEYS and key not in parts]
     if run.allow_data_change:
         hard.remove("data")

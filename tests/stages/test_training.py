@@ -185,6 +185,22 @@ def test_hard_keys_may_not_change_and_soft_ones_may(tmp_path: Path) -> None:
         pass
 
 
+def test_samples_side_by_side_may_change_and_samples_may_not(tmp_path: Path) -> None:
+    config = PPOConfig(run=RunConfig(output_dir=str(tmp_path)))
+    with open_run(config, "ppo", quiet=True):
+        pass
+    narrow = dataclasses.replace(config.rollout, max_batch=8)
+    with open_run(dataclasses.replace(config, rollout=narrow), "ppo", quiet=True) as run:
+        assert any("rollout.max_batch: 256 -> 8" in notice for notice in run.notices)
+    for other in ({"prompts": 8}, {"samples_per_prompt": 2}):
+        changed = dataclasses.replace(config.rollout, **other)
+        with (
+            pytest.raises(CheckpointError, match="RF8202"),
+            open_run(dataclasses.replace(config, rollout=changed), "ppo", quiet=True),
+        ):
+            pass
+
+
 def test_a_run_directory_in_the_home_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
