@@ -260,6 +260,13 @@ def written(run: Path) -> set[str]:
     return names - {"step"}
 
 
+def test_every_hint_is_documented_and_the_reverse() -> None:
+    source = read("rlhf_fast/ppo/health.py")
+    section = read("docs/metrics.md").split("\n## Hints\n")[1].split("\n## ")[0]
+    listed = {row[0] for row in table(section)[1:]}
+    assert listed == set(re.findall(r'Hint\(\s*"([\w-]+)"', source))
+
+
 @pytest.mark.parametrize(
     ("section", "folder"),
     [("SFT", "sft"), ("Reward model", "rm"), ("PPO", "ppo"), ("Evaluation", "eval")],
