@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from rlhf_fast.config import (
         AlgorithmConfig,
         DataConfig,
+        EngineConfig,
         EvalConfig,
         KLConfig,
+        MemoryConfig,
         OptimConfig,
         PPOConfig,
         PtxConfig,
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
         SamplingConfig,
         SFTConfig,
     )
+    from rlhf_fast.config_distributed import DistributedConfig
+    from rlhf_fast.config_lora import AdapterConfig, LoraConfig
     from rlhf_fast.errors import RLHFError
     from rlhf_fast.stages.evaluate import run_evaluate
     from rlhf_fast.stages.ppo import PPOTrainer, run_ppo
@@ -37,8 +41,10 @@ __version__ = "0.1.0"
 _CONFIGS = (
     "AlgorithmConfig",
     "DataConfig",
+    "EngineConfig",
     "EvalConfig",
     "KLConfig",
+    "MemoryConfig",
     "OptimConfig",
     "PPOConfig",
     "PtxConfig",
@@ -50,6 +56,9 @@ _CONFIGS = (
     "SamplingConfig",
 )
 _HOMES = dict.fromkeys(_CONFIGS, "rlhf_fast.config") | {
+    "AdapterConfig": "rlhf_fast.config_lora",
+    "DistributedConfig": "rlhf_fast.config_distributed",
+    "LoraConfig": "rlhf_fast.config_lora",
     "PPOTrainer": "rlhf_fast.stages.ppo",
     "RLHFError": "rlhf_fast.errors",
     "run_evaluate": "rlhf_fast.stages.evaluate",
@@ -59,10 +68,15 @@ _HOMES = dict.fromkeys(_CONFIGS, "rlhf_fast.config") | {
 }
 
 __all__ = [
+    "AdapterConfig",
     "AlgorithmConfig",
     "DataConfig",
+    "DistributedConfig",
+    "EngineConfig",
     "EvalConfig",
     "KLConfig",
+    "LoraConfig",
+    "MemoryConfig",
     "OptimConfig",
     "PPOConfig",
     "PPOTrainer",

@@ -67,7 +67,9 @@ class DataConfig:
     """Rows in, examples out."""
 
     train: str = setting("", "JSONL, parquet or arrow file, or a hub name")
-    eval: str = setting("", "held-out rows, same forms; empty: none")
+    eval: str = setting(
+        "", "held-out rows of SFT and reward model; prompts of an evaluation; PPO reads none"
+    )
     split: str = setting("train", "split of a hub dataset used for training")
     eval_split: str = setting("test", "split of a hub dataset used for evaluation")
     chat_template: str = setting("", "Jinja template text or file; empty: the tokenizer's own")

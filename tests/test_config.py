@@ -6,6 +6,7 @@ import math
 import pytest
 import yaml
 
+import rlhf_fast
 from rlhf_fast.config import (
     AlgorithmConfig,
     EvalConfig,
@@ -38,6 +39,15 @@ def write(tmp_path, text, encoding="utf-8"):
     path = tmp_path / "config.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode(encoding))
     return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_section_can_be_imported_from_the_package(kind):
+    sections = (getattr(kind(), field.name) for field in dataclasses.fields(kind))
+    kinds = {type(section) for section in sections if dataclasses.is_dataclass(section)}
+    for section in kinds | {kind}:
+        assert section.__name__ in rlhf_fast.__all__
+        assert getattr(rlhf_fast, section.__name__) is section
 
 
 @pytest.mark.parametrize("kind", KINDS)
