@@ -51,7 +51,7 @@ class Extension(NamedTuple):
     copies: Tensor
 
 
-_NO_COPIES = torch.empty(0, 2, dtype=torch.int32)
+_NO_COPIES = torch.empty(0, 2, dtype=torch.int32, device="cpu")
 _NOTHING_TO_DO = Extension(0, _NO_COPIES)
 
 
@@ -129,7 +129,7 @@ class PageAllocator:
             return _NOTHING_TO_DO
         if missing > 0:
             return Extension(missing, _NO_COPIES)
-        copies = torch.empty(-missing, 2, dtype=torch.int32)
+        copies = torch.empty(-missing, 2, dtype=torch.int32, device="cpu")
         self._core.copies(copies.data_ptr())
         return Extension(0, copies)
 
@@ -238,7 +238,9 @@ class PageAllocator:
 def _integers(op: str, name: str, numbers: Integers) -> Tensor:
     """As contiguous int64 on the CPU."""
     if type(numbers) is not Tensor:
-        numbers = torch.as_tensor(numbers)
+        # A default device that somebody set is not where the allocator reads.
+        device = numbers.device if isinstance(numbers, Tensor) else "cpu"
+        numbers = torch.as_tensor(numbers, device=device)
         if numbers.numel() == 0:  # an empty list has no dtype of its own
             numbers = numbers.long()
     if numbers.dtype is torch.int64 and numbers.dim() < 2 and numbers.device.type == "cpu":

@@ -36,7 +36,7 @@ class Setting(NamedTuple):
     def per_row(self, rows: int, dtype: torch.dtype) -> Tensor:
         """[rows] contiguous, on the CPU if it was a number."""
         if self.tensor is None:
-            return torch.full((rows,), self.value, dtype=dtype)
+            return torch.full((rows,), self.value, dtype=dtype, device="cpu")
         return self.tensor.to(dtype).expand(rows).contiguous()
 
     @property

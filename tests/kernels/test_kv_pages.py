@@ -38,6 +38,17 @@ def slots_of(pages: PageAllocator, handle: int) -> list[int]:
     return out.tolist()
 
 
+def test_lists_do_not_go_to_the_default_device(make):
+    pages = make()
+    with torch.device("meta"):
+        prompt = pages.create()
+        assert pages.extend([prompt], [5]).missing == 0
+        child = pages.fork(prompt, 1)
+        copies = pages.extend([prompt, *child], [6, 6]).copies
+    assert copies.device.type == "cpu"
+    assert copies.tolist() == [[2, 3]]
+
+
 def test_a_new_pool_is_free_but_for_the_reserved_page(make):
     pages = make(17)
     assert (pages.free_pages, pages.used_pages, pages.live_handles) == (16, 0, 0)

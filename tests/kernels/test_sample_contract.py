@@ -178,3 +178,21 @@ def test_every_instruction_set_draws_the_same(isa: str) -> None:
     name, error = result.stdout.split()
     assert name == isa
     assert float(error) < 1e-5
+
+
+@needs_cpu
+def test_settings_do_not_go_to_the_default_device() -> None:
+    # In a process of its own: what it guards against is a read of address 0.
+    code = """
+import torch
+from rlhf_fast_kernels import sample
+logits, seeds = torch.randn(3, 50), torch.arange(3)
+want = sample(logits, seeds=seeds, step=1, top_k=5, impl="cpu").tokens
+torch.set_default_device("meta")
+print(torch.equal(sample(logits, seeds=seeds, step=1, top_k=5, impl="cpu").tokens, want))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(native.__file__).parents[1])}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout.strip()) == (0, "True"), result.stderr
