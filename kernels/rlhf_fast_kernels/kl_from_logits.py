@@ -37,6 +37,7 @@ from rlhf_fast_kernels.kl_rows import OP, kl_row_gradient, kl_row_stats
 from rlhf_fast_kernels.kl_settings import KLRowSettings, KLRowStats
 from rlhf_fast_kernels.linear_arguments import plain, validate_softcap
 from rlhf_fast_kernels.logit_rows import row_layout
+from rlhf_fast_kernels.registry import is_plain
 
 FAST_DTYPES = tuple(native.DTYPE_CODES)
 Scale = float | Tensor
@@ -300,7 +301,7 @@ def kl_from_logits(
         scale = float(temperature)
     settings = KLRowSettings(per_row, scale, softcap, ref_softcap, 0, vocab_size)
     chosen = dispatch.choose(OP, impl, logits, ref_logits)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not is_plain((logits, ref_logits, mask, per_row)):
         kl: Tensor = _op(logits, ref_logits, mask, *settings[:4], settings.vocab_size, chosen.impl)[
             0
         ]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlhf_fast_kernels import dispatch, native
 from rlhf_fast_kernels.reference.linear_small import linear_small as reference_linear_small
+from rlhf_fast_kernels.registry import refuse_wrappers
 
 
 def _refuse(
@@ -151,6 +152,7 @@ def linear_small(
         _refuse(x, weight, bias, residual, out)
     if out is None:
         out = x.new_empty((x.shape[0], weight.shape[0]))
+    refuse_wrappers("linear_small", x=x, weight=weight, bias=bias, residual=residual, out=out)
     dispatch.choose("linear_small", impl, x).function(x, weight, bias, residual, out)
     return out
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from rlhf_fast_kernels import dispatch, native, reference, triton_support
 from rlhf_fast_kernels.checked_mode import reads_values
+from rlhf_fast_kernels.linear_arguments import plain
 from rlhf_fast_kernels.logit_arguments import (
     Arguments,
     row_settings,
@@ -41,6 +42,7 @@ from rlhf_fast_kernels.logit_arguments import (
 from rlhf_fast_kernels.logit_rows import OP
 from rlhf_fast_kernels.logit_settings import RowSettings
 from rlhf_fast_kernels.logprobs_autograd import LogprobsFromLogits, Results, compiled_op
+from rlhf_fast_kernels.registry import is_plain, refuse_wrappers
 
 FAST_DTYPES = tuple(native.DTYPE_CODES)
 
@@ -136,7 +138,7 @@ def logprobs_from_logits(
         row that holds NaN or +inf, or nothing above -inf, yields NaN.
 
     Raises:
-        TypeError: a dtype that no implementation takes.
+        TypeError: a dtype that no implementation takes, a DTensor.
         ValueError: shapes differ; on the CPU also a label out of range, a temperature that is not
             positive, a row out of range or named twice, naming row and value. On an accelerator,
             where looking would stall the device, such a row yields NaN. `inplace_backward` on a
@@ -144,11 +146,13 @@ def logprobs_from_logits(
         RuntimeError: second backward after `inplace_backward`.
     """
     arguments = Arguments(temperature, softcap, rows, vocab_size, group, vocab_start, ignore_index)
+    plain(OP, logits=logits, labels=labels)
     validate(logits, labels, arguments)
     settings = row_settings(logits, labels, arguments)
     rows = None if rows is None else rows.to(torch.int64).contiguous()
     chosen = dispatch.choose(OP, impl, logits)
-    if torch.compiler.is_compiling() and group is None:
+    tensors = (logits, labels, rows, settings.temperature)
+    if group is None and (torch.compiler.is_compiling() or not is_plain(tensors)):
         run = _run_reference if chosen.impl == "reference" else partial(_run_compiled, chosen.impl)
         results = run(logits, labels, rows, settings, (with_entropy, False, None))
     else:
@@ -215,6 +219,7 @@ def _run_fused(
     options: Options,
 ) -> Results:
     with_entropy, inplace_backward, group = options
+    refuse_wrappers(OP, logits=logits, labels=labels, rows=rows, temperature=settings.temperature)
     if inplace_backward:
         validate_inplace(logits)
     results: Results = LogprobsFromLogits.apply(

@@ -41,6 +41,7 @@ from rlhf_fast_kernels.page_arguments import (
     check_range,
     strides_of,
 )
+from rlhf_fast_kernels.registry import refuse_wrappers
 
 OP = "paged_attention"
 # (q, key_pages, value_pages, out)
@@ -246,6 +247,9 @@ class PagedAttention:
         impl: str | None = None,
     ) -> None:
         """Arguments as for `paged_attention`; `out` None stands for a contiguous tensor."""
+        given = {"q": q, "key_pages": key_pages, "value_pages": value_pages, "out": out}
+        indices = {"context_lengths": context_lengths, "cu_queries": cu_queries}
+        refuse_wrappers(OP, **given, page_table=page_table, **indices)
         self._call = _collect(
             (q, key_pages, value_pages, out),
             (page_table, context_lengths, cu_queries),

@@ -46,6 +46,7 @@ from rlhf_fast_kernels.ppo_arguments import (
 from rlhf_fast_kernels.ppo_launchers import Needs, launch, scale, token_gradients
 from rlhf_fast_kernels.ppo_metrics import PPOLossOutput, as_output
 from rlhf_fast_kernels.reference import PPO_SUM_NAMES
+from rlhf_fast_kernels.registry import is_plain
 
 __all__ = ["ppo_loss", "token_gradients"]
 
@@ -264,7 +265,8 @@ def ppo_loss(
     validate_settings(settings, inputs)
     validate_normalizer(normalizer)
     chosen = dispatch.choose(OP, impl, *inputs.present().values())
-    if torch.compiler.is_compiling() and chosen.impl != "reference":
+    traced = torch.compiler.is_compiling() or not is_plain((mask, *vars(inputs).values()))
+    if traced and chosen.impl != "reference":
         count = torch.as_tensor(normalizer, dtype=torch.float64)
         raw = _op(*vars(inputs).values(), mask, count, *vars(settings).values(), chosen.impl)
     else:

@@ -41,6 +41,22 @@ def opaque_op(
     return call
 
 
+def refuse_wrappers(op: str, **tensors: torch.Tensor | None) -> None:
+    """TypeError for tensors without memory of their own: DTensors, fake tensors and their like.
+
+    For ops that hand addresses to a kernel: those of such a tensor are 0 or another's.
+    """
+    if is_plain(tuple(tensors.values())):
+        return
+    for name, x in tensors.items():
+        if x is None or type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+            continue
+        hint = "its local shard (to_local())" if type(x).__name__ == "DTensor" else "a plain tensor"
+        raise TypeError(
+            f"{op}: {name} is a {type(x).__name__}, which has no memory to be read; pass {hint}"
+        )
+
+
 def is_plain(arguments: tuple[Any, ...]) -> bool:
     """Whether an eager call may pass the dispatcher by: no tensor is of a subclass."""
     # By exact type, in a loop: isinstance of a tensor and `all` of a generator cost 2 us more.

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from rlhf_fast_kernels import dispatch, native, triton_support
 from rlhf_fast_kernels.reference.rms_norm import rms_norm as reference_rms_norm
+from rlhf_fast_kernels.registry import refuse_wrappers
 
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -229,6 +230,7 @@ def rms_norm(
     if out is None:
         # empty_like costs half, but keeps the strides of a transposed x.
         out = torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
+    refuse_wrappers("rms_norm", x=x, weight=weight, residual=residual, out=out)
     dispatch.choose("rms_norm", impl, x).function(x, weight, eps, residual, offset, out)
     return out
 

@@ -30,6 +30,7 @@ from rlhf_fast_kernels.page_arguments import (
     check_range,
     strides_of,
 )
+from rlhf_fast_kernels.registry import refuse_wrappers
 
 OP = "rope_and_store"
 # (q, k, v, key_pages, value_pages, q_norm, k_norm)
@@ -201,6 +202,7 @@ class RopeAndStore:
         """Arguments as for `rope_and_store`."""
         layer = (q, k, v, key_pages, value_pages, q_norm, k_norm)
         self._call = Call(*layer, slots, positions, cos, sin, norm_eps)
+        refuse_wrappers(OP, **{k: x for k, x in self._call._asdict().items() if k != "norm_eps"})
         _check_tensors(self._call)
         _check_tables(self._call)
         if not norm_eps >= 0:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlhf_fast_kernels import dispatch, native, triton_support
 from rlhf_fast_kernels.reference.silu_mul import silu_mul as reference_silu_mul
+from rlhf_fast_kernels.registry import refuse_wrappers
 
 
 def _refuse(gate_up: Tensor, out: Tensor | None) -> NoReturn:
@@ -129,6 +130,7 @@ def silu_mul(gate_up: Tensor, *, out: Tensor | None = None, impl: str | None = N
     if out is None:
         rows, columns = gate_up.shape
         out = gate_up.new_empty((rows, columns // 2))
+    refuse_wrappers("silu_mul", gate_up=gate_up, out=out)
     dispatch.choose("silu_mul", impl, gate_up).function(gate_up, out)
     return out
 
