@@ -36,6 +36,7 @@ from rlhf_fast_kernels.checked_mode import reads_values
 from rlhf_fast_kernels.kl_rows import OP, kl_row_gradient, kl_row_stats
 from rlhf_fast_kernels.kl_settings import KLRowSettings, KLRowStats
 from rlhf_fast_kernels.linear_arguments import plain, validate_softcap
+from rlhf_fast_kernels.logit_arguments import validate_no_leaf
 from rlhf_fast_kernels.logit_rows import row_layout
 from rlhf_fast_kernels.registry import is_plain
 
@@ -103,8 +104,7 @@ def _validate_temperatures(temperature: Tensor | None, mask: Tensor | None) -> N
 
 
 def _validate_inplace(logits: Tensor, ref_logits: Tensor) -> None:
-    if logits.is_leaf and logits.requires_grad:
-        raise ValueError(f"{OP}: inplace_backward would overwrite a leaf tensor with its gradient")
+    validate_no_leaf(OP, logits)
     layout = row_layout(logits)
     if layout is None:
         raise ValueError(f"{OP}: inplace_backward needs rows contiguous at one or two strides")

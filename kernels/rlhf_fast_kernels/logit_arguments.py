@@ -151,9 +151,16 @@ def _first(found: Tensor) -> tuple[int, ...]:
     return tuple(int(i) for i in found.nonzero()[0])
 
 
+def validate_no_leaf(op: str, logits: Tensor) -> None:
+    """A gradient written over the logits must not end in a leaf, nor by way of a view of one."""
+    owner = logits if logits._base is None else logits._base
+    if owner.is_leaf and owner.requires_grad:
+        what = "a leaf tensor" if owner is logits else "the leaf tensor that logits is a view of,"
+        raise ValueError(f"{op}: inplace_backward would overwrite {what} with its gradient")
+
+
 def validate_inplace(logits: Tensor) -> None:
-    if logits.is_leaf and logits.requires_grad:
-        raise ValueError(f"{OP}: inplace_backward would overwrite a leaf tensor with its gradient")
+    validate_no_leaf(OP, logits)
     layout = row_layout(logits)
     if layout is None:
         raise ValueError(f"{OP}: inplace_backward needs rows contiguous at one or two strides")

@@ -218,6 +218,8 @@ def test_retained_graph_and_in_place(impl):
     assert grad.data_ptr() == inner.data_ptr()
     with pytest.raises(RuntimeError, match="second backward is impossible"):
         torch.autograd.grad(kl, inner, upstream)
+    with pytest.raises(ValueError, match="the leaf tensor that logits is a view of"):
+        kl_from_logits(leaf.view(2, 2, 301), ref_logits.view(2, 2, 301), inplace_backward=True)
 
 
 @pytest.mark.parametrize("impl", ALL_IMPLS)

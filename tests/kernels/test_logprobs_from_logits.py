@@ -287,6 +287,17 @@ def test_inplace_backward_writes_over_the_logits(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(FAST != "cpu", reason="in place is a property of the compiled op")
+def test_inplace_backward_refuses_a_view_of_a_leaf() -> None:
+    stored = draw((3, 51)).requires_grad_()
+    kept = stored.detach().clone()
+    with pytest.raises(ValueError, match="the leaf tensor that logits is a view of"):
+        logprobs_from_logits(
+            stored[:, :50], draw_labels((3,), 50), inplace_backward=True, impl=FAST
+        )
+    assert torch.equal(stored, kept)
+
+
+@pytest.mark.skipif(FAST != "cpu", reason="in place is a property of the compiled op")
 def test_inplace_backward_is_noticed_by_others_who_saved_the_logits() -> None:
     leaf = draw((3, 50)).requires_grad_()
     logits = leaf * 1.0
