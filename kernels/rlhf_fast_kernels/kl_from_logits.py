@@ -33,6 +33,7 @@ from torch import Tensor
 
 from rlhf_fast_kernels import dispatch, native, triton_support
 from rlhf_fast_kernels.checked_mode import reads_values
+from rlhf_fast_kernels.first_order import first_order
 from rlhf_fast_kernels.kl_rows import OP, kl_row_gradient, kl_row_stats
 from rlhf_fast_kernels.kl_settings import KLRowSettings, KLRowStats
 from rlhf_fast_kernels.linear_arguments import plain, validate_softcap
@@ -136,7 +137,7 @@ class _KLFromLogits(torch.autograd.Function):
         return stats.kl
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order(OP)
     def backward(ctx: Any, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.consumed:
             raise RuntimeError(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast_kernels import dispatch, reference
+from rlhf_fast_kernels.first_order import first_order
 from rlhf_fast_kernels.kl_rows import (
     KLRowSettings,
     KLRowStats,
@@ -166,7 +167,7 @@ class _LinearKL(torch.autograd.Function):
         return tokens.spread(stats.kl, hidden.shape[0])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order(OP)
     def backward(ctx: Any, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *rest = ctx.saved_tensors
         ref_hidden, ref_weight, ref_bias = rest[:3]

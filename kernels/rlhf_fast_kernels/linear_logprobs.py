@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast_kernels import dispatch, reference
+from rlhf_fast_kernels.first_order import first_order
 from rlhf_fast_kernels.linear_arguments import (
     Tokens,
     compute_dtype_of,
@@ -75,7 +76,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return tokens.spread(stats.logprobs, count), entropy if call.with_entropy else None
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order(OP)
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:

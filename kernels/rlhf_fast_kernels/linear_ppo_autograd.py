@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast_kernels import triton_support
+from rlhf_fast_kernels.first_order import first_order
 from rlhf_fast_kernels.linear_arguments import (
     Tokens,
     select_tokens,
@@ -71,7 +72,7 @@ class LinearPPOLoss(torch.autograd.Function):
         return result.loss, *constants
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order(OP)
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 6

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast_kernels.checked_mode import reads_values
+from rlhf_fast_kernels.first_order import first_order
 from rlhf_fast_kernels.logit_arguments import validate_data
 from rlhf_fast_kernels.logit_rows import OP, gather_shards, row_gradient, row_stats
 from rlhf_fast_kernels.logit_settings import RowSettings, RowStats
@@ -88,7 +89,7 @@ class LogprobsFromLogits(torch.autograd.Function):
         return stats.logprobs, stats.entropy, stats.lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order(OP)
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _grad_lse: Any
     ) -> tuple[Tensor | None, ...]:

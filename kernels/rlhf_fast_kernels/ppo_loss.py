@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast_kernels import dispatch, native, reference, triton_support
+from rlhf_fast_kernels.first_order import first_order
 from rlhf_fast_kernels.ppo_arguments import (
     OP,
     Inputs,
@@ -84,7 +85,7 @@ class _PPOLoss(torch.autograd.Function):
         return loss, sums, extrema
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order(OP)
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 9
