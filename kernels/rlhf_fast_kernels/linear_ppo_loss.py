@@ -42,8 +42,11 @@ from rlhf_fast_kernels.linear_arguments import (
 )
 from rlhf_fast_kernels.linear_chunks import Call, checked_gradients, register_chunked
 from rlhf_fast_kernels.linear_head import Head
+from rlhf_fast_kernels.linear_kl import linear_kl
+from rlhf_fast_kernels.linear_logprobs import linear_logprobs
 from rlhf_fast_kernels.linear_ppo_autograd import (
     OP,
+    POLICY_TENSORS,
     LinearPPOLoss,
     linear_ppo_loss_op,
     policy_inputs,
@@ -185,7 +188,8 @@ def linear_ppo_loss(
         if torch.compiler.is_compiling():
             if group is not None or weight_out is not None:
                 raise ValueError(f"{OP}: group and weight_out are not for torch.compile")
-            raw = _compiled(flat, normalizer, settings, impl, compute, shape, grad_scale)
+            run = _composed if impl == "reference" else _compiled
+            raw = run(flat, normalizer, settings, impl, compute, shape, grad_scale)
         else:
             call = Call(impl, compute, *shape, True, group, sum_hidden_gradient, vocab_start)
             raw = _eager(flat, normalizer, settings, call, grad_scale, weight_out)
@@ -282,6 +286,53 @@ def _compiled(
     )
     loss, *constants = raw[:5]
     return (loss, *(x.detach() for x in constants))
+
+
+def _composed(
+    flat: FlatCall,
+    normalizer: float | Tensor,
+    settings: Settings,
+    impl: str,
+    compute: torch.dtype,
+    shape: tuple[Any, ...],
+    grad_scale: float,
+) -> _Raw:
+    """As `_compiled`, of ops with a gradient each: the reference's loss is differentiated by
+    autograd, which an op of torch.library does without.
+    """
+    scale, softcap, vocab_size, chunk_rows = shape
+    options: dict[str, Any] = {
+        "temperature": scale if flat.temperature is None else flat.temperature,
+        "softcap": softcap,
+        "vocab_size": vocab_size,
+        "compute_dtype": compute,
+        "chunk_rows": chunk_rows,
+        "impl": impl,
+    }
+    keep = flat.keep
+    if keep is None:
+        assert flat.rows is not None
+        keep = torch.zeros_like(flat.labels, dtype=torch.bool).index_fill(0, flat.rows.long(), True)
+    chosen, bias = torch.where(keep, flat.labels, IGNORE_INDEX), flat.bias
+    logprobs, entropy = linear_logprobs(flat.hidden, flat.weight, chosen, bias=bias, **options)
+    ref_hidden, ref_weight, ref_bias = flat.reference_head
+    kl = None
+    if ref_hidden is not None and ref_weight is not None:
+        heads = (flat.hidden, flat.weight, ref_hidden, ref_weight)
+        kl = linear_kl(*heads, bias=bias, ref_bias=ref_bias, mask=keep, **options)
+    loss, sums, extrema = reference.ppo_loss(
+        logprobs=logprobs,
+        entropy=entropy,
+        kl=kl,
+        mask=keep,
+        normalizer=normalizer,
+        **dict(zip(POLICY_TENSORS, flat.tensors, strict=True)),
+        **dict.fromkeys(("values", "old_values", "returns")),
+        **vars(settings),
+    )
+    loss = loss.detach() + grad_scale * (loss - loss.detach())
+    assert entropy is not None
+    return loss, sums.detach(), extrema.detach(), logprobs.detach(), entropy.detach()
 
 
 # ---- validation ---------------------------------------------------------------------------------

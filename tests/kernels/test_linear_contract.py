@@ -196,6 +196,29 @@ def test_torch_compile_without_graph_break_gives_the_same_gradients():
         close(b.grad, a.grad, 1e-6)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_torch_compile_of_the_loss_by_the_reference(exact):
+    more = {"ref_hidden": HIDDEN + 0.1, "ref_weight": WEIGHT} if exact else {}
+    options = {**LOSS, "grad_scale": 3.0, "entropy_coef": 0.1, "impl": "reference"}
+    if exact:
+        options |= {"ref_logprobs": None, "kl_estimator": "exact", "kl_coef": 0.2, **more}
+
+    def run(hidden, weight):
+        out = linear_ppo_loss(hidden, weight, LABELS, **options)
+        return out.loss, out.logprobs, out.entropy, *out.metrics.values(), *out.extrema.values()
+
+    eager, fused = (leaves(HIDDEN, WEIGHT) for _ in range(2))
+    want = run(*eager)
+    got = torch.compile(run, fullgraph=True, backend="aot_eager")(*fused)
+    for x, y in zip(got, want, strict=True):
+        close(x.detach(), y.detach(), 1e-6)
+    assert not any(x.requires_grad for x in got[1:])
+    want[0].backward()
+    got[0].backward()
+    for x, y in zip(fused, eager, strict=True):
+        close(x.grad, y.grad, 1e-6)
+
+
 def test_torch_compile_with_dynamic_shapes():
     def function(hidden, weight, labels):
         out, _ = linear_logprobs(hidden, weight, labels)
