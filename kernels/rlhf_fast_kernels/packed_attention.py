@@ -286,7 +286,7 @@ def _check(
     if k.shape[1] < 1 or q.shape[1] % k.shape[1] != 0:
         raise ValueError(f"{OP}: q has {q.shape[1]} heads, k {k.shape[1]}; expected a multiple")
     _check_offsets(OP, q, cu_seqlens)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # no isfinite of a symbolic number while tracing
         raise ValueError(f"{OP}: scale is {scale}; expected a finite number")
     if window is not None and window < 1:
         raise ValueError(f"{OP}: window is {window}; expected at least 1 or None")

@@ -221,11 +221,11 @@ def test_under_compile() -> None:
 
     inputs = [x.detach().requires_grad_() for x in (batch.q, batch.k, batch.v)]
     want = torch.autograd.grad(loss(*inputs), inputs)
-    got = torch.autograd.grad(
-        torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs
-    )
-    for x, y in zip(got, want, strict=True):
-        torch.testing.assert_close(x, y)
+    for dynamic in (None, True):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        got = torch.autograd.grad(compiled(*inputs), inputs)
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x, y)
 
 
 def _arguments(**changes: Any) -> dict[str, Any]:
