@@ -207,7 +207,7 @@ def _run_compiled(
         options[0],
         impl,
     )
-    return logprobs, entropy if options[0] else None, lse
+    return logprobs, entropy if options[0] else None, lse.detach()
 
 
 def _run_fused(

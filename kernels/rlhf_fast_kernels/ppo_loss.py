@@ -270,6 +270,7 @@ def ppo_loss(
     if traced and chosen.impl != "reference":
         count = torch.as_tensor(normalizer, dtype=torch.float64)
         raw = _op(*vars(inputs).values(), mask, count, *vars(settings).values(), chosen.impl)
+        raw = (raw[0], *(x.detach() for x in raw[1:3]))
     else:
         raw = chosen.function(inputs, mask, normalizer, settings)
     loss, sums, extrema, *_ = raw

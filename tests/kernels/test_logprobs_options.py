@@ -295,6 +295,16 @@ def test_torch_compile_with_dynamic_shapes_and_options() -> None:
         assert torch.equal(results[0][1], results[1][1])
 
 
+def test_compiled_log_sum_exp_carries_no_gradient() -> None:
+    leaf, labels = draw((4, 300)).requires_grad_(), draw_labels((4,), 300)
+
+    def lse(x: torch.Tensor) -> torch.Tensor:
+        return logprobs_from_logits(x, labels, with_lse=True)[2]
+
+    for function in (lse, torch.compile(lse, fullgraph=True, backend="aot_eager")):
+        assert not function(leaf).requires_grad
+
+
 # ---- vocabulary shards --------------------------------------------------------------------------
 
 

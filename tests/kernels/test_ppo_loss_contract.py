@@ -137,6 +137,21 @@ def test_opcheck(part: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_compiled_metrics_carry_no_gradient(impl: str) -> None:
+    tensors = draw((2, 9))
+
+    def run(logprobs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = ppo_loss(**{**tensors, "logprobs": logprobs}, normalizer=18, impl=impl)
+        return out.loss, *out.metrics.values(), *out.extrema.values()
+
+    leaf = tensors["logprobs"].clone().requires_grad_()
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        loss, *constants = function(leaf)
+        assert loss.requires_grad
+        assert not any(x.requires_grad for x in constants)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_torch_compile_without_graph_break(impl: str) -> None:
     options = {**FULL, "kl_estimator": "exact", "impl": impl}
 
