@@ -190,6 +190,22 @@ def test_no_sequence_and_no_query(impl: str) -> None:
 
 # ---- errors -------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("impl", FAST)
+def test_strides_beyond_two_to_the_30_elements(impl: str) -> None:
+    stride = 2**30 + 16
+    memory = torch.empty(2 * stride + 64, dtype=torch.bfloat16)  # pages nobody touches are free
+    table = torch.tensor([[0, 1], [2, 1]], dtype=torch.int32)
+    contexts = torch.tensor([3, 5], dtype=torch.int32)
+    q, keys = memory.new_empty(2, 3, 16).normal_(), memory.new_empty(3, 3, 1, 16).normal_()
+    far_heads = memory.as_strided(q.shape, (16, stride, 1)).copy_(q)
+    got = paged_attention(far_heads, keys, keys, table, contexts, impl=impl)
+    assert torch.equal(got, paged_attention(q, keys, keys, table, contexts, impl=impl))
+    far_slots = memory.as_strided(keys.shape, (16, stride, 16, 1)).copy_(keys)
+    got = paged_attention(q, far_slots, far_slots, table, contexts, impl=impl)
+    assert torch.equal(got, paged_attention(q, keys, keys, table, contexts, impl=impl))
+
+
 WRONG = {
     "q_dims": ({"q": torch.zeros(2, 32)}, ValueError, r"q is \[2, 32\]"),
     "wide": ({"q": torch.zeros(2, 4, 257)}, ValueError, r"q is \[2, 4, 257\]"),

@@ -91,7 +91,7 @@ def _attend(
     row = block * ROWS + tl.arange(0, ROWS)
     there = row < queries * GROUP
     query = row // GROUP
-    query_head = head * GROUP + row % GROUP
+    query_head = (head * GROUP + row % GROUP).to(tl.int64)  # times a stride: beyond 2^31
     high = tl.where(there, before + query + 1, 0)  # the row sees keys below it
     low = tl.zeros_like(high)
     start = 0
@@ -122,7 +122,7 @@ def _attend(
         t = first + tl.arange(0, KEYS)
         live = (t >= lowest) & (t < stop)
         page = tl.load(page_table + t // PAGE, mask=live, other=0).to(tl.int64)
-        slot = t % PAGE
+        slot = (t % PAGE).to(tl.int64)
         k = tl.load(
             keys + (page * key_page_stride + slot * key_token_stride)[None, :] + d[:, None],
             mask=live[None, :] & inside[:, None],
