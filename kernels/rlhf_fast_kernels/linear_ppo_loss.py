@@ -320,15 +320,10 @@ def _composed(
     if ref_hidden is not None and ref_weight is not None:
         heads = (flat.hidden, flat.weight, ref_hidden, ref_weight)
         kl = linear_kl(*heads, bias=bias, ref_bias=ref_bias, mask=keep, **options)
+    rest: dict[str, Any] = dict.fromkeys(("values", "old_values", "returns"))
+    rest |= dict(zip(POLICY_TENSORS, flat.tensors, strict=True)) | vars(settings)
     loss, sums, extrema = reference.ppo_loss(
-        logprobs=logprobs,
-        entropy=entropy,
-        kl=kl,
-        mask=keep,
-        normalizer=normalizer,
-        **dict(zip(POLICY_TENSORS, flat.tensors, strict=True)),
-        **dict.fromkeys(("values", "old_values", "returns")),
-        **vars(settings),
+        logprobs=logprobs, entropy=entropy, kl=kl, mask=keep, normalizer=normalizer, **rest
     )
     loss = loss.detach() + grad_scale * (loss - loss.detach())
     assert entropy is not None
