@@ -97,14 +97,14 @@ def forward(op: Op, sets: list[Inputs], k: int) -> Any:
 
 
 def both(op: Op, sets: list[Inputs], k: int) -> Tensor:
-    """Forward and backward; an alias with a graph of its own stands for the model's output.
+    """Forward and backward from the output of a model.
 
     Those in place leave a gradient in the set: other logits, and the same work, for the next turn.
     """
     logits, ref_logits, upstream = sets[k]
-    leaf = logits.detach().requires_grad_()
-    kl = op(leaf.view_as(leaf), ref_logits)
-    return torch.autograd.grad(kl, leaf, upstream.to(kl.dtype))[0]
+    output = harness.model_output(logits)
+    kl = op(output, ref_logits)
+    return torch.autograd.grad(kl, output, upstream.to(kl.dtype))[0]
 
 
 def error(op: Op, sets: list[Inputs], backward: bool) -> float:

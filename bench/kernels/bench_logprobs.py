@@ -132,15 +132,15 @@ def forward(op: Op, sets: list[tuple[Tensor, ...]], k: int) -> Any:
 
 
 def both(op: Op, sets: list[tuple[Tensor, ...]], k: int) -> Tensor:
-    """Forward and backward; an alias with a graph of its own stands for the model's output.
+    """Forward and backward from the output of a model.
 
     Those in place leave a gradient in the set: other logits, and the same work, for the next turn.
     """
     logits, labels, *upstream = sets[k]
-    leaf = logits.detach().requires_grad_()
-    outputs = [x for x in op(leaf.view_as(leaf), labels) if x is not None]
+    output = harness.model_output(logits)
+    outputs = [x for x in op(output, labels) if x is not None]
     grads = [g.to(x.dtype) for x, g in zip(outputs, upstream, strict=False)]
-    return torch.autograd.grad(outputs, leaf, grads)[0]
+    return torch.autograd.grad(outputs, output, grads)[0]
 
 
 def forward_error(op: Op, sets: list[tuple[Tensor, ...]]) -> float:

@@ -80,6 +80,22 @@ COMPILE_VARIABLE = "BENCH_COMPILE"
 DRIFT = 1.25  # of a calibration, before against after, that is worth a warning
 
 
+class _Output(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, graph: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def model_output(logits: torch.Tensor) -> torch.Tensor:
+    """An alias of `logits` as a model gives them: a gradient may be written over it."""
+    output: torch.Tensor = _Output.apply(torch.zeros((), requires_grad=True), logits)
+    return output
+
+
 @dataclass(frozen=True)
 class Contender:
     """A way of computing the op: `run(k)` computes it on input set k and returns all it made.

@@ -52,19 +52,19 @@ _K3_BOUND = 10.0
 # ---- verl.utils.torch_functional ----------------------------------------------------------------
 
 
+def may_overwrite(logits: Tensor) -> bool:
+    """Whether a gradient may be written over the logits: no leaf would end as its own gradient."""
+    owner = logits if logits._base is None else logits._base
+    return logits.requires_grad and not owner.is_leaf and logits.is_contiguous()
+
+
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """Log-probability of each label, fp32 `[...]`; logits `[..., V]`.
 
     `inplace_backward` writes the gradient over the logits on an accelerator, as verl's path through
     flash-attn does; on a CPU, where verl never does, it has no effect.
     """
-    inplace = (
-        inplace_backward
-        and logits.device.type == "cuda"
-        and logits.requires_grad
-        and not logits.is_leaf
-        and logits.is_contiguous()
-    )
+    inplace = inplace_backward and logits.device.type == "cuda" and may_overwrite(logits)
     return label_logprobs(logits, labels, with_entropy=False, inplace_backward=inplace)[0]
 
 

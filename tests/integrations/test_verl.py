@@ -48,6 +48,15 @@ def test_logprobs(batch: Batch) -> None:
     assert ours(logits, labels).dtype == torch.float32
 
 
+def test_gradients_are_written_over_outputs_of_a_model_alone() -> None:
+    leaf = torch.randn(3, 8, requires_grad=True)
+    output = leaf * 1.0
+    assert adapter.may_overwrite(output)
+    assert adapter.may_overwrite(output.view(1, 3, 8))
+    for logits in (leaf, leaf.view(1, 3, 8), leaf.detach(), output[:, :-1]):
+        assert not adapter.may_overwrite(logits)
+
+
 @EXAMPLES
 @given(batch=batches())
 def test_entropy(batch: Batch) -> None:
