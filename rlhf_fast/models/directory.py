@@ -85,19 +85,11 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def read_config_file(file: Path) -> dict[str, Any]:
     """As `read_config`, from a file of any name."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(
-            "RF3012",
-            f"{file.name} cannot be read: {error}",
-            where=str(file),
-            remedy="copy or download the model again",
-        ) from error
-    model_type = config.get("model_type") if isinstance(config, dict) else None
+    config = _object_in(file)
+    model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
-        return dict(config)
-    if isinstance(config, dict) and "auto_map" in config:
+        return config
+    if "auto_map" in config:
         raise ModelError(
             "RF3013",
             "the model runs code of its own repository",
@@ -113,6 +105,21 @@ def read_config_file(file: Path) -> dict[str, Any]:
     )
 
 
+def _object_in(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        return content
+    except (ValueError, OSError) as error:
+        raise ModelError(
+            "RF3012",
+            f"{file.name} cannot be read: {error}",
+            where=str(file),
+            remedy="copy or download the model again",
+        ) from error
+
+
 def stop_ids(path: str | Path) -> tuple[int, ...]:
     """Ids that end a response of the model in a directory, besides the tokenizer's EOS.
 
@@ -125,15 +132,7 @@ def stop_ids(path: str | Path) -> tuple[int, ...]:
     file = directory / "generation_config.json"
     if not file.is_file():
         file = directory / "config.json"
-    try:
-        named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, OSError, AttributeError) as error:
-        raise ModelError(
-            "RF3012",
-            f"{file.name} cannot be read: {error}",
-            where=str(file),
-            remedy="copy or download the model again",
-        ) from error
+    named = _object_in(file).get("eos_token_id")
     listed = named if isinstance(named, list) else [named]
     return tuple(i for i in listed if isinstance(i, int))
 
