@@ -151,11 +151,18 @@ def _first(found: Tensor) -> tuple[int, ...]:
     return tuple(int(i) for i in found.nonzero()[0])
 
 
+def ends_in_leaf(logits: Tensor) -> bool:
+    """Whether what is written over the logits ends in a leaf that is trained, or a view of one."""
+    owner = logits if logits._base is None else logits._base
+    return owner.is_leaf and owner.requires_grad
+
+
 def validate_no_leaf(op: str, logits: Tensor) -> None:
     """A gradient written over the logits must not end in a leaf, nor by way of a view of one."""
-    owner = logits if logits._base is None else logits._base
-    if owner.is_leaf and owner.requires_grad:
-        what = "a leaf tensor" if owner is logits else "the leaf tensor that logits is a view of,"
+    if ends_in_leaf(logits):
+        what = (
+            "a leaf tensor" if logits._base is None else "the leaf tensor that logits is a view of,"
+        )
         raise ValueError(f"{op}: inplace_backward would overwrite {what} with its gradient")
 
 

@@ -30,7 +30,7 @@ from rlhf_fast.engine.requests import (
     requests_of,
     rollout_of,
 )
-from rlhf_fast.engine.stopping import Decode, StopRule, stops_of
+from rlhf_fast.engine.stopping import Decode, StopRule, checked_eos_ids, stops_of
 from rlhf_fast.errors import DivergedGeneration, GenerationError
 from rlhf_fast.models.forward import autocast, device_of
 from rlhf_fast.models.longrope import tables_by_sequence
@@ -115,7 +115,7 @@ class HFGenerator:
         progress_seconds: float = 0.0,
     ) -> None:
         self.module = module = uncompiled(module)
-        self.eos_ids = tuple(sorted(set(eos_ids)))
+        self.eos_ids = checked_eos_ids(eos_ids)
         self.max_batch = max_batch
         self.max_batch_tokens = max_batch_tokens
         self.on_progress = on_progress

@@ -44,6 +44,7 @@ from rlhf_fast_kernels import (
 from rlhf_fast_kernels import (
     logprobs_from_logits as label_logprobs,
 )
+from rlhf_fast_kernels.logit_arguments import ends_in_leaf
 
 _ESTIMATORS = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
 _K3_BOUND = 10.0
@@ -54,8 +55,7 @@ _K3_BOUND = 10.0
 
 def may_overwrite(logits: Tensor) -> bool:
     """Whether a gradient may be written over the logits: no leaf would end as its own gradient."""
-    owner = logits if logits._base is None else logits._base
-    return logits.requires_grad and not owner.is_leaf and logits.is_contiguous()
+    return logits.requires_grad and not ends_in_leaf(logits) and logits.is_contiguous()
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:

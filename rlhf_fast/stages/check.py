@@ -24,7 +24,6 @@ from rlhf_fast.data import (
     DataReport,
     EpochSampler,
     LoadedData,
-    LoadOptions,
     load_preferences,
     load_prompts,
     load_sft,
@@ -36,7 +35,6 @@ from rlhf_fast.models.checks import (
     check_same_tokenizer,
     check_vocabulary,
 )
-from rlhf_fast.models.directory import stop_ids
 from rlhf_fast.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 from rlhf_fast.models.reward_function import load_reward_function
 from rlhf_fast.models.vocabulary import vocabulary_head
@@ -49,6 +47,7 @@ from rlhf_fast.stages.held_out import split_by_prompt
 from rlhf_fast.stages.ppo_checks import check_tokenizers
 from rlhf_fast.stages.shared_roles import check_adapters
 from rlhf_fast.stages.training import (
+    load_options,
     load_stage_tokenizer,
     require_budget,
     require_settings,
@@ -102,7 +101,7 @@ def _reward_model(config: RewardModelConfig) -> list[str]:
         split_by_prompt(examples, config.eval_fraction, config.run.seed)
     longest = max(s.numel() for example in examples for s in example.sequences())
     if config.demonstrations:
-        options = _options(config)
+        options = load_options(config.model, config.data)
         people = load_sft(config.demonstrations, tokenizer, options, name="demonstrations")
         reports.append(people.report)
         longest = max(longest, people.report.longest)
@@ -127,7 +126,7 @@ def _adapter(config: SFTConfig | RewardModelConfig, module: nn.Module) -> list[s
 
 def _ppo(config: PPOConfig) -> list[str]:
     tokenizer = load_stage_tokenizer(config.actor, config.data)
-    options = LoadOptions.from_config(config.data, stop_ids=stop_ids(config.actor))
+    options = load_options(config.actor, config.data)
     data = load_prompts(config.data.train, tokenizer, options, split=config.data.split)
     reports, text = [data.report], 0
     EpochSampler(len(data), config.rollout.prompts, config.run.seed, setting="rollout.prompts")
@@ -176,15 +175,11 @@ def _evaluation(config: EvalConfig) -> list[str]:
     return lines + _lines(data.report)
 
 
-def _options(config: SFTConfig | RewardModelConfig) -> LoadOptions:
-    return LoadOptions.from_config(config.data, stop_ids=stop_ids(config.model))
-
-
 def _training_data(
     config: SFTConfig | RewardModelConfig, tokenizer: Any, load: Loader
 ) -> list[LoadedData[Any]]:
     data = config.data
-    options = _options(config)
+    options = load_options(config.model, data)
     train = load(data.train, tokenizer, options, split=data.split)
     if not data.eval:
         return [train]

@@ -38,7 +38,6 @@ from rlhf_fast.distributed.world import World
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.models.adapter_roles import adapted_last_hidden
 from rlhf_fast.models.adapters import AdapterModule
-from rlhf_fast.models.directory import stop_ids
 from rlhf_fast.models.export import export_model
 from rlhf_fast.models.heads import scalar_outputs, set_calibration
 from rlhf_fast.models.loading import init_reward_head, load_sequence_classifier
@@ -55,6 +54,7 @@ from rlhf_fast.stages.supervised import SupervisedStage
 from rlhf_fast.stages.training import (
     MODEL_NAME,
     compute_type,
+    load_options,
     open_metrics,
     open_run,
     prepare_for_training,
@@ -195,7 +195,7 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
 
     def _load_data(self) -> Split:
         config, source = self.config, self.config.data
-        options = self._options()
+        options = load_options(config.model, source)
         data = load_preferences(source.train, self.tokenizer, options, split=source.split)
         self.reports["train"] = data.report.to_dict()
         self.fingerprints["training"] = data.fingerprint
@@ -206,9 +206,6 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
         self.reports["train"]["held_out"] = len(split.held_out)
         say([f"  held out by prompt: {len(split.held_out)} of {len(data)} rows"])
         return split
-
-    def _options(self) -> LoadOptions:
-        return LoadOptions.from_config(self.config.data, stop_ids=stop_ids(self.config.model))
 
     def _load_eval(
         self, data: LoadedData[PreferenceExample], options: LoadOptions
@@ -227,7 +224,7 @@ class RewardModelStage(SupervisedStage[RewardModelConfig]):
         """Sequences whose mean score will be zero: the human ones, else the preferred ones."""
         if not self.config.demonstrations:
             return [example.sequences()[0] for example in self.split.train]
-        options = self._options()
+        options = load_options(self.config.model, self.config.data)
         data = load_sft(self.config.demonstrations, self.tokenizer, options, name="demonstrations")
         self.reports["demonstrations"] = data.report.to_dict()
         self.fingerprints["demonstration"] = data.fingerprint

@@ -23,7 +23,6 @@ from rlhf_fast.config import SFTConfig
 from rlhf_fast.config_loading import require_valid
 from rlhf_fast.data import (
     LoadedData,
-    LoadOptions,
     PackedBatch,
     SFTExample,
     collate_sft,
@@ -35,7 +34,6 @@ from rlhf_fast.data import (
 from rlhf_fast.distributed.world import World
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.models.adapter_roles import AdapterActor
-from rlhf_fast.models.directory import stop_ids
 from rlhf_fast.models.export import export_model
 from rlhf_fast.models.loading import load_causal_lm
 from rlhf_fast.models.roles import Actor
@@ -48,6 +46,7 @@ from rlhf_fast.stages.supervised import SupervisedStage
 from rlhf_fast.stages.training import (
     MODEL_NAME,
     compute_type,
+    load_options,
     open_metrics,
     open_run,
     prepare_for_training,
@@ -160,8 +159,8 @@ class SFTStage(SupervisedStage[SFTConfig]):
         )
 
     def _load_data(self) -> tuple[LoadedData[SFTExample], LoadedData[SFTExample] | None]:
-        source, stops = self.config.data, stop_ids(self.config.model)
-        options = LoadOptions.from_config(source, stop_ids=stops)
+        source = self.config.data
+        options = load_options(self.config.model, source)
         data = load_sft(source.train, self.tokenizer, options, split=source.split)
         if not source.eval:
             return data, None

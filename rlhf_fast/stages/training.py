@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from rlhf_fast.config import DataConfig, RunConfig, StageConfig, to_dict
-from rlhf_fast.data import EpochSampler
+from rlhf_fast.data import EpochSampler, LoadOptions
 from rlhf_fast.data.templates import load_template
 from rlhf_fast.distributed import (
     Checkpoint,
@@ -39,6 +39,7 @@ from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.models.checks import check_positions, check_vocabulary
+from rlhf_fast.models.directory import stop_ids
 from rlhf_fast.models.forward import ComputeDtype, enable_gradient_checkpointing
 from rlhf_fast.models.loading import load_tokenizer
 from rlhf_fast.optim import GuardedOptimizer
@@ -188,6 +189,15 @@ def _hard_keys(tree: Mapping[str, Any], run: RunConfig) -> list[str]:
 def compute_type(config: RunConfig) -> ComputeDtype:
     """`run.dtype` in the type the loaders take."""
     return "bfloat16" if config.dtype == "bfloat16" else "float32"
+
+
+def load_options(model: str, data: DataConfig) -> LoadOptions:
+    """How rows are read for a model: a reply ends where the model's generation stops.
+
+    Raises:
+        ModelError: as `stop_ids`.
+    """
+    return LoadOptions.from_config(data, stop_ids=stop_ids(model))
 
 
 def load_stage_tokenizer(model: str, data: DataConfig) -> Any:
