@@ -6,7 +6,7 @@ from torch import nn
 from transformers.utils.versions import require_version
 
 from rlhf_fast.engine.module_forward import PAGED_MODEL_TYPES, batch_dependent_rope, unwrapped
-from rlhf_fast.models.forward import compute_dtype, foreign_attention
+from rlhf_fast.models.forward import compute_dtype, foreign_attention, kept_in_bf16
 
 # Each is held by a test: what transformers cannot run it may get wrong without a word (softcaps).
 TRANSFORMERS_MODEL_TYPES = (PAGED_MODEL_TYPES - {"gemma2", "gpt_neox", "opt", "vaultgemma"}) | {
@@ -37,6 +37,6 @@ def why_not_transformers(module: nn.Module) -> str | None:
         return "its rotary embedding depends on the longest sequence of the batch"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention leaves the softcap of the scores out"
-    if compute_dtype(module) != "float32":
+    if compute_dtype(module) == "bfloat16" and not kept_in_bf16(module):
         return "it runs in a thread of its own, where bf16 over fp32 masters is not switched on"
     return foreign_attention(config)

@@ -28,7 +28,7 @@ from rlhf_fast.engine.requests import Request
 from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.errors import EnvironmentFault
 from rlhf_fast.integrations.patching import require_version
-from rlhf_fast.models.forward import set_compute_dtype
+from rlhf_fast.models.forward import kept_in_bf16, set_compute_dtype
 from rlhf_fast.seeds import derive_seed
 from rlhf_fast.types import SamplingParams
 
@@ -120,8 +120,8 @@ class RolloutFunction:
 
     def _make_engine(self, trainer: Any) -> HybridEngine:
         model = trainer.model
-        kept_bf16 = unwrapped(model).dtype is torch.bfloat16
-        set_compute_dtype(model, "bfloat16" if trainer.args.bf16 or kept_bf16 else "float32")
+        half = trainer.args.bf16 or kept_in_bf16(model)
+        set_compute_dtype(model, "bfloat16" if half else "float32")
         # No version is given: what is copied for a rollout is copied for every rollout.
         return HybridEngine(model, eos_ids=trainer.eos_token_ids, settings=self.settings)
 

@@ -32,7 +32,6 @@ from rlhf_fast.errors import EnvironmentFault
 from rlhf_fast.integrations.verl_options import NAME, refuse, unsupported
 from rlhf_fast.integrations.verl_weights import (
     build_module,
-    computing_in_its_type,
     copy_weights,
     device_here,
     require_full_weights,
@@ -73,7 +72,7 @@ class Rollout:
 
         The parameters stay the same objects. Their gradients must not exist yet.
         """
-        self._module, self._shared, self._engine = computing_in_its_type(module), True, None
+        self._module, self._shared, self._engine = module, True, None
 
     async def update_weights(
         self,

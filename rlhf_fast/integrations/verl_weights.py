@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from rlhf_fast.engine.weights import AliasedWeights
 from rlhf_fast.errors import EnvironmentFault
 from rlhf_fast.integrations.verl_options import refuse
-from rlhf_fast.models.forward import set_compute_dtype
 
 
 @dataclass(frozen=True)
@@ -160,13 +159,6 @@ def build_module(model_config: Any, dtype_name: str) -> nn.Module:
     if named is not None:
         module.generation_config = named
     module.requires_grad_(False).eval()
-    return computing_in_its_type(module)
-
-
-def computing_in_its_type(module: nn.Module) -> nn.Module:
-    """The module, which computes in bf16 if its weights are, and so may run fused."""
-    if next(module.parameters()).dtype is torch.bfloat16:
-        set_compute_dtype(module, "bfloat16")
     return module
 
 

@@ -69,9 +69,15 @@ def set_compute_dtype(module: nn.Module, dtype: ComputeDtype) -> None:
 
 
 def compute_dtype(module: nn.Module) -> ComputeDtype:
-    """What `set_compute_dtype` chose; "float32" if it never did."""
-    dtype: ComputeDtype = getattr(module, _DTYPE_ATTRIBUTE, "float32")
-    return dtype
+    """What `set_compute_dtype` chose; if it never did, "bfloat16" for weights kept in that."""
+    chosen: ComputeDtype | None = getattr(module, _DTYPE_ATTRIBUTE, None)
+    return ("bfloat16" if kept_in_bf16(module) else "float32") if chosen is None else chosen
+
+
+def kept_in_bf16(module: nn.Module) -> bool:
+    """Whether the weights are bf16; adapters over them may not be."""
+    first = next(module.parameters(), None)
+    return first is not None and first.dtype is torch.bfloat16
 
 
 def autocast(module: nn.Module) -> AbstractContextManager[Any]:

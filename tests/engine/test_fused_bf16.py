@@ -158,3 +158,12 @@ def test_norms_of_another_type_than_the_embedding_run_through_the_modules() -> N
     engine = HybridEngine(module, eos_ids=[])
     assert engine.path == "modules"
     assert "model.norm.weight is kept in another type" in engine.reason
+
+
+def test_weights_kept_in_bf16_run_fused_without_being_told() -> None:
+    told, untold = bf16("llama", masters=False), build("llama").bfloat16()
+    untold.load_state_dict(told.state_dict())
+    engine = HybridEngine(untold, eos_ids=())
+    assert (engine.path, untold.dtype) == ("fused", torch.bfloat16)
+    ours, theirs = (run(m, ragged(4), SAMPLING, group=2) for m in (untold, told))
+    assert torch.equal(ours.responses, theirs.responses)
