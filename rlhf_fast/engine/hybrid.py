@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from rlhf_fast.default_device import host_by_default, on_the_host
 from rlhf_fast.engine.decode_graphs import CudaRecorder
 from rlhf_fast.engine.engine_facts import EngineFacts
 from rlhf_fast.engine.expected_lengths import ExpectedLengths
@@ -103,6 +104,7 @@ class HybridEngine(EngineFacts, Modes):
             RF4032 the path asked for cannot run, RF4046 `eos_ids` that are none.
     """
 
+    @on_the_host
     def __init__(
         self,
         module: nn.Module,
@@ -223,6 +225,7 @@ class HybridEngine(EngineFacts, Modes):
     def _device(self) -> torch.device:
         return next(self.module.parameters()).device
 
+    @on_the_host
     def generate(
         self,
         prompts: PromptBatch,
@@ -273,6 +276,7 @@ class HybridEngine(EngineFacts, Modes):
         self.expected.observe(prompts.uid, out.lengths.tolist())
         return rollout_of(prompts, sampling, samples_per_prompt, out, version)
 
+    @on_the_host
     def complete(self, requests: Sequence[Request]) -> Completions:
         """Draw the samples of requests, each with settings of its own.
 
@@ -356,6 +360,7 @@ class HybridEngine(EngineFacts, Modes):
             )
         version = self._weight_version()
         with (
+            host_by_default(),
             self._in(Mode.GENERATE),
             without_gradients(self.module),
             evaluation_mode(self.module) as self._in_train_mode,

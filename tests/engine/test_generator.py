@@ -588,3 +588,18 @@ def test_left_padding_counts_positions_from_zero() -> None:
     assert padded.ids.tolist() == [[0, 0, 0, 3], [4, 5, 6, 9], [0, 0, 7, 8]]
     assert padded.mask.long().tolist() == [[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 1]]
     assert padded.positions.tolist() == [[0, 0, 0, 0], [0, 1, 2, 3], [0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("path", ["fused", "modules", "padded"])
+def test_the_default_device_of_a_program_changes_nothing(path: str) -> None:
+    module, prompts = build("llama"), ragged(5)
+    want = run(module, prompts, SamplingParams(6, temperature=0.8), group=2, path=path)
+    batch, seeds = batch_of(prompts), seeds_for(10)
+    torch.set_default_device("meta")  # what is made without a device has no data
+    try:
+        engine = HybridEngine(module, eos_ids=[EOS], settings=EngineSettings(path=path))
+        options = {"samples_per_prompt": 2, "seeds": seeds}
+        found = engine.generate(batch, SamplingParams(6, temperature=0.8), **options)
+    finally:
+        torch.set_default_device(None)
+    assert found.response_ids() == want.response_ids()
