@@ -22,7 +22,7 @@ READY := $(VENV)/.ready
 PEERS_READY := $(PEERS)/.ready
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test test-all test-integrations check bench env clean setup
+.PHONY: demo test test-all test-simulated-gpu test-integrations check bench env clean setup
 
 setup: $(READY)
 
@@ -44,6 +44,11 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+# What runs around the kernels on a GPU, on a CPU that says it is one (tests/simulated_cuda). Kernels and
+# benches have sizes that the interpreter of Triton does not manage.
+test-simulated-gpu: $(READY)
+	$(BIN)/python -m pytest -p tests.simulated_cuda.plugin -m gpu --ignore tests/kernels --ignore tests/bench
 
 # What these versions of transformers need besides, and newer ones do not take.
 HUB_1 := 'huggingface_hub<2' 'tokenizers<0.23' httpx httpcore
@@ -71,6 +76,10 @@ $(PEERS_READY): Makefile $(READY)
 # own: what stands in for a package that one of them imports must not be seen by another.
 PEERS_TEST = PYTHONPATH=$(1).:kernels $(PEERS)/bin/python -m pytest tests/integrations/$(2)
 
+# The same on CUDA tensors, of the device that tests/simulated_cuda pretends to have.
+SIMULATED_TEST = PYTHONPATH=$(1).:kernels $(PEERS)/bin/python -m pytest \
+	-p tests.simulated_cuda.default_device $(addprefix tests/integrations/,$(2))
+
 test-integrations: $(PEERS_READY)
 	$(call PEERS_TEST,,test_areal.py)
 	$(call PEERS_TEST,,test_benches.py)
@@ -79,6 +88,11 @@ test-integrations: $(PEERS_READY)
 	$(call PEERS_TEST,$(VERL_PINS):,test_verl*.py)
 	$(call PEERS_TEST,,test_trl*.py)
 	$(call PEERS_TEST,$(TRL_OLD):,test_trl*.py)
+	$(call SIMULATED_TEST,,test_areal.py test_deepspeed_chat.py test_deepspeed_rollout.py test_slime.py)
+	$(call SIMULATED_TEST,$(OPENRLHF_PINS):,test_openrlhf.py)
+	$(call SIMULATED_TEST,$(VERL_PINS):,test_verl.py test_verl_losses.py)
+	$(call SIMULATED_TEST,,test_trl.py)
+	$(call SIMULATED_TEST,$(TRL_OLD):,test_trl.py)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -147,7 +147,8 @@ def test_megatrons_init_replaces_for_good_and_a_scope_gives_back(slime: Any) -> 
 
 
 def test_slimes_own_log_probs_run_on_cpus_and_with_a_mask(slime: Any) -> None:
-    module, logits, tokens = slime(), torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
+    module, logits = slime(), torch.zeros(2, 3, device="cpu")
+    tokens = torch.zeros(2, dtype=torch.long, device="cpu")
     with adapter.patched():
         function = module.calculate_log_probs_and_entropy
         assert function(logits, tokens, None, True, 7) == ("own", True, 7, None, True)

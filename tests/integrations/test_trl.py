@@ -42,7 +42,9 @@ def test_selective_log_softmax(batch: Batch) -> None:
         lambda x: (function(x, labels),),
         logits,
     )
-    assert function(logits, labels).dtype == logits.dtype
+    # On an accelerator TRL 1.16 has a kernel with fp32 results, where Triton is installed.
+    kept = logits.device.type == "cpu" or not NEW
+    assert function(logits, labels).dtype == (logits.dtype if kept else torch.float32)
 
 
 @EXAMPLES
@@ -139,7 +141,7 @@ def test_on_an_accelerator_the_new_one_rounds_no_fp64(dtype: torch.dtype) -> Non
     logits = torch.empty(2, VOCAB, dtype=dtype, device="meta")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert adapter._fused_dtype(logits) == wide
-    assert adapter._fused_dtype(torch.empty(2, VOCAB, dtype=dtype)) == dtype
+    assert adapter._fused_dtype(torch.empty(2, VOCAB, dtype=dtype, device="cpu")) == dtype
 
 
 # ---- GRPO's and RLOO's method -------------------------------------------------------------------

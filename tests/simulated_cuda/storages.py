@@ -1,0 +1,41 @@
+"""Storages on the simulated device: PyTorch makes and sizes them in code of its CUDA build."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import simulated_cuda
+import torch
+import torch.storage
+
+
+def _over(storage: Any, length: int) -> torch.Tensor:
+    """Bytes of a storage as a tensor."""
+    empty = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return empty.set_(storage, 0, (length,), (1,))
+
+
+def _copied(storage: Any, device: Any, non_blocking: bool = False) -> Any:
+    device, size = torch.device(device), storage.size()
+    copy = torch.empty(size, dtype=torch.uint8, device=device).untyped_storage()
+    if size:
+        _over(copy, size).copy_(_over(storage, size), non_blocking=non_blocking)
+    return copy
+
+
+def install() -> None:
+    """Replace what asks for a CUDA build."""
+    resize, clone = torch.UntypedStorage.resize_, torch.UntypedStorage.clone
+
+    def resized(self: Any, size: int) -> Any:
+        if self.device.type != "cuda":
+            return resize(self, size)
+        simulated_cuda.resize_storage(_over(self, 0), size)
+        return self
+
+    def cloned(self: Any) -> Any:
+        return _copied(self, self.device) if self.device.type == "cuda" else clone(self)
+
+    torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign]
+    torch.UntypedStorage.clone = cloned  # type: ignore[method-assign]
+    torch.storage._to = torch._utils._to = _copied
