@@ -28,13 +28,11 @@ pytestmark = [
 def on_device(overlap: str, dtype: str):
     reward = model_reward()
     modules = [reward.reward_model.module]
-    ppo = learner(config_for(overlap), reward=reward, device="cuda")
+    ppo = learner(config_for(overlap), reward=reward, device="cuda", dtype=dtype)
     roles = ppo.roles
     modules += [roles.reference.module, roles.critic.module]
     for module in modules:
-        module.cuda()
-    for module in (*modules, roles.actor.module):
-        set_compute_dtype(module, dtype)
+        set_compute_dtype(module.cuda(), dtype)
     return ppo
 
 

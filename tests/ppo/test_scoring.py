@@ -9,6 +9,7 @@ from rlhf_fast.config import EngineConfig, KLConfig, RolloutConfig
 from rlhf_fast.engine.hybrid import HybridEngine, Mode
 from rlhf_fast.engine.settings import EngineSettings
 from rlhf_fast.errors import GenerationError, RewardError
+from rlhf_fast.models.forward import set_compute_dtype
 from rlhf_fast.models.reward_function import FunctionReward
 from rlhf_fast.models.rewards import ModelReward, SumReward
 from rlhf_fast.models.roles import Actor, Critic, Reference, RewardModel, TrunkCritic
@@ -59,8 +60,11 @@ def config_for(overlap, *, kl=None, **algorithm):
     )
 
 
-def learner(config, *, reward=None, path="auto", kv_bytes=0, trunk=False, device="cpu"):
+def learner(
+    config, *, reward=None, path="auto", kv_bytes=0, trunk=False, device="cpu", dtype="float32"
+):
     actor = Actor(tiny_actor(0).to(device))
+    set_compute_dtype(actor.module, dtype)  # an engine keeps the type that it was made with
     critic = None
     if config.algorithm.estimator == "gae":
         critic = TrunkCritic(actor.module) if trunk else Critic(tiny_critic(1))
