@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -39,11 +40,14 @@ def impl(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
+@contextmanager
 def no_synchronisation() -> Iterator[None]:
+    """A call that makes the host wait for the device raises."""
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def on_device(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -125,15 +129,14 @@ def test_the_same_bits_every_time(impl: str) -> None:
 
 
 @pytest.mark.parametrize("count", [5000, torch.tensor(5000), torch.tensor(5000.0)])
-def test_the_host_never_waits(count: Any, impl: str, no_synchronisation: None) -> None:
-    del no_synchronisation
+def test_the_host_never_waits(count: Any, impl: str) -> None:
     tensors = on_device(draw((7000,)))
     normalizer = count.cuda() if isinstance(count, torch.Tensor) else count
     leaves = {name: tensors[name].clone().requires_grad_() for name in LEAVES}
-    out = ppo_loss(**{**tensors, **leaves}, normalizer=normalizer, impl=impl, **FULL)
-    (out.loss * 3.0).backward(retain_graph=True)
-    out.loss.backward()
-    torch.cuda.set_sync_debug_mode("default")
+    with no_synchronisation():
+        out = ppo_loss(**{**tensors, **leaves}, normalizer=normalizer, impl=impl, **FULL)
+        (out.loss * 3.0).backward(retain_graph=True)
+        out.loss.backward()
     want = run(tensors, 5000, impl="reference", **FULL)[1]
     for name, leaf in leaves.items():
         assert leaf.grad is not None
