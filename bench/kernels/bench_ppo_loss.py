@@ -147,7 +147,7 @@ def run_case(tokens: int, dtype: str, session: harness.Session) -> list[harness.
     ]
     floor = harness.Contender(
         "read only",
-        ppo_loss_peers.read_only(tokens * (len(NAMES) * size + 1), len(sets)),
+        ppo_loss_peers.read_only(tokens * (len(NAMES) * size + 1), len(sets), session.device),
         0.0,
         0.0,
         ours=True,

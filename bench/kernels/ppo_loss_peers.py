@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import harness
+from .device import clock_of
 
 Op = Callable[[dict[str, Tensor]], tuple[Tensor, Any]]
 
@@ -46,14 +45,18 @@ def verl() -> Op | None:
     return loss
 
 
-def read_only(total_bytes: int, sets: int) -> Callable[[int], Tensor]:
+def read_only(total_bytes: int, sets: int, device: torch.device) -> Callable[[int], Tensor]:
     """Reads as many bytes as one call's inputs have, once, and writes nothing: the floor.
 
-    With torch's threads and the faster of two reductions over one array, on rotated arrays.
+    The faster of two reductions over one array, on rotated arrays; on a CPU with torch's threads.
     """
-    arrays = [torch.ones(total_bytes // 4) for _ in range(sets)]
-    reductions = (torch.sum, lambda x: torch.dot(x, x))
-    fastest = min(
-        reductions, key=lambda r: min(harness.seconds(partial(r, x))[0] for x in arrays[:8])
-    )
+    arrays = [torch.ones(total_bytes // 4, device=device) for _ in range(sets)]
+    reductions: tuple[Callable[[Tensor], Tensor], ...] = (torch.sum, lambda x: torch.dot(x, x))
+    clock = clock_of(device)
+
+    def least(reduction: Callable[[Tensor], Tensor]) -> float:
+        turn = clock.turn(lambda k: reduction(arrays[k]), range(min(8, sets)))
+        return min(sample.seconds for sample in turn)
+
+    fastest = min(reductions, key=least)
     return lambda k: fastest(arrays[k])

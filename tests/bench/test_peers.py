@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.kernels import peers
+from bench.kernels import peers, ppo_loss_peers
 
 FOREIGN = {"trl", "verl", "liger_kernel", "cut_cross_entropy", "flash_attn"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -253,6 +253,13 @@ def test_a_peer_that_does_not_take_the_inputs_is_absent_with_its_error() -> None
 def test_what_needs_a_gpu_is_not_imported_without_one() -> None:
     absent = peers.find("linear_logprobs", "cpu")[1]
     assert absent["verl Triton"] == "runs on CUDA devices only"
+
+
+def test_the_floor_of_the_ppo_loss_reads_memory_of_the_device_that_is_timed() -> None:
+    # The meta device has no data, but it is another device.
+    read = ppo_loss_peers.read_only(64, 2, torch.device("meta"))
+    assert read(1).device.type == "meta"
+    assert float(ppo_loss_peers.read_only(64, 2, torch.device("cpu"))(1)) == 16.0
 
 
 def test_no_peer_is_imported_with_the_module() -> None:
