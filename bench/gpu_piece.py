@@ -9,9 +9,12 @@ runs at its smallest on the CPU.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -42,6 +45,7 @@ def run(name: str, setup: gpu_pieces.Setup) -> dict[str, Any]:
     try:
         result = pieces(setup)[name]()
     except Exception as error:
+        traceback.print_exc()
         result = {"passed": False, "error": f"{type(error).__name__}: {error}"}
     rows = result.pop("rows", None)
     record = {
@@ -65,10 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup = gpu_pieces.Setup(torch.device("cpu" if options.tiny else "cuda"), options.tiny)
     record = run(options.name, setup)
     options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if "error" in record["result"]:
-        print(record["result"]["error"], file=sys.stderr)
     return 0 if record["result"]["passed"] else 1
 
 
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGTERM, chain=True)  # a piece that hangs tells where
     sys.exit(main())

@@ -1,6 +1,7 @@
 """All that a machine with a GPU can tell, in pieces of minutes, the most important first.
 
     python -m bench.gpu_suite OUT [--budget 570] [--only ops,tests ...] [--archs 90] [--again]
+        [--archive FILE.tar.gz]
     python -m bench.gpu_suite OUT --tiny          every piece at its smallest, on a CPU
 
     facts                GPU, driver, compilers, packages
@@ -20,6 +21,8 @@ Every piece is a process with a time limit and a log, so one that fails, hangs o
 takes nothing along. Results are written as they come: OUT/<piece>.json, OUT/summary.json. The same
 command goes on where the last one ended: what passed is not run again, what failed is; no piece is
 started that the budget (seconds of this command) leaves no time for. Returns 0 if all passed.
+`--archive` keeps all of OUT in one file as well, written anew after each piece: for a machine from
+which few files can be fetched.
 
 Nothing here imports torch, so a broken installation is found out and not stumbled over. Where the
 sources have no git history, BENCH_COMMIT names the commit.
@@ -32,6 +35,7 @@ import importlib.util
 import json
 import os
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -53,7 +57,8 @@ git rev-parse HEAD; git status --short
 {python} -c "import torch, triton; print(torch.__version__, torch.version.cuda, triton.__version__)"
 """
 # A package that the machine lacks ends the collection of its own files, not of the others.
-TESTS = ("--continue-on-collection-errors", "--durations=10", "-rs")
+# Each test is named as it ends: a run that hangs says where.
+TESTS = ("--continue-on-collection-errors", "--durations=10", "-rs", "-v")
 COLLECT = ("--collect-only", "-q", "tests/kernels/test_sample_gpu.py")
 
 
@@ -135,7 +140,13 @@ def _kernels(tiny: bool) -> list[Piece]:
     ]
 
 
-def run(todo: Sequence[Piece], out: Path, budget: float, again: bool = False) -> bool:
+def run(
+    todo: Sequence[Piece],
+    out: Path,
+    budget: float,
+    again: bool = False,
+    archive: Path | None = None,
+) -> bool:
     """Run what has not passed before; returns whether all that was asked for has passed."""
     end = time.monotonic() + budget
     found = _read(out)
@@ -149,6 +160,8 @@ def run(todo: Sequence[Piece], out: Path, budget: float, again: bool = False) ->
             continue
         found[piece.name] = _run_one(piece, out, min(piece.limit, room))
         _write(out, found)
+        if archive is not None:
+            _pack(out, archive)
     if left:
         print(f"left for the next run: {', '.join(left)}", flush=True)
     return all(found.get(piece.name, {}).get("status") == PASSED for piece in todo)
@@ -191,6 +204,15 @@ def _write(out: Path, found: dict[str, dict[str, Any]]) -> None:
     os.replace(partial, out / SUMMARY)
 
 
+def _pack(out: Path, archive: Path) -> None:
+    partial = archive.with_name(f"{archive.name}.partial")
+    with tarfile.open(partial, "w:gz") as target:
+        for path in sorted(out.iterdir()):
+            if path not in (archive, partial):
+                target.add(path, path.name)
+    os.replace(partial, archive)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="everything that needs a GPU")
     parser.add_argument("out", type=Path, help="folder for logs and results")
@@ -199,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--archs", default="90", help="CUDA architectures to build, such as 80;90")
     parser.add_argument("--again", action="store_true", help="also pieces that have passed")
     parser.add_argument("--tiny", action="store_true", help="at the smallest, on a CPU")
+    parser.add_argument("--archive", type=Path, help="one .tar.gz of all of OUT, kept up to date")
     options = parser.parse_args(arguments)
     todo = pieces(options.archs, options.tiny)
     unknown = set(options.only) - {piece.name for piece in todo}
@@ -208,7 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     todo = [piece for piece in todo if not options.only or piece.name in options.only]
-    return 0 if run(todo, out, options.budget, options.again) else 1
+    archive = options.archive and options.archive.resolve()
+    return 0 if run(todo, out, options.budget, options.again, archive) else 1
 
 
 if __name__ == "__main__":

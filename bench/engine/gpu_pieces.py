@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from rlhf_fast.models.forward import set_compute_dtype
 from rlhf_fast.types import SamplingParams
 
 from ..kernels.probes import bandwidth_probe, calibrate
-from . import bench_generate, gpu_checks
+from . import bench_generate, gpu_checks, peers
 
 PEERS = ("generate", "generate_batch", "vllm")
 
@@ -96,10 +97,14 @@ def decode(setup: Setup, shape: str, batch: int) -> dict[str, Any]:
     found = _calibrated(setup)
     result: dict[str, Any] = {"passed": True, "calibration": found, "rows": {}, "absent": {}}
     for peer in PEERS[:1] if setup.tiny else PEERS:
+        if not peers.installed(peer):
+            result["absent"][peer] = "not installed"
+            continue
         options.peers = [peer]
         try:
             row = bench_generate.measure(options, setup.shape(shape), batch, "uniform", found)
         except Exception as error:  # a peer that does not run is a result
+            traceback.print_exc()
             result["absent"][peer] = f"{type(error).__name__}: {str(error)[:300]}"
             continue
         result["rows"][peer] = asdict(row)

@@ -13,7 +13,7 @@ from typing import IO, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = not (ROOT / "setup.py").exists()
-GRACE = 10.0  # seconds between asking a command to end and killing it
+GRACE = 10.0  # seconds between interrupting a command and killing it
 
 
 class Outcome(NamedTuple):
@@ -55,12 +55,15 @@ def run(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Also what it left running: a worker that holds the GPU would slow the next command."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    """Also what it left running: a worker that holds the GPU would slow the next command.
+
+    An interrupted pytest still tells what failed so far, and Python where it was.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=GRACE)
+            process.wait(timeout=GRACE / 2)
 
 
 def python_path() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,43 @@ def test_pieces_do_not_depend_on_each_other_and_failed_ones_are_run_again(
     assert (tmp_path / "runs").read_text() == "fgf"
     assert gpu_suite.run(pieces[3:], tmp_path, 40, again=True)
     assert (tmp_path / "runs").read_text() == "fgfg"
+
+
+def test_one_file_holds_all_that_was_written(tmp_path: Path, pieces: list[gpu_suite.Piece]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    archive = out / "all.tar.gz"
+    for piece in pieces[1:4:2]:
+        gpu_suite.run([piece], out, 40, archive=archive)
+        with tarfile.open(archive) as found:
+            names = found.getnames()
+        assert names == sorted(path.name for path in out.iterdir() if path != archive)
+    assert names == ["failing.log", "good.json", "good.log", "summary.json"]
+
+
+def test_a_command_that_is_stopped_tells_where_it_was(tmp_path: Path) -> None:
+    script = tmp_path / "test_slow.py"
+    script.write_text("import time\ndef test_a(): assert 0\ndef test_b(): time.sleep(60)\n")
+    log = tmp_path / "log"
+    with log.open("wb") as stream:
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(script)]
+        assert limited.run(command, 8.0, log=stream).exit_code is None
+    assert "test_slow.py:2: AssertionError" in log.read_text()
+
+
+def test_a_backend_that_raises_leaves_the_others_their_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choose = gpu_checks.choose_attention
+
+    def broken(*sizes: Any, wish: str) -> Any:
+        return None if wish == "flash_attn" else choose(*sizes, wish=wish)
+
+    monkeypatch.setattr(gpu_checks, "choose_attention", broken)
+    found = gpu_checks.attention(torch.device("cpu"), tiny=True)
+    assert not found["passed"]
+    assert "AttributeError" in found["backends"]["flash_attn"]["error"]
+    assert found["backends"]["rlhf_fast"]["passed"]
 
 
 def test_nothing_starts_beyond_the_budget_and_unknown_pieces_are_refused(
