@@ -127,6 +127,7 @@ class MemoryWatch:
 
     def __init__(self, roles: Roles) -> None:
         self._roles = roles
+        self._device = next(roles.actor.module.parameters()).device
         self._phase = ""
         self._generating = False
         self.held: dict[str, Ledger] = {}
@@ -178,13 +179,13 @@ class MemoryWatch:
         self._generating = name == "generate"
         for streamed in self._all_streamed():
             streamed.most_device_bytes = 0
-        if torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats()
+        if self._device.type == "cuda":  # which need not be the current one
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     def _end(self, name: str) -> None:
         self._phase = ""
-        if torch.cuda.is_initialized() and name in PHASES:
-            peak = torch.cuda.max_memory_allocated()
+        if self._device.type == "cuda" and name in PHASES:
+            peak = torch.cuda.max_memory_allocated(self._device)
             self.allocated[name] = max(peak, self.allocated.get(name, 0))
 
     def _sample(self, name: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -232,6 +233,15 @@ def test_every_mode_on_a_gpu(tmp_path, mode, monkeypatch):
     assert set(found.allocated) == {"generate", "score", "update"}
 
 
-def on_gpu(folder, **changes):
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_peak_is_of_the_device_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "settings", partial(on_gpu, device="cuda:1"))
+    found = report(tmp_path)
+    assert torch.cuda.current_device() == 0
+    assert 0 < found.allocated["update"] <= torch.cuda.max_memory_allocated("cuda:1")
+
+
+def on_gpu(folder, *, device="cuda", **changes):
     config = settings_on_cpu(folder, **changes)
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, device="cuda"))
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, device=device))
