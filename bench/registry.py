@@ -70,10 +70,11 @@ class Bench:
         return (HERE / Path(*self.module.split("."))).with_suffix(".py").is_file()
 
 
-def _kernel(name: str, tiny: str) -> Bench:
+def _kernel(name: str, tiny: str, *, gpu: bool = True) -> Bench:
     smallest = (*tiny.split(), "--repeats", "1")
     arguments: dict[str, Sequence[str]] = {"tiny": smallest, "quick": ("--quick",), "cpu": ()}
-    arguments["h200"] = ("--device", "cuda")
+    if gpu:
+        arguments["h200"] = ("--device", "cuda")
     # Peers are compiled for every case, which takes long beside other work.
     return Bench(name, "kernels", f"kernels.bench_{name}", arguments, limit=1800.0)
 
@@ -123,9 +124,9 @@ BENCHES = (
     _kernel("rope_and_store", "--shape 8x2x1x16 --dtype fp32"),
     _kernel("kl", "--shape 16x300 --dtype fp32"),
     _kernel("decoder_ops", "--shape 4x64 --dtype fp32"),
-    _kernel("linear_small", "--shape 32x48 --rows 4"),
-    _kernel("matmul", "--shape 18x32x48"),
-    _kernel("decoder_layer", "--case 2x6x16x24x2x1"),
+    _kernel("linear_small", "--shape 32x48 --rows 4", gpu=False),
+    _kernel("matmul", "--shape 18x32x48", gpu=False),
+    _kernel("decoder_layer", "--case 2x6x16x24x2x1", gpu=False),
     Bench("generate", "generate", "engine.bench_generate", _words(GENERATE), 3000.0),
     _step("step", "step", 3000.0),
     _step("memory", "memory", 1800.0, trl=False),
