@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -99,11 +99,12 @@ class InBackward:
         self._require_state = require_state
         self._norms: dict[Tensor, float] = {}
         self.stepped = 0
-        for group in optimizer.param_groups:
+        for index, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
-                parameter.register_post_accumulate_grad_hook(partial(self._arrived, group))
+                parameter.register_post_accumulate_grad_hook(_arriving(weakref.ref(self), index))
 
-    def _arrived(self, group: dict[str, Any], parameter: Tensor) -> None:
+    def arrived(self, index: int, parameter: Tensor) -> None:
+        """The gradient of a parameter of the group `index` is complete."""
         self._require_state()
         if parameter in self._norms:
             raise RuntimeError("step_in_backward: a second backward before the step was closed")
@@ -114,7 +115,7 @@ class InBackward:
         self._norms[parameter] = norm = float(torch.linalg.vector_norm(parameter.grad))
         if finite and math.isfinite(norm):
             every = self._optimizer.param_groups
-            self._optimizer.param_groups = [group | {"params": [parameter]}]
+            self._optimizer.param_groups = [every[index] | {"params": [parameter]}]
             try:
                 self._optimizer.step()
             finally:
@@ -129,6 +130,21 @@ class InBackward:
             norm = math.nan
         self._norms.clear()
         return norm
+
+
+def _arriving(steps: weakref.ref[InBackward], index: int) -> Callable[[Tensor], None]:
+    """A hook that does not hold what it calls.
+
+    Python's collector does not see through the hooks of a tensor: a hook that held the optimizer,
+    and so the tensor itself, would keep weights and moments to the end of the process.
+    """
+
+    def hook(parameter: Tensor) -> None:
+        alive = steps()
+        if alive is not None:
+            alive.arrived(index, parameter)
+
+    return hook
 
 
 class GuardedOptimizer:

@@ -1,7 +1,9 @@
 """Stepping each parameter inside backward: the same bits, few gradients at once, guarded."""
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -50,6 +52,21 @@ def test_it_is_the_ordinary_step_to_the_bit(bits, tied, checkpointing):
         assert a.applied
         assert b.applied
         assert a.grad_norm == pytest.approx(b.grad_norm)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_weights_and_moments_go_with_their_owner(bits):
+    (model, optimizer), _ = pair(bits)
+    loss, _ = Actor(model).logprobs(SEQUENCES, TARGETS)
+    loss.mean().backward()
+    optimizer.step()
+    slots = optimizer.optimizer.state.values()
+    moments = [weakref.ref(value) for state in slots for value in state.values()]
+    held = [weakref.ref(parameter) for parameter in model.parameters()] + moments
+    assert moments
+    del model, optimizer, slots, loss
+    gc.collect()
+    assert not [reference for reference in held if reference() is not None]
 
 
 def test_gradients_of_a_layer_or_so_exist_at_once():
