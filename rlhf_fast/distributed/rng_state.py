@@ -4,7 +4,8 @@ Covers what a training process can draw from: torch's default CPU and CUDA gener
 NumPy's global ones, and any named generator of the three libraries.
 
 Ranks draw alike: the state of rank 0 is what a checkpoint holds, and what every rank of a resumed
-run begins with, however many there are. Each has one CUDA generator then, that of its device.
+run begins with, however many there are. A run on GPUs has one CUDA generator, that of the device it
+computes on: it goes on where more, fewer or none are visible.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def rng_state(
 
     Args:
         generators: name -> generator that the caller owns.
-        device: of one rank among several, whose CUDA generator alone is captured; None: those of
-            all visible devices.
+        device: where the run computes; of a GPU its generator alone is captured. None, or the CPU:
+            those of all visible devices, which something beside the run may draw from.
 
     Returns:
         tensors (`torch`, `cuda/<i>`, `python`, `numpy/...`, `named/<name>...`) and a JSON tree.
@@ -45,16 +46,14 @@ def rng_state(
     """
     tensors: dict[str, Tensor] = {"torch": torch.get_rng_state()}
     cuda: list[Tensor] = []
+    one = device is not None and device.type == "cuda"
     if torch.cuda.is_initialized():
-        if device is None:
-            cuda = torch.cuda.get_rng_state_all()
-        else:
-            cuda = [torch.cuda.get_rng_state(device)]
+        cuda = [torch.cuda.get_rng_state(device)] if one else torch.cuda.get_rng_state_all()
     for index, value in enumerate(cuda):
         tensors[f"cuda/{index}"] = value
     state: dict[str, Any] = {
         "cuda_devices": len(cuda),
-        **({} if device is None else {"one_device": True}),
+        **({"one_device": True} if one else {}),
         "python": _python_state(random.getstate(), "python", tensors),
         "numpy": _split_arrays(
             np.random.get_state(legacy=False),  # noqa: NPY002 - user code may draw from it
@@ -80,22 +79,20 @@ def load_rng_state(
     Args:
         tensors, state: as saved.
         generators: as saved.
-        device: of one rank among several, which gets the first of the CUDA generators saved; None:
-            every visible device gets its own, or the current one the only one that ranks saved.
+        device: where the run computes; a GPU gets what was saved of the run's, or the first of all.
+            None asks for all that was saved.
 
     Raises:
-        CheckpointError: other names or kinds of generators, or another number of CUDA devices, than
-            were saved (RF8006); nothing is changed then.
+        CheckpointError: other names or kinds of generators than were saved, or no CUDA devices for
+            those that were (RF8006); nothing is changed then.
     """
     given = dict(generators or {})
-    _check_same(given, state, one=device is not None or "one_device" in state)
+    _check_same(given, state)
+    targets = _cuda_targets(state, device)
     # Clone: the tensors may be views of a memory map.
     torch.set_rng_state(tensors["torch"].clone())
-    devices = int(state["cuda_devices"])
-    if devices and (device is not None or "one_device" in state):
-        torch.cuda.set_rng_state(tensors["cuda/0"].clone(), "cuda" if device is None else device)
-    elif devices:
-        torch.cuda.set_rng_state_all([tensors[f"cuda/{i}"].clone() for i in range(devices)])
+    for name, target in targets:
+        torch.cuda.set_rng_state(tensors[name].clone(), target)
     random.setstate(_python_tuple(state["python"], "python", tensors))
     np.random.set_state(_join_arrays(state["numpy"], tensors))  # noqa: NPY002
     for name, generator in given.items():
@@ -109,19 +106,28 @@ def load_rng_state(
             generator.bit_generator.state = _join_arrays(saved["state"], tensors)
 
 
-def _check_same(
-    given: Mapping[str, NamedGenerator], state: Mapping[str, Any], *, one: bool
-) -> None:
+def _check_same(given: Mapping[str, NamedGenerator], state: Mapping[str, Any]) -> None:
     here = {name: _kind(name, generator) for name, generator in given.items()}
     there = {name: entry["kind"] for name, entry in state["named"].items()}
     if here != there:
         raise _mismatch(f"generators {there} were saved, the run has {here}")
-    devices = int(state["cuda_devices"])
-    available = torch.cuda.device_count() if devices else 0
-    if (devices > 0) != (available > 0) if one else devices != available:
-        raise _mismatch(
-            f"{devices} CUDA generators were saved, the machine has {available} devices"
-        )
+
+
+def _cuda_targets(
+    state: Mapping[str, Any], device: torch.device | None
+) -> list[tuple[str, torch.device]]:
+    """(name of a saved CUDA generator, device that gets it)."""
+    saved, one = int(state["cuda_devices"]), "one_device" in state
+    here = torch.cuda.device_count() if saved else 0
+    if not one and saved == here:
+        return [(f"cuda/{index}", torch.device("cuda", index)) for index in range(saved)]
+    if here and device is not None and device.type == "cuda":
+        return [("cuda/0", device)]
+    if one and here:
+        return [("cuda/0", torch.device("cuda"))]
+    if one and device is not None:  # the run goes on without a GPU
+        return []
+    raise _mismatch(f"{saved} CUDA generators were saved, the machine has {here} devices")
 
 
 def _kind(name: str, generator: Any) -> str:

@@ -333,7 +333,7 @@ def save_training_state(run: Run, state: TrainingState) -> Path | None:
             "scheduler": scheduler_state(guarded.scheduler),
             "bad_steps": guarded.bad_steps,
         }
-    tensors["rng"], generators = rng_state(device=rng_device(run.world))
+    tensors["rng"], generators = rng_state(device=run.world.device)
     return run.save(
         state.step,
         tensors=tensors,
@@ -387,13 +387,8 @@ def load_training_state(
     state.extra = dict(saved["extra"])
     # Last: nothing above may draw from a generator after its state is back.
     with refusing(checkpoint, "random generators", RuntimeError):
-        load_rng_state(checkpoint.tensors["rng"], saved["rng"], device=rng_device(world))
+        load_rng_state(checkpoint.tensors["rng"], saved["rng"], device=world.device)
     checkpoint.close()
-
-
-def rng_device(world: World) -> torch.device | None:
-    """The GPU of a rank among several, whose generator alone counts."""
-    return world.device if world.size > 1 and world.device.type == "cuda" else None
 
 
 def train(

@@ -287,6 +287,59 @@ def test_other_generators_are_refused() -> None:
         rng_state({"a": 3})  # type: ignore[dict-item]
 
 
+@pytest.mark.parametrize(
+    ("saved", "one", "here", "device", "expected"),
+    [
+        (1, True, 0, "cpu", {}),  # a run on a GPU goes on without one
+        (1, True, 2, "cuda:1", {"cuda:1": 0}),
+        (1, True, 2, "cpu", {"cuda": 0}),
+        (2, False, 2, "cuda:1", {"cuda:0": 0, "cuda:1": 1}),  # what something beside it drew from
+        (2, False, 4, "cuda:3", {"cuda:3": 0}),
+        (2, False, 4, "cpu", None),
+        (1, True, 0, None, None),
+        (2, False, 0, None, None),
+    ],
+)
+def test_generators_of_devices_go_where_the_run_goes(
+    monkeypatch: pytest.MonkeyPatch,
+    saved: int,
+    one: bool,
+    here: int,
+    device: str | None,
+    expected: dict[str, int] | None,
+) -> None:
+    tensors, state = rng_state()
+    state["cuda_devices"] = saved
+    state |= {"one_device": True} if one else {}
+    tensors |= {f"cuda/{i}": torch.tensor([i]) for i in range(saved)}
+    found: dict[str, int] = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: here)
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda value, where: found.update({str(where): int(value)})
+    )
+    where = None if device is None else torch.device(device)
+    if expected is None:
+        with pytest.raises(CheckpointError, match="RF8006"):
+            load_rng_state(tensors, state, device=where)
+        assert found == {}
+    else:
+        load_rng_state(tensors, state, device=where)
+        assert found == expected
+
+
+def test_a_gpu_run_keeps_the_generator_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda where: torch.tensor([where.index]))
+    monkeypatch.setattr(
+        torch.cuda, "get_rng_state_all", lambda: [torch.tensor([i]) for i in range(4)]
+    )
+    tensors, state = rng_state(device=torch.device("cuda", 3))
+    assert (int(tensors["cuda/0"]), state["cuda_devices"], state["one_device"]) == (3, 1, True)
+    tensors, state = rng_state(device=torch.device("cpu"))
+    assert [int(tensors[f"cuda/{i}"]) for i in range(4)] == [0, 1, 2, 3]
+    assert "one_device" not in state
+
+
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     net, other = Net(0), Net(1)
     tensors, aliases = module_tensors(net)
