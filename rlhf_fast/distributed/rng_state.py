@@ -46,14 +46,14 @@ def rng_state(
     """
     tensors: dict[str, Tensor] = {"torch": torch.get_rng_state()}
     cuda: list[Tensor] = []
-    one = device is not None and device.type == "cuda"
+    gpu = device if device is not None and device.type == "cuda" else None
     if torch.cuda.is_initialized():
-        cuda = [torch.cuda.get_rng_state(device)] if one else torch.cuda.get_rng_state_all()
+        cuda = torch.cuda.get_rng_state_all() if gpu is None else [torch.cuda.get_rng_state(gpu)]
     for index, value in enumerate(cuda):
         tensors[f"cuda/{index}"] = value
     state: dict[str, Any] = {
         "cuda_devices": len(cuda),
-        **({"one_device": True} if one else {}),
+        **({} if gpu is None else {"one_device": True}),
         "python": _python_state(random.getstate(), "python", tensors),
         "numpy": _split_arrays(
             np.random.get_state(legacy=False),  # noqa: NPY002 - user code may draw from it

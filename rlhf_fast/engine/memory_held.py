@@ -122,12 +122,14 @@ class MemoryWatch:
 
     Attributes:
         held: phase -> the most that each slot held.
-        allocated: phase -> peak of `torch.cuda.memory_allocated`; empty without CUDA.
+        allocated: phase -> peak of `torch.cuda.memory_allocated` of the actor's GPU; empty where
+            it is on none.
     """
 
     def __init__(self, roles: Roles) -> None:
         self._roles = roles
-        self._device = next(roles.actor.module.parameters()).device
+        device: torch.device = next(roles.actor.module.parameters()).device
+        self._gpu = device if device.type == "cuda" else None
         self._phase = ""
         self._generating = False
         self.held: dict[str, Ledger] = {}
@@ -179,13 +181,13 @@ class MemoryWatch:
         self._generating = name == "generate"
         for streamed in self._all_streamed():
             streamed.most_device_bytes = 0
-        if self._device.type == "cuda":  # which need not be the current one
-            torch.cuda.reset_peak_memory_stats(self._device)
+        if self._gpu is not None:
+            torch.cuda.reset_peak_memory_stats(self._gpu)
 
     def _end(self, name: str) -> None:
         self._phase = ""
-        if self._device.type == "cuda" and name in PHASES:
-            peak = torch.cuda.max_memory_allocated(self._device)
+        if self._gpu is not None and name in PHASES:
+            peak = torch.cuda.max_memory_allocated(self._gpu)
             self.allocated[name] = max(peak, self.allocated.get(name, 0))
 
     def _sample(self, name: str) -> None:

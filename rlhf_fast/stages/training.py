@@ -85,6 +85,8 @@ _VOLATILE_RUN_KEYS = frozenset(
 def setup_run(config: RunConfig) -> torch.device:
     """Seed every global generator, set the number of threads, and choose the device.
 
+    A GPU that is named by its number becomes the current one.
+
     Raises:
         EnvironmentFault: CUDA was asked for and is not there (RF7030), bfloat16 on a GPU without it
             (RF7031).
@@ -95,7 +97,10 @@ def setup_run(config: RunConfig) -> torch.device:
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)  # noqa: NPY002 - user code may draw from the global one
     torch.manual_seed(config.seed)
-    return choose_device(config)
+    device = choose_device(config)
+    if device.index is not None:  # pinned memory and libraries would take their part of another GPU
+        torch.cuda.set_device(device)
+    return device
 
 
 def require_settings(config: StageConfig, *keys: str) -> None:

@@ -261,6 +261,16 @@ def test_set_up_seeds_every_generator_and_sets_threads() -> None:
         torch.set_num_threads(threads)
 
 
+def test_a_gpu_that_is_named_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cuda:1", "cuda", "cpu"):
+        assert setup_run(RunConfig(device=name)) == torch.device(name)
+    assert current == [torch.device("cuda:1")]
+
+
 def test_required_settings_are_listed_at_once() -> None:
     with pytest.raises(ConfigError, match=r"2 required settings[^$]*actor, run\.output_dir"):
         require_settings(PPOConfig(total_steps=1), "actor", "run.output_dir", "total_steps")
