@@ -19,7 +19,7 @@ from rlhf_fast.engine.paged_batch import PagedBatch, PagedForward
 from rlhf_fast.engine.paged_cache import PagedCache
 from rlhf_fast.engine.progress import GenerationSummary, Progress, ProgressReports
 from rlhf_fast.engine.requests import Completions, Request
-from rlhf_fast.engine.scheduler import Job, Row, Sample, Scheduler
+from rlhf_fast.engine.scheduler import Job, Row, Scheduler
 from rlhf_fast.engine.stopping import Decode, StopRule
 from rlhf_fast.errors import DivergedGeneration
 from rlhf_fast.types import SamplingParams
@@ -122,7 +122,12 @@ class Run:
         # Rows that pad a batch write to one more.
         written = Completions.empty(self.samples + 1, room.columns, device)
         self.out = written.first(self.samples)
-        self.scheduler = Scheduler(jobs, cache.allocator, machine.max_rows, self._drawn)
+        tokens = self.out.tokens
+        # No method of this run: in a circle its pages would outlive it until the next collection.
+        self.scheduler = Scheduler(
+            *(jobs, cache.allocator, machine.max_rows),
+            lambda sample, count: tuple(tokens[sample.index, :count].tolist()),
+        )
         recorder = None if machine.recorder is None else machine.recorder()
         most = min(self.samples, machine.max_rows)
         self.rows = DecodeRows(
@@ -202,9 +207,6 @@ class Run:
 
     def _stop_ids(self, sampling: SamplingParams) -> tuple[int, ...]:
         return tuple(sorted({*self.machine.eos_ids, *sampling.stop_token_ids}))
-
-    def _drawn(self, sample: Sample, count: int) -> tuple[int, ...]:
-        return tuple(self.out.tokens[sample.index, :count].tolist())
 
     # ---- prefill ------------------------------------------------------------------------------
 
