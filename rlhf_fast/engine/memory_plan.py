@@ -83,6 +83,8 @@ def plan_memory(
         # A batch's cache lives and dies in the forward; it grows by an eighth.
         passes["generate"]["generator"]["kv"] = kv.nbytes * 9 // 8
         notes += ("the architecture generates in padded batches: their cache is an estimate",)
+    if path == "transformers":
+        notes += ("transformers' continuous batching: its pages and masks are not counted",)
     wish = config.engine.overlap_scoring
     if path in ("fused", "modules") and (wish == "on" or (wish == "auto" and device != "cpu")):
         passes["generate"] |= passes["score"]

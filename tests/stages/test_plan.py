@@ -92,6 +92,16 @@ def test_four_roles_on_one_7b_trunk_take_19_gb(llama):
     assert generate / GB == pytest.approx(18.2, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [("auto", None), ("padded", "padded batches"), ("transformers", "not counted")],
+)
+def test_a_note_says_what_of_generation_is_not_known(small, path, word):
+    pytest.importorskip("transformers", "5.17")
+    notes = run_plan(None, [f"engine.path={path}"], model=small).plan.notes
+    assert [word in note for note in notes] == ([] if word is None else [True])
+
+
 GRPO = ["algorithm.estimator=grpo", "rollout.samples_per_prompt=4"]
 
 
