@@ -24,7 +24,8 @@ from rlhf_fast.models.reward_function import completion_texts
 from rlhf_fast.ppo.trainer import StepOutput
 from rlhf_fast.stages import demo_plan
 from rlhf_fast.stages.demo_plan import KL_COEF, Plan
-from rlhf_fast.stages.evaluate import SAMPLES_NAME, EvalResult, run_evaluate
+from rlhf_fast.stages.evaluate import EvalResult, run_evaluate
+from rlhf_fast.stages.evaluate_files import SAMPLES_NAME
 from rlhf_fast.stages.messages import say
 from rlhf_fast.stages.ppo import PPOTrainer
 from rlhf_fast.stages.reward_model import RewardModelResult, run_reward_model

@@ -8,7 +8,6 @@ temperature.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,11 +40,22 @@ from rlhf_fast.models.reward_function import (
 )
 from rlhf_fast.models.rewards import ModelReward
 from rlhf_fast.models.roles import Reference, RewardModel
-from rlhf_fast.ppo.layout import response_slots
+from rlhf_fast.ppo.layout import longest_sample, response_slots
+from rlhf_fast.ppo.out_of_memory import TokenBudget, in_halves, require_smaller_rollout
 from rlhf_fast.ppo.rewards import sequence_sum
 from rlhf_fast.ppo.trainer import sampling_params
-from rlhf_fast.protocols import PolicyModel, Reward
+from rlhf_fast.protocols import Alone, PolicyModel, Reward
 from rlhf_fast.seeds import derive_seed
+from rlhf_fast.stages.evaluate_files import (
+    EVAL_NAME,
+    GOLD,
+    REWARD_FUNCTION,
+    REWARD_MODEL,
+    SAMPLES_NAME,
+    as_metrics,
+    files_of,
+    judge_name,
+)
 from rlhf_fast.stages.generation import generation_fields, show_generation
 from rlhf_fast.stages.messages import say, show_reports
 from rlhf_fast.stages.ppo_checks import check_tokenizers
@@ -62,12 +72,9 @@ from rlhf_fast.stages.training import (
 )
 from rlhf_fast.types import PromptBatch, Rollout
 
-EVAL_NAME = "eval.json"
-SAMPLES_NAME = "samples.jsonl"
 # Sequences generated and scored between two looks at the stop signals, in units of `max_batch`.
 _BATCHES_PER_CHUNK = 4
-REWARD_MODEL, REWARD_FUNCTION, SCORE = "reward_model", "reward_function", "score"
-GOLD = "gold"
+SCORE = "score"
 
 
 @dataclass(frozen=True)
@@ -147,8 +154,8 @@ def run_evaluate(config: EvalConfig, *, quiet: bool = False) -> EvalResult:
             samples = stage.sample_and_score()
             result = stage.result(samples)
             metrics.truncate(0)
-            run.renew_record(_files(result, samples, config))
-            metrics.log(0, _as_metrics(result))
+            run.renew_record(files_of(result, samples, config))
+            metrics.log(0, as_metrics(result))
     return result
 
 
@@ -195,6 +202,7 @@ class EvalStage:
         )
         self.reference = self._load_policy(config.reference) if config.reference else None
         self.rewards = self._load_rewards(config.reward)
+        self.budget = TokenBudget(config.microbatch_tokens)
         self._check_lengths()
 
     def _advise(self) -> None:
@@ -256,7 +264,10 @@ class EvalStage:
         return Samples.join(parts)
 
     def generate(self, prompts: PromptBatch, bar: ProgressBar) -> Rollout:
-        """G samples of each prompt, keyed by (seed, prompt, sample)."""
+        """G samples of each prompt, keyed by (seed, prompt, sample).
+
+        What runs out of memory is drawn again, half as many samples at a time: the same samples.
+        """
         before = bar.completed
 
         def show(progress: Progress) -> None:
@@ -267,10 +278,16 @@ class EvalStage:
         group = self.config.samples_per_prompt
         seed = self.config.run.seed
         seeds = [derive_seed(seed, 0, uid, g) for uid in prompts.uid for g in range(group)]
-        with self.run.phase("generate"):
-            return self.engine.generate(
-                prompts, self.sampling, samples_per_prompt=group, seeds=seeds
+        drawn: list[Rollout] = []
+
+        def draw() -> None:
+            drawn.append(
+                self.engine.generate(prompts, self.sampling, samples_per_prompt=group, seeds=seeds)
             )
+
+        with self.run.phase("generate"):
+            in_halves(draw, Alone(), halve=lambda: require_smaller_rollout(self.engine.halve_batch))
+        return drawn[-1]
 
     def measure(self, rollout: Rollout) -> Samples:
         """Scores, KL, entropy, length and ended flag of each sample of a rollout."""
@@ -302,18 +319,22 @@ class EvalStage:
         """(log-probs, entropies) [S, R] float32 at the sampling temperature, 0 outside the mask."""
         logprobs, entropies = (torch.zeros(rollout.responses.shape) for _ in range(2))
         lengths = (rollout.prompt_lengths + rollout.lengths).tolist()
-        for indices in pack_by_tokens(lengths, self.config.microbatch_tokens):
-            slots = response_slots(rollout, indices)
-            targets = slots.targets(rollout.response_mask)
-            found, entropy = policy.logprobs(
-                slots.sequences,
-                targets,
-                temperature=self.sampling.temperature or 1.0,
-                with_entropy=True,
-            )
-            assert entropy is not None
-            slots.to_padded(found.cpu(), logprobs)
-            slots.to_padded(entropy.cpu(), entropies)
+
+        def read() -> None:
+            for indices in pack_by_tokens(lengths, self.budget.tokens):
+                slots = response_slots(rollout, indices)
+                targets = slots.targets(rollout.response_mask)
+                found, entropy = policy.logprobs(
+                    slots.sequences,
+                    targets,
+                    temperature=self.sampling.temperature or 1.0,
+                    with_entropy=True,
+                )
+                assert entropy is not None
+                slots.to_padded(found.cpu(), logprobs)
+                slots.to_padded(entropy.cpu(), entropies)
+
+        self.budget.in_halves(read, Alone(), longest=longest_sample(rollout))
         return logprobs, entropies
 
     def result(self, samples: Samples) -> EvalResult:
@@ -402,46 +423,3 @@ def _rewards(values: Mapping[str, Tensor], group: int) -> dict[str, Tensor]:
 def _complete(rewards: Mapping[str, Tensor]) -> Tensor:
     """[prompts] bool: every sample has every reward."""
     return ~torch.stack([scores.isnan().any(1) for scores in rewards.values()]).any(0)
-
-
-def judge_name(row: Mapping[str, float]) -> str:
-    """The column of a best-of-n row that judges what was selected."""
-    return next(name for name in (GOLD, REWARD_MODEL, REWARD_FUNCTION) if name in row)
-
-
-def _plain(value: float) -> float | None:
-    """JSON has no NaN; null says that there is no figure."""
-    return value if math.isfinite(value) else None
-
-
-def _as_metrics(result: EvalResult) -> dict[str, float]:
-    metrics = {f"eval/{name}": e.mean for name, e in result.estimates.items()}
-    metrics |= {f"eval/{name}_stderr": e.stderr for name, e in result.estimates.items()}
-    for row in result.best_of_n:
-        metrics[f"eval/best_of_{row['n']:.0f}"] = row[judge_name(row)]
-    return metrics
-
-
-def _files(result: EvalResult, samples: Samples, config: EvalConfig) -> dict[str, bytes]:
-    """What an evaluation leaves, by name; its result comes last."""
-    tree = {
-        "model": config.model,
-        "reference": config.reference,
-        "prompts": result.prompts,
-        "samples_per_prompt": result.samples_per_prompt,
-        "estimates": {
-            name: {"mean": _plain(e.mean), "stderr": _plain(e.stderr), "prompts": e.prompts}
-            for name, e in result.estimates.items()
-        },
-        "best_of_n": [{k: _plain(v) for k, v in row.items()} for row in result.best_of_n],
-        "best_of_n_prompts": result.best_of_n_prompts,
-        "reports": result.reports,
-    }
-    lines = []
-    for i, (prompt, response) in enumerate(zip(samples.prompts, samples.responses, strict=True)):
-        row: dict[str, Any] = {"prompt": prompt, "response": response}
-        row |= {name: _plain(float(v[i])) for name, v in samples.values.items()}
-        lines.append(json.dumps(row | {"ended": bool(row["ended"])}, ensure_ascii=False) + "\n")
-    text = json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    contents = {SAMPLES_NAME: "".join(lines), EVAL_NAME: text}
-    return {name: text.encode("utf-8", "backslashreplace") for name, text in contents.items()}

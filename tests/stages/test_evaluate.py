@@ -23,6 +23,7 @@ from rlhf_fast.config import (
     SFTConfig,
 )
 from rlhf_fast.distributed.durable import FileSystem
+from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.errors import (
     CheckpointError,
     ConfigError,
@@ -31,7 +32,7 @@ from rlhf_fast.errors import (
     Preempted,
 )
 from rlhf_fast.models.loading import load_sequence_classifier
-from rlhf_fast.models.roles import RewardModel
+from rlhf_fast.models.roles import Reference, RewardModel
 from rlhf_fast.stages.evaluate import (
     Estimate,
     EvalStage,
@@ -95,6 +96,32 @@ def ids_of(row: dict[str, Any]) -> tuple[list[int], list[int]]:
     encode = tokenizer()
     response = encode(row["response"])["input_ids"]
     return encode(row["prompt"])["input_ids"], response + [2] * row["ended"]
+
+
+def test_what_runs_out_of_memory_is_done_again_in_halves(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_evaluate(config_for(base, tmp_path / "a"), quiet=True)
+    generate, logprobs, tried = HybridEngine.generate, Reference.logprobs, []
+
+    def few_rows(self: HybridEngine, *arguments: Any, **options: Any) -> Any:
+        found = generate(self, *arguments, **options)
+        if self.settings.max_batch > 8:
+            raise torch.OutOfMemoryError("as a device says it")
+        return found
+
+    def few_tokens(self: Reference, sequences: PackedSequences, *rest: Any, **options: Any) -> Any:
+        tried.append(len(sequences.ids))
+        if len(sequences.ids) > 64:
+            raise torch.OutOfMemoryError("as a device says it")
+        return logprobs(self, sequences, *rest, **options)
+
+    monkeypatch.setattr(HybridEngine, "generate", few_rows)
+    monkeypatch.setattr(Reference, "logprobs", few_tokens)
+    run_evaluate(config_for(base, tmp_path / "b"), quiet=True)
+    assert max(tried) > 64 > min(tried)
+    for mine, theirs in zip(rows_of(tmp_path / "a"), rows_of(tmp_path / "b"), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
 
 
 def test_every_sample_agrees_with_plain_transformers(base: Path, tmp_path: Path) -> None:
