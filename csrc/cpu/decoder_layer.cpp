@@ -44,7 +44,8 @@ class Layer {
         q_(args.heads * args.head_dim),
         kv_(args.kv_heads * args.head_dim),
         qkv_(q_ + 2 * kv_),
-        normed_(args.weights.q_norm != nullptr) {}
+        normed_(args.weights.q_norm != nullptr),
+        one_product_(tiles_usable()) {}
 
   void forward() {
     norm(a_.x, w_.input_norm, a_.out);
@@ -143,7 +144,9 @@ class Layer {
     for (int i = 0; i < 3; ++i) {
       int64_t width = widths[i];
       const float* weight = weights[i];
-      while (i < 2 && weights[i + 1] == weights[i] + widths[i] * a_.hidden) width += widths[++i];
+      while (one_product_ && i < 2 && weights[i + 1] == weights[i] + widths[i] * a_.hidden) {
+        width += widths[++i];
+      }
       multiply(plain(part, qkv_), plain(weight, a_.hidden), a_.tokens, width, a_.hidden, add, a_.hidden,
                of_rows, a_.hidden);
       add = of_rows;
@@ -156,7 +159,8 @@ class Layer {
     of_norm(a_.x, w_.input_norm, of_rows, a_.below, a_.gradients.input_norm);
   }
 
-  // q, k and v: in one product where weights, and biases, lie one after another.
+  // q, k and v: in one product where weights, and biases, lie one after another and that changes no
+  // bit of a result.
   void project(const float* rows) {
     const float* weights[] = {w_.q, w_.k, w_.v};
     const float* biases[] = {w_.q_bias, w_.k_bias, w_.v_bias};
@@ -165,7 +169,7 @@ class Layer {
     for (int i = 0; i < 3; ++i) {
       int64_t width = widths[i];
       const float *weight = weights[i], *bias = biases[i];
-      while (i < 2 && weights[i + 1] == weights[i] + widths[i] * a_.hidden &&
+      while (one_product_ && i < 2 && weights[i + 1] == weights[i] + widths[i] * a_.hidden &&
              (bias == nullptr ? biases[i + 1] == nullptr : biases[i + 1] == biases[i] + widths[i])) {
         width += widths[++i];
       }
@@ -342,6 +346,9 @@ class Layer {
   const LayerKept& kept_;
   const int64_t q_, kv_, qkv_;  // widths
   const bool normed_;
+  // On tiles a column has its bits whatever lies beside it. BLAS chooses by the shape of the product, and
+  // weights in one buffer would give other numbers than their copy elsewhere.
+  const bool one_product_;
 };
 
 }  // namespace

@@ -7,9 +7,10 @@
 
 with the ops of `layer_ops` and `packed_attention`, whose formulas and gradients these are. What one
 node has over eleven: products add to the residual and to each other's gradients instead of a pass
-of their own; q, k and v are one product where their weights lie side by side; norms and swiglu are
-formed again in backward, so a third less is kept; gradients are written over what they were made
-from; and Python, whose lock two models that train side by side wait for, is entered once.
+of their own; q, k and v are one product where their weights lie side by side (on tiles, where that
+changes no bit); norms and swiglu are formed again in backward, so a third less is kept; gradients
+are written over what they were made from; and Python, whose lock two models that train side by side
+wait for, is entered once.
 
 In C++ (csrc/cpu/decoder_layer.cpp), fp32 on a CPU, with products on tiles or by PyTorch's BLAS
 (`matmul`). Elsewhere, and under torch.compile, plain operations, which a compiler fuses by itself.

@@ -15,21 +15,49 @@ from tests.simulated_cuda.launches import as_kernel
 FLASH_PAGES = 256  # flash-attn's pages are multiples of it
 
 
-def _sequence(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, left: int, right: int
-) -> Tensor:
-    """[Lq, Hq, D] from keys [Lk, Hkv, D]; causal towards the last query."""
-    if not len(q) or not len(k):
-        return torch.zeros_like(q)
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.float().repeat_interleave(group, 1, output_size=q.shape[1]) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q.float(), k) * scale
+Settings = tuple[float, bool, int, int]  # scale, causal, window to the left and to the right
+
+
+def _weights(q: Tensor, k: Tensor, settings: Settings) -> Tensor:
+    """[Hq, Lq, Lk] of heads [L, Hq, D]; causal towards the last query."""
+    scale, causal, left, right = settings
     at = torch.arange(len(q), device=q.device)[:, None] + len(k) - len(q)
     of = torch.arange(len(k), device=q.device)
     seen = (of <= at) if causal else torch.ones(1, len(k), dtype=torch.bool, device=q.device)
     seen = seen & ((of >= at - left) | (left < 0)) & ((of <= at + right) | (right < 0))
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
-    return torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    return scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
+
+
+def _wide(q: Tensor, *shared: Tensor) -> list[Tensor]:
+    """fp32, with the heads of keys and values repeated for the queries' that share them."""
+    repeats = q.shape[1] // shared[0].shape[1]
+    heads = [x.float().repeat_interleave(repeats, 1, output_size=q.shape[1]) for x in shared]
+    return [q.float(), *heads]
+
+
+def _sequence(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
+    """[Lq, Hq, D] from keys and values [Lk, Hkv, D]."""
+    if not len(q) or not len(k):
+        return torch.zeros_like(q)
+    wide_q, wide_k, wide_v = _wide(q, k, v)
+    weights = _weights(wide_q, wide_k, settings)
+    return torch.einsum("hqk,khd->qhd", weights, wide_v).to(q.dtype)
+
+
+def _sequence_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of q, k and v, in fp32; see the backward of FlashAttention."""
+    wide_q, wide_k, wide_v = _wide(q, k, v)
+    weights, grad = _weights(wide_q, wide_k, settings), grad.float()
+    of_weights = torch.einsum("qhd,khd->hqk", grad, wide_v)
+    of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) * settings[0]
+    of_q = torch.einsum("hqk,khd->qhd", of_scores, wide_k)
+    of_k = torch.einsum("hqk,qhd->khd", of_scores, wide_q)
+    of_v = torch.einsum("hqk,qhd->khd", weights, grad)
+    folded = [x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (of_k, of_v)]
+    return of_q, folded[0], folded[1]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, *indices: Tensor | None) -> None:
@@ -55,7 +83,7 @@ def _packed(
     v: Tensor,
     cu_q: Tensor,
     cu_k: Tensor | None,
-    settings: tuple[float, bool, int, int],
+    settings: Settings,
     used: Tensor | None = None,
     table: Tensor | None = None,
 ) -> None:
@@ -70,12 +98,12 @@ def _packed(
             assert used is not None
             assert table.stride(-1) == 1
             rows = _from_pages(k, table[b], int(used[b])), _from_pages(v, table[b], int(used[b]))
-        out[start:end] = _sequence(q[start:end], *rows, *settings)
+        out[start:end] = _sequence(q[start:end], *rows, settings)
 
 
 def _settings(
     q: Tensor, scale: float | None, causal: bool, left: int | None, right: int | None
-) -> tuple[float, bool, int, int]:
+) -> Settings:
     default = q.shape[-1] ** -0.5
     return scale or default, causal, *(-1 if x is None else x for x in (left, right))
 
@@ -101,6 +129,37 @@ def _forward_into(out: Tensor, q: Tensor, *rest: Any, **options: Any) -> Tensor:
     result = _forward(q, *rest, **options)
     out.copy_(result[0])
     return result[1]
+
+
+@as_kernel
+def _packed_backward(
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    cu_q: Tensor,
+    cu_k: Tensor,
+    settings: Settings,
+) -> None:
+    q, k, v = tensors
+    _check(q, k, v, cu_q, cu_k)
+    spans = zip(itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True)
+    for (first, last), (start, end) in spans:
+        of, to = slice(first, last), slice(start, end)
+        found = _sequence_gradients(grad[of], q[of], k[to], v[to], settings)
+        for target, where, value in zip(grads, (of, to, to), found, strict=True):
+            target[where] = value.to(target.dtype)
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor,
+    cu_k: Tensor, max_q: int, max_k: int, dropout_p: float, causal: bool, rng_state: Tensor,
+    unused: Tensor, *, scale: float | None = None, window_size_left: int | None = None,
+    window_size_right: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    settings = _settings(q, scale, causal, window_size_left, window_size_right)
+    _packed_backward(grads, grad, (q, k, v), cu_q, cu_k, settings)
+    return grads
 
 
 # ---- flash-attn ----------------------------------------------------------------------------------
@@ -156,4 +215,5 @@ def flash_attn() -> ModuleType:
 def install() -> None:
     """Put PyTorch's ops there."""
     _OPS.impl("_flash_attention_forward", _forward)
+    _OPS.impl("_flash_attention_backward", _backward)
     _OPS.impl("_flash_attention_forward_no_dropout_inplace", _forward_into)

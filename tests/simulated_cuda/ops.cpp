@@ -127,6 +127,8 @@ class Call {
       const bool given = tensor && tensor->defined();
       if (given && tensor->scalar_type() == at::kBool)
         waits_for_the_device(name_ + " with a mask");
+      if (given && tensor->is_cpu() && tensor->dim() > 0)
+        waits_for_the_device(name_ + " with an index of the host");
       list.push_back(given ? std::optional<Tensor>(take(*tensor, false)) : std::nullopt);
     }
     value = list;

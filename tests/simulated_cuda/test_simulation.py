@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,3 +85,47 @@ def test_memory_is_counted() -> None:
     assert not torch.zeros(4).is_pinned()
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_results_and_their_bytes_are_on_the_device_of_the_operands() -> None:
+    x, before = torch.ones(1000, device="cuda:1"), torch.cuda.memory_allocated(0)
+    y = x * 2
+    assert y.device == torch.device("cuda", 1)
+    x.untyped_storage().resize_(1 << 16)
+    assert torch.cuda.memory_allocated(0) == before
+    assert torch.cuda.current_device() == 0
+    with pytest.raises(RuntimeError, match="same device"):
+        x + torch.ones(1000, device="cuda:0")
+
+
+@pytest.mark.parametrize("window", [(-1, 0), (2, 0)])
+def test_varlen_attention_has_the_gradients_of_its_formula(window: tuple[int, int]) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    bounds = torch.tensor([0, 5, 6, 13], dtype=torch.int32, device="cuda")
+    shapes = (13, 4, 8), (13, 2, 8), (13, 2, 8)
+    leaves = [torch.randn(s, device="cuda", generator=generator).bfloat16() for s in shapes]
+    results = []
+    for reference in (False, True):
+        q, k, v = (x.double() if reference else x.clone() for x in leaves)
+        for x in (q, k, v):
+            x.requires_grad_()
+        if reference:
+            out = torch.cat([attended(q[a:b], k[a:b], v[a:b], window[0]) for a, b in BOUNDS])
+        else:
+            out = varlen_attn(q, k, v, bounds, bounds, 7, 7, window_size=window, enable_gqa=True)
+        out.square().sum().backward()
+        results.append([out, q.grad, k.grad, v.grad])
+    for found, want in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), want, rtol=0.03, atol=0.1)
+
+
+BOUNDS = ((0, 5), (5, 6), (6, 13))
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, left: int) -> Tensor:
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    distance = torch.arange(len(q), device="cuda")[:, None] - torch.arange(len(k), device="cuda")
+    unseen = (distance < 0) | ((distance > left) & (left >= 0))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), v)
