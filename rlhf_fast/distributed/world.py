@@ -203,6 +203,10 @@ class World:
         """
         if self.mesh is None:
             return flag
+        if self.device.type == "cuda":
+            # Collectives of a GPU are only asked for so far. One that waits for a rank which broke
+            # off would meet what that rank asks for next: who comes has to be through with all.
+            torch.cuda.synchronize(self.device)
         if not self.board.come(self.patience_seconds if flag else 0.0) and flag:
             raise LoneOutOfMemory(
                 "RF7063",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlhf_fast.config_distributed import DistributedConfig
+from rlhf_fast.distributed.fault_board import FaultBoard
 from rlhf_fast.distributed.work import WorldSplit
 from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.shard_gather import Gatherer
@@ -49,6 +50,24 @@ def _agreed(world: World):
 
 def test_ranks_agree_that_one_ran_out_and_do_it_again_together():
     assert on_ranks(2, _agreed) == [([False, True, False, True], 2, 2)] * 2
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_a_rank_comes_once_its_device_is_through_with_its_collectives(monkeypatch, flag):
+    """The host of a GPU is ahead of it: what it still waits for would meet another rank's next."""
+    done = []
+
+    class Board(FaultBoard):
+        def come(self, wait_seconds=0.0):
+            done.append("came")
+            return True
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(device))
+    monkeypatch.setattr(World, "any", lambda world, flag: flag)
+    device = torch.device("cuda", 1)
+    world = World(device, rank=1, size=2, mesh=object(), board=Board(None, 1, 2))
+    assert world.any_exhausted(flag) == flag
+    assert done == [device, "came"]
 
 
 def _stranded(world: World):
