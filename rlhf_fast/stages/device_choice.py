@@ -46,7 +46,7 @@ def choose_device(config: RunConfig) -> torch.device:
                 f"(this torch: {torch.__version__}, CUDA {torch.version.cuda or 'none'})",
                 remedy="run `rlhf-fast env`, or set run.device=cpu",
             )
-        if config.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+        if config.dtype == "bfloat16" and not _computes_in_bf16(torch.device(wanted)):
             raise EnvironmentFault(
                 "RF7031",
                 "this GPU does not compute in bfloat16",
@@ -54,3 +54,10 @@ def choose_device(config: RunConfig) -> torch.device:
                 remedy="set run.dtype=float32",
             )
     return torch.device(wanted)
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    """Whether a GPU has bf16 products: by default PyTorch counts that it can hold such a tensor."""
+    # Of this device, not of the first one, on which every rank would leave a context.
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -244,6 +246,32 @@ def test_device_and_its_mistakes() -> None:
     with pytest.raises(EnvironmentFault, match="RF7030") as caught:
         choose_device(RunConfig(device="cuda:99"))
     assert caught.value.exit_code == 3
+
+
+def test_bfloat16_is_asked_of_the_gpu_of_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older GPU can hold a bf16 tensor, which PyTorch counts unless asked not to."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device.index)
+        yield
+        current.pop()
+
+    def supported(including_emulation: bool = True) -> bool:
+        return including_emulation or current[-1] == 1
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = RunConfig(device="cuda", dtype="bfloat16")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device(config) == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(EnvironmentFault, match="RF7031"):
+        choose_device(config)
 
 
 def test_set_up_seeds_every_generator_and_sets_threads() -> None:
