@@ -376,8 +376,7 @@ class _Cutter:
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._world.device)
         if self._world.is_main:
             copy.copy_(tensor.detach())
-        # Bytes, because not every type travels everywhere.
-        self._world.broadcast([copy.reshape(-1).view(torch.uint8)] if copy.numel() else [])
+        self._world.broadcast([copy])
         return copy
 
     def _rows(self, weight: Tensor) -> Tensor:

@@ -232,10 +232,13 @@ class World:
         return [part[:n] for part, n in zip(parts, lengths, strict=True)]
 
     def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
-        """Overwrite the tensors with those of rank `source`."""
-        if self.mesh is not None:
-            for tensor in tensors:
-                dist.broadcast(tensor, source)
+        """Overwrite the tensors, contiguous ones, with those of rank `source`."""
+        if self.mesh is None:
+            return
+        for tensor in tensors:
+            if tensor.numel():
+                # Bytes, because not every type travels everywhere.
+                dist.broadcast(tensor.detach().view(-1).view(torch.uint8), source)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
