@@ -48,7 +48,8 @@ test-all: $(READY)
 # What runs around the kernels on a GPU, on a CPU that says it is one (tests/simulated_cuda). Kernels and
 # benches have sizes that the interpreter of Triton does not manage.
 test-simulated-gpu: $(READY)
-	$(BIN)/python -m pytest -p tests.simulated_cuda.plugin -m gpu --ignore tests/kernels --ignore tests/bench
+	SIMULATED_CUDA_DEVICES=2 $(BIN)/python -m pytest -p tests.simulated_cuda.plugin -m gpu \
+		--ignore tests/kernels --ignore tests/bench
 
 # What these versions of transformers need besides, and newer ones do not take.
 HUB_1 := 'huggingface_hub<2' 'tokenizers<0.23' httpx httpcore
