@@ -91,7 +91,7 @@ test-integrations: $(PEERS_READY)
 	$(call PEERS_TEST,$(TRL_OLD):,test_trl*.py)
 	$(call SIMULATED_TEST,,test_areal.py test_deepspeed_chat.py test_deepspeed_rollout.py test_slime.py)
 	$(call SIMULATED_TEST,$(OPENRLHF_PINS):,test_openrlhf.py)
-	$(call SIMULATED_TEST,$(VERL_PINS):,test_verl.py test_verl_losses.py)
+	$(call SIMULATED_TEST,$(VERL_PINS):,test_verl.py test_verl_losses.py test_verl_rollout.py test_verl_replica.py)
 	$(call SIMULATED_TEST,,test_trl.py)
 	$(call SIMULATED_TEST,$(TRL_OLD):,test_trl.py)
 

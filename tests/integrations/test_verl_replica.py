@@ -316,7 +316,8 @@ def test_the_worker_writes_into_the_servers_own_storage(serve: Callable[..., Ser
     for index, (name, parameter) in enumerate(parameters.items()):
         targets[name].fill_(index)
         assert bool((parameter == index).all())
-        assert targets[name].data_ptr() != parameter.data_ptr()  # another mapping of it
+        if parameter.device.type == "cpu":  # another mapping of it
+            assert targets[name].data_ptr() != parameter.data_ptr()
 
 
 def test_a_device_of_another_number_is_the_same_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,6 +511,10 @@ def test_asleep_it_says_so_and_awake_it_goes_on(
         after = await ask(server)
         await server.sleep()
         await server.wake_up()
+        if torch.cuda.is_available():  # where the weights gave their memory back
+            with pytest.raises(EnvironmentFault, match="RF7332"):
+                await ask(server)
+            await update(server, build_model(seed=3).state_dict().items())
         require_greedy(build_model(seed=3), await ask(server))
         await server.release_kv_cache()
         await server.resume_kv_cache()

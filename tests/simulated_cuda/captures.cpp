@@ -17,6 +17,7 @@ void waits_for_the_device(const std::string& what) {
   TORCH_CHECK(!recording(),
               "CUDA error: operation not permitted when stream is capturing (simulated): ", what);
   TORCH_CHECK(sync_mode != 2, "called a synchronizing CUDA operation (simulated): ", what);
+  if (sync_mode == 1) TORCH_WARN("called a synchronizing CUDA operation (simulated): ", what);
 }
 
 void replay(const Graph& graph) {

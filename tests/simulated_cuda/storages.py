@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import Any
 
 import simulated_cuda
@@ -23,8 +25,33 @@ def _copied(storage: Any, device: Any, non_blocking: bool = False) -> Any:
     return copy
 
 
+_numbers = itertools.count()
+_shared: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary()
+
+
+def _handles(storage: Any, *_: Any) -> tuple[Any, ...]:
+    """As of CUDA IPC, but for the process itself alone."""
+    handle = next(_numbers).to_bytes(8, "little")
+    _shared[handle] = storage
+    index = torch.device(storage.device).index
+    return index, handle, storage.nbytes(), 0, b"counter", 0, b"event", False
+
+
+def _of_handles(cls: Any, device: int, handle: bytes, size: int, *_: Any) -> Any:
+    storage = _shared[handle]
+    assert (storage.device.index, storage.nbytes()) == (device, size)
+    return storage
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Nobody counts who has mapped what."""
+
+
 def install() -> None:
     """Replace what asks for a CUDA build."""
+    torch.UntypedStorage._share_cuda_ = _handles  # type: ignore[method-assign]
+    torch.UntypedStorage._release_ipc_counter_cuda = _nothing  # type: ignore[method-assign]
+    torch.UntypedStorage._new_shared_cuda = classmethod(_of_handles)  # type: ignore[assignment]
     resize, clone = torch.UntypedStorage.resize_, torch.UntypedStorage.clone
 
     def resized(self: Any, size: int) -> Any:

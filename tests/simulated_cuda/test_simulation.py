@@ -71,6 +71,9 @@ def test_waits_are_found() -> None:
         for wait in (x.sum().item, x.nonzero, x.cpu, lambda: x[x > 0]):
             with pytest.raises(RuntimeError, match="synchronizing"):
                 wait()
+        torch.cuda.set_sync_debug_mode("warn")
+        with pytest.warns(UserWarning, match="synchronizing"):
+            x.sum().item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
