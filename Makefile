@@ -80,6 +80,9 @@ PEERS_TEST = PYTHONPATH=$(1).:kernels $(PEERS)/bin/python -m pytest tests/integr
 # The same on CUDA tensors, of the device that tests/simulated_cuda pretends to have.
 SIMULATED_TEST = PYTHONPATH=$(1).:kernels $(PEERS)/bin/python -m pytest \
 	-p tests.simulated_cuda.default_device $(addprefix tests/integrations/,$(2))
+# Trainers that choose the device by themselves.
+SIMULATED_RUN = PYTHONPATH=$(1).:kernels $(PEERS)/bin/python -m pytest \
+	-p tests.simulated_cuda.plugin $(addprefix tests/integrations/,$(2))
 
 test-integrations: $(PEERS_READY)
 	$(call PEERS_TEST,,test_areal.py)
@@ -94,6 +97,8 @@ test-integrations: $(PEERS_READY)
 	$(call SIMULATED_TEST,$(VERL_PINS):,test_verl.py test_verl_losses.py test_verl_rollout.py test_verl_replica.py)
 	$(call SIMULATED_TEST,,test_trl.py)
 	$(call SIMULATED_TEST,$(TRL_OLD):,test_trl.py)
+	$(call SIMULATED_RUN,,test_trl_runs.py test_trl_ppo.py)
+	$(call SIMULATED_RUN,$(TRL_OLD):,test_trl_runs.py test_trl_ppo.py test_trl_ppo_runs.py)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -64,7 +64,7 @@ def online_trainer(kind: str, folder: Path, recorder: Recorder, **options: Any) 
         "logging_steps": 1,
         "report_to": [],
         "save_strategy": "no",
-        "use_cpu": True,
+        "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": True,
         "seed": 5,
     }
@@ -118,7 +118,7 @@ def ppo_settings(folder: Path, **options: Any) -> dict[str, Any]:
         "logging_steps": 1,
         "report_to": [],
         "save_strategy": "no",
-        "use_cpu": True,
+        "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": True,
         "seed": 5,
     }
