@@ -58,7 +58,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("peak", [](int index) { return peak[index]; });
   module.def("reset_peak", [](int index) { peak[index] = allocated[index]; });
   module.def("capacity", [] { return capacity; });
-  module.def("set_capacity", [](int64_t bytes) { capacity = bytes; });
   module.def("resize_storage", [](const Tensor& over, int64_t bytes) {
     resize_storage(over.storage().unsafeGetStorageImpl(), bytes, over.get_device());
   });

@@ -258,31 +258,29 @@ const Tensor& resize(const Tensor& self, c10::SymIntArrayRef size,
   return self;
 }
 
+Tensor& set_to(Tensor& self, at::Storage source, at::IntArrayRef sizes, at::IntArrayRef strides,
+               int64_t offset) {
+  auto* impl = self.unsafeGetTensorImpl();
+  impl->set_storage_keep_dtype(std::move(source));
+  impl->set_sizes_and_strides(sizes, strides, offset);
+  return self;
+}
+
 Tensor& set_all(Tensor& self, at::Storage source, c10::SymInt offset, c10::SymIntArrayRef size,
                 c10::SymIntArrayRef stride) {
   const auto sizes = C10_AS_INTARRAYREF_SLOW(size);
   c10::DimVector strides(C10_AS_INTARRAYREF_SLOW(stride));
   if (strides.size() != sizes.size()) strides = c10::contiguous_strides(sizes);
-  auto* impl = self.unsafeGetTensorImpl();
-  impl->set_storage_keep_dtype(std::move(source));
-  impl->set_sizes_and_strides(sizes, strides, offset.expect_int());
-  return self;
+  return set_to(self, std::move(source), sizes, strides, offset.expect_int());
 }
 
 Tensor& set_storage(Tensor& self, at::Storage source) {
-  const std::vector<int64_t> size{
-      static_cast<int64_t>(source.nbytes() / self.dtype().itemsize())};
-  auto* impl = self.unsafeGetTensorImpl();
-  impl->set_storage_keep_dtype(std::move(source));
-  impl->set_sizes_and_strides(size, std::vector<int64_t>{1}, 0);
-  return self;
+  const int64_t elements = source.nbytes() / self.dtype().itemsize();
+  return set_to(self, std::move(source), {elements}, {1}, 0);
 }
 
 Tensor& set_tensor(Tensor& self, const Tensor& source) {
-  auto* impl = self.unsafeGetTensorImpl();
-  impl->set_storage_keep_dtype(source.storage());
-  impl->set_sizes_and_strides(source.sizes(), source.strides(), source.storage_offset());
-  return self;
+  return set_to(self, source.storage(), source.sizes(), source.strides(), source.storage_offset());
 }
 
 Tensor& set_empty(Tensor& self) { return set_tensor(self, at::empty({0}, self.options())); }

@@ -29,6 +29,12 @@ Tensors seen_from_host(const Tensors& tensors) {
   return seen;
 }
 
+std::vector<Tensors> seen_from_host(const std::vector<Tensors>& lists) {
+  std::vector<Tensors> seen;
+  for (const auto& list : lists) seen.push_back(seen_from_host(list));
+  return seen;
+}
+
 struct Done final : c10d::Work {
   explicit Done(Tensors outputs) : outputs_(std::move(outputs)) {
     future_ = c10::make_intrusive<c10::ivalue::Future>(
@@ -88,8 +94,7 @@ class SimulatedNccl : public c10d::Backend {
   }
   Ended allgather(std::vector<Tensors>& outputs, Tensors& inputs,
                   const c10d::AllgatherOptions& options) override {
-    std::vector<Tensors> seen;
-    for (const auto& list : outputs) seen.push_back(seen_from_host(list));
+    auto seen = seen_from_host(outputs);
     auto from = seen_from_host(inputs);
     gloo_->allgather(seen, from, options)->wait();
     return done(outputs[0]);
@@ -107,16 +112,14 @@ class SimulatedNccl : public c10d::Backend {
   }
   Ended gather(std::vector<Tensors>& outputs, Tensors& inputs,
                const c10d::GatherOptions& options) override {
-    std::vector<Tensors> seen;
-    for (const auto& list : outputs) seen.push_back(seen_from_host(list));
+    auto seen = seen_from_host(outputs);
     auto from = seen_from_host(inputs);
     gloo_->gather(seen, from, options)->wait();
     return done(outputs.empty() ? Tensors{} : outputs[0]);
   }
   Ended scatter(Tensors& outputs, std::vector<Tensors>& inputs,
                 const c10d::ScatterOptions& options) override {
-    std::vector<Tensors> seen;
-    for (const auto& list : inputs) seen.push_back(seen_from_host(list));
+    auto seen = seen_from_host(inputs);
     auto to = seen_from_host(outputs);
     gloo_->scatter(to, seen, options)->wait();
     return done(outputs);

@@ -87,7 +87,7 @@ def _free(device: Any = None) -> tuple[int, int]:
 
 
 def _generators() -> list[torch.Generator]:
-    return [simulated_cuda.default_generator(i) for i in range(torch.cuda.device_count())]
+    return [simulated_cuda.default_generator(i) for i in range(simulated_cuda.device_count())]
 
 
 def _generator(device: Any = "cuda") -> torch.Generator:
@@ -104,14 +104,14 @@ def _set_states(states: Any) -> None:
         generator.set_state(state)
 
 
-def _devices(count: int) -> dict[str, Any]:
+def _devices() -> dict[str, Any]:
     return {
         "_lazy_init": lambda: None,
         "_is_compiled": lambda: True,
         "init": lambda: None,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "device_count": lambda: count,
+        "device_count": lambda: simulated_cuda.device_count(),
         "current_device": lambda: simulated_cuda.current_device(),
         "set_device": lambda device: simulated_cuda.set_device(index_of(device)),
         "device": on_device,
@@ -173,9 +173,7 @@ def install() -> None:
     """Answer in the place of `torch.cuda`."""
     for name, function in _C_FUNCTIONS.items():
         setattr(torch._C, name, function)
-    # `device_count` first: the tables after it read it.
-    torch.cuda.device_count = lambda: simulated_cuda.device_count()
-    tables = (_devices(simulated_cuda.device_count()), _memory(), _random(), streams.table())
+    tables = (_devices(), _memory(), _random(), streams.table())
     for name, value in (item for table in tables for item in table.items()):
         setattr(torch.cuda, name, value)
         for module in (torch.cuda.memory, torch.cuda.random, torch.cuda.streams, torch.cuda.graphs):
