@@ -16,6 +16,28 @@ PROMPT, RESPONSE = 8, 8
 REWARD = """def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return len(set(solution_str.split())) / 16
 """
+# Of a conversation in turns: the last word of what the model says is looked up, until it says none.
+CALLS = """import json
+from verl.experimental.agent_loop.tool_parser import FunctionCall, ToolParser
+
+@ToolParser.register("last_word")
+class LastWord(ToolParser):
+    async def extract_tool_calls(self, responses_ids, tools=None):
+        text = self.tokenizer.decode(responses_ids, skip_special_tokens=True)
+        arguments = [json.dumps({"word": word}) for word in text.split()[-1:]]
+        return text, [FunctionCall(name="look_up", arguments=a) for a in arguments]
+"""
+TOOLS = """from verl.tools.function_tool import function_tool
+
+@function_tool
+def look_up(word: str) -> str:
+    \"\"\"The words after a word.
+
+    Args:
+        word: the word before them.
+    \"\"\"
+    return f"w{(int(word[1:]) + 1) % 60} w{(int(word[1:]) + 2) % 60}"
+"""
 FP32 = "{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}"
 
 
@@ -65,6 +87,8 @@ def write_run(directory: Path) -> None:
     ]
     pandas.DataFrame(rows).to_parquet(directory / "prompts.parquet")
     (directory / "reward.py").write_text(REWARD)
+    (directory / "last_word.py").write_text(CALLS)
+    (directory / "tools.py").write_text(TOOLS)
 
 
 def overrides(directory: Path, model: Path) -> list[str]:
@@ -122,6 +146,19 @@ def critic(model: Path) -> list[str]:
         "critic.ppo_mini_batch_size=4",
         "critic.ppo_micro_batch_size_per_gpu=4",
         f"+critic.fsdp.mixed_precision={FP32}",
+    ]
+
+
+def tools(directory: Path) -> list[str]:
+    """Of `main_ppo`: up to three turns of the model with words of a tool between them."""
+    rollout = "actor_rollout_ref.rollout"
+    return [
+        f"{rollout}.multi_turn.enable=True",
+        f"{rollout}.multi_turn.format=last_word",
+        f"{rollout}.multi_turn.function_tool_path={directory / 'tools.py'}",
+        f"{rollout}.multi_turn.max_assistant_turns=3",
+        f"{rollout}.agent.default_agent_loop=tool_agent",
+        f"data.max_response_length={3 * RESPONSE}",
     ]
 
 
