@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 import torch
+
+from bench.integrations.verl_alone import leave_alone
 
 
 class _NoDevice(ModuleType):
@@ -58,10 +58,6 @@ _CPU: dict[str, Any] = {
 }
 
 
-def _with_eager_attention(load: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    return load(*args, **options | {"attn_implementation": "eager"})
-
-
 def use_cpu() -> None:
     """Make the CPU verl's platform in this process."""
     platform = importlib.import_module("verl.plugin.platform")
@@ -75,14 +71,7 @@ def use_cpu() -> None:
     distributed = importlib.import_module("verl.utils.distributed")
     own = distributed.initialize_global_process_group_ray
     distributed.initialize_global_process_group_ray = partial(own, backend="gloo")
-    # Its critic names flash-attn, whatever its config says.
-    critics = importlib.import_module("transformers").AutoModelForTokenClassification
-    critics.from_pretrained = partial(_with_eager_attention, critics.from_pretrained)
-    # Its models would be patched in a TRL beside it, of which it knows another version (0.27).
-    available = importlib.import_module("verl.utils.import_utils").is_trl_available
-    available.cache_clear()
-    with patch("importlib.util.find_spec", return_value=None):
-        available()  # remembered
+    leave_alone()
 
 
 if __name__ in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(","):

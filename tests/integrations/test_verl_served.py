@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +17,7 @@ from torch import nn
 from rlhf_fast.integrations import verl as adapter
 from tests.integrations import verl_loop
 from tests.integrations.peers import installed
+from tests.integrations.verl_processes import environment, numbers, require_steps, trained
 
 installed("verl", "0.9.1")
 ray = pytest.importorskip("ray")
@@ -30,19 +28,6 @@ from tests.integrations.test_verl_replica import (  # noqa: E402 - skips without
     require_greedy,
 )
 from tests.integrations.verl_loop import build_model  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
-_PATHS = filter(None, [os.environ.get("PYTHONPATH")])
-EXTERNAL = "rlhf_fast.integrations.verl,bench.integrations.verl_cpu"
-WITH_CALLS = f"{EXTERNAL},last_word"
-# Not niced: on a machine with other work Ray's workers would get no turn.
-ENVIRONMENT = {
-    "VERL_USE_EXTERNAL_MODULES": EXTERNAL,
-    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", *_PATHS))),
-    "RAY_worker_niceness": "0",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +44,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ray on this machine, whose processes find this checkout and switch the adapter on."""
-    for name, value in ENVIRONMENT.items():
+    for name, value in environment().items():
         monkeypatch.setenv(name, value)
     options = {"num_cpus": 4, "include_dashboard": False, "log_to_driver": False}
     ray.init(**options)
@@ -135,40 +120,6 @@ def test_verls_server_manager_drives_two_replicas(cluster: None, directory: Path
 
 # ---- verl's trainer -----------------------------------------------------------------------------
 
-# As a number of Python or of NumPy.
-NORM = r"{}/grad_norm:(?:np\.float64\()?([\d.e+-]+)"
-
-
-def trained(directory: Path, ranks: int, *overrides: str) -> str:
-    """What `main_ppo` prints, run as users run it, with a training worker and a server a rank.
-
-    Two steps in it drew with the probabilities that verl's engine gives.
-    """
-    ray_options = ["num_cpus=16", f"+num_gpus={ranks}", "+include_dashboard=False"]
-    ray_options = [
-        f"{'+' * o.startswith('+')}ray_kwargs.ray_init.{o.lstrip('+')}" for o in ray_options
-    ]
-    arguments = verl_loop.overrides(directory, directory / "model")
-    arguments.append(f"trainer.n_gpus_per_node={ranks}")
-    paths = os.pathsep.join((str(directory), ENVIRONMENT["PYTHONPATH"]))
-    done = subprocess.run(
-        [sys.executable, "-m", "verl.trainer.main_ppo", *arguments, *ray_options, *overrides],
-        cwd=directory,
-        env=os.environ
-        | ENVIRONMENT
-        | {"PYTHONPATH": paths, "VERL_USE_EXTERNAL_MODULES": WITH_CALLS},
-        capture_output=True,
-        text=True,
-        timeout=560,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    printed = done.stdout + done.stderr
-    gaps = [float(x) for x in re.findall(r"rollout_probs_diff_max:([\d.e+-]+)", printed)]
-    assert len(gaps) == 2
-    assert max(gaps) < 1e-5
-    return printed
-
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # some twenty processes, most of them imports
@@ -187,10 +138,7 @@ def test_verls_trainer_trains_on_our_samples(
         pytest.importorskip("transfer_queue")
     more = verl_loop.critic(directory / "model") if estimator == "gae" else []
     printed = trained(directory, ranks, f"trainer.use_v1={trainer == 'v1'}", *more)
-    for model in ("actor", "critic")[: 1 + bool(more)]:
-        norms = [float(x) for x in re.findall(NORM.format(model), printed)]
-        assert len(norms) == 2
-        assert min(norms) > 0
+    require_steps(printed, *("actor", "critic")[: 1 + bool(more)])
     samples = [verl_loop.rollouts(directory, step) for step in (1, 2)]
     assert [len(rows) for rows in samples] == [8, 8]
 
@@ -200,8 +148,8 @@ def test_verls_trainer_trains_on_our_samples(
 def test_a_conversation_with_a_tool_goes_on_behind_its_words(directory: Path) -> None:
     """Each turn is a request with all that was said before; the tool's words are masked."""
     pytest.importorskip("transfer_queue")
-    printed = trained(directory, 1, *verl_loop.tools(directory))
-    turns = [int(x) for x in re.findall(r"num_turns/max:(?:np\.int\d+\()?(\d+)", printed)]
+    printed = trained(directory, 1, *verl_loop.tools(directory), external="last_word")
+    turns = numbers(printed, "num_turns/max")
     assert turns
     assert min(turns) >= 4  # a prompt, the model, the tool, the model again
     for step in (1, 2):

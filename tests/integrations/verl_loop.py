@@ -91,8 +91,8 @@ def write_run(directory: Path) -> None:
     (directory / "tools.py").write_text(TOOLS)
 
 
-def overrides(directory: Path, model: Path) -> list[str]:
-    """Of `main_ppo`: two steps of GRPO on one CPU with FSDP2 in fp32."""
+def overrides(directory: Path, model: Path, device: str = "cpu") -> list[str]:
+    """Of `main_ppo`: two steps of GRPO with FSDP2 in fp32."""
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
     return [
         # The three lines of the docs.
@@ -124,7 +124,7 @@ def overrides(directory: Path, model: Path) -> list[str]:
         "data.dataloader_num_workers=0",
         "reward.num_workers=1",
         f"reward.custom_reward_function.path={directory / 'reward.py'}",
-        "trainer.device=cpu",
+        f"trainer.device={device}",
         "trainer.n_gpus_per_node=1",
         "trainer.total_training_steps=2",
         'trainer.logger=["console"]',

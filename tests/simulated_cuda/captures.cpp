@@ -61,6 +61,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("resize_storage", [](const Tensor& over, int64_t bytes) {
     resize_storage(over.storage().unsafeGetStorageImpl(), bytes, over.get_device());
   });
+  module.def("share_storage", [](const Tensor& over) {
+    return share_block(over.storage().mutable_data());
+  });
+  module.def("map_storage", [](const Tensor& over, const std::string& path, int64_t bytes) {
+    auto* storage = over.storage().unsafeGetStorageImpl();
+    storage->set_data_ptr_noswap(map_block(path, bytes, over.get_device()));
+    storage->set_nbytes(bytes);
+  });
   module.def("sync_mode", [] { return sync_mode; });
   module.def("set_sync_mode", [](int mode) { sync_mode = mode; });
   module.def("waits_for_the_device", &waits_for_the_device);

@@ -1,4 +1,8 @@
-// Memory of the simulated devices, and pinned memory of the host.
+// Memory of the simulated devices, which other processes can map, and pinned memory of the host.
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <map>
@@ -17,8 +21,10 @@ int64_t capacity = int64_t{8} << 30;
 namespace {
 
 constexpr size_t GRANULE = 512;  // bytes, as the caching allocator rounds
+constexpr size_t PAGE = 4096;    // what another process can map
 std::mutex memory_mutex;
 std::map<char*, size_t> device_blocks;
+std::map<char*, int> shared_blocks;  // and their files
 std::map<char*, size_t> pinned_blocks;
 std::map<char*, std::vector<char>> before_capture;
 
@@ -28,7 +34,15 @@ struct Block {
   c10::DeviceIndex device;
 };
 
+size_t rounded(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
 void nothing_to_free(void*) {}
+
+void* map_pages(void* address, size_t bytes, int flags, int file) {
+  void* memory = mmap(address, rounded(bytes, PAGE), PROT_READ | PROT_WRITE, flags, file, 0);
+  TORCH_CHECK(memory != MAP_FAILED, "cannot map ", bytes, " bytes: ", strerror(errno));
+  return memory;
+}
 
 void free_block(void* context) {
   auto* block = static_cast<Block*>(context);
@@ -37,6 +51,12 @@ void free_block(void* context) {
     allocated[block->device] -= static_cast<int64_t>(block->bytes);
     device_blocks.erase(block->address);
     before_capture.erase(block->address);
+    const auto shared = shared_blocks.find(block->address);
+    if (shared != shared_blocks.end()) {  // who has mapped it keeps it; this address is free for all
+      map_pages(block->address, block->bytes, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1);
+      close(shared->second);
+      shared_blocks.erase(shared);
+    }
   }
   free(block->address);
   delete block;
@@ -46,13 +66,14 @@ struct DeviceAllocator final : at::Allocator {
   at::DataPtr allocate(size_t wanted) override {
     const c10::Device device(c10::kCUDA, current_device);
     if (wanted == 0) return {nullptr, nullptr, &nothing_to_free, device};
-    const size_t bytes = (wanted + GRANULE - 1) / GRANULE * GRANULE;
+    const size_t bytes = rounded(wanted, GRANULE);
     std::lock_guard<std::mutex> lock(memory_mutex);
     auto& held = allocated[current_device];
     TORCH_CHECK_WITH(OutOfMemoryError, held + static_cast<int64_t>(bytes) <= capacity,
                      "CUDA out of memory. Tried to allocate ", bytes, " bytes (simulated)");
     void* memory = nullptr;
-    TORCH_CHECK(posix_memalign(&memory, GRANULE, bytes) == 0, "the host is out of memory");
+    TORCH_CHECK(posix_memalign(&memory, PAGE, rounded(bytes, PAGE)) == 0,
+                "the host is out of memory");
     memset(memory, 0xAB, bytes);  // what nobody wrote is no zero
     auto* address = static_cast<char*>(memory);
     device_blocks[address] = bytes;
@@ -104,6 +125,39 @@ bool is_pinned(const void* address) {
   if (block == pinned_blocks.begin()) return false;
   --block;
   return wanted < block->first + block->second;
+}
+
+int share_block(void* address) {
+  std::lock_guard<std::mutex> lock(memory_mutex);
+  auto* start = static_cast<char*>(address);
+  const auto shared = shared_blocks.find(start);
+  if (shared != shared_blocks.end()) return shared->second;
+  const auto block = device_blocks.find(start);
+  TORCH_CHECK(block != device_blocks.end(), "only memory of this process can be shared");
+  const int file = memfd_create("simulated_cuda", MFD_CLOEXEC);
+  TORCH_CHECK(file >= 0 && ftruncate(file, rounded(block->second, PAGE)) == 0, strerror(errno));
+  void* copy = map_pages(nullptr, block->second, MAP_SHARED, file);
+  memcpy(copy, start, block->second);
+  munmap(copy, rounded(block->second, PAGE));
+  map_pages(start, block->second, MAP_SHARED | MAP_FIXED, file);
+  return shared_blocks[start] = file;
+}
+
+at::DataPtr map_block(const std::string& path, size_t bytes, c10::DeviceIndex index) {
+  struct Mapped {
+    void* address;
+    size_t bytes;
+  };
+  const int file = open(path.c_str(), O_RDWR | O_CLOEXEC);
+  TORCH_CHECK(file >= 0, "CUDA error: invalid resource handle (simulated)");
+  void* memory = map_pages(nullptr, bytes, MAP_SHARED, file);
+  close(file);
+  const auto unmap = [](void* context) {
+    auto* mapped = static_cast<Mapped*>(context);
+    munmap(mapped->address, rounded(mapped->bytes, PAGE));
+    delete mapped;
+  };
+  return {memory, new Mapped{memory, bytes}, unmap, c10::Device(c10::kCUDA, index)};
 }
 
 // A capture runs nothing: what was written meanwhile is taken back, new memory holds no numbers.

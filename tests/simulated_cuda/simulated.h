@@ -36,6 +36,8 @@ extern int64_t allocated[MOST_DEVICES];  // bytes
 extern int64_t peak[MOST_DEVICES];
 extern int64_t capacity;  // of each device
 bool is_pinned(const void* address);
+int share_block(void* address);  // the file that other processes open
+at::DataPtr map_block(const std::string& path, size_t bytes, c10::DeviceIndex index);
 void remember_memory();
 void take_memory_back();
 

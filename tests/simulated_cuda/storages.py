@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import os
 import weakref
 from typing import Any
 
@@ -25,20 +25,23 @@ def _copied(storage: Any, device: Any, non_blocking: bool = False) -> Any:
     return copy
 
 
-_numbers = itertools.count()
 _shared: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary()
 
 
 def _handles(storage: Any, *_: Any) -> tuple[Any, ...]:
-    """As of CUDA IPC, but for the process itself alone."""
-    handle = next(_numbers).to_bytes(8, "little")
+    """As of CUDA IPC: good for as long as this process holds the storage."""
+    file = simulated_cuda.share_storage(_over(storage, 0))
+    handle = f"/proc/{os.getpid()}/fd/{file}".encode()
     _shared[handle] = storage
     index = torch.device(storage.device).index
     return index, handle, storage.nbytes(), 0, b"counter", 0, b"event", False
 
 
 def _of_handles(cls: Any, device: int, handle: bytes, size: int, *_: Any) -> Any:
-    storage = _shared[handle]
+    storage = _shared.get(handle)
+    if storage is None:
+        storage = torch.empty(0, dtype=torch.uint8, device=f"cuda:{device}").untyped_storage()
+        simulated_cuda.map_storage(_over(storage, 0), handle.decode(), size)
     assert (storage.device.index, storage.nbytes()) == (device, size)
     return storage
 

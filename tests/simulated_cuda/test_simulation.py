@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 from torch.nn.attention.varlen import varlen_attn
 
 pytestmark = [
@@ -132,3 +138,33 @@ def attended(q: Tensor, k: Tensor, v: Tensor, left: int) -> Tensor:
     unseen = (distance < 0) | ((distance > left) & (left >= 0))
     scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), v)
+
+
+ANOTHER_PROCESS = """
+import pickle, sys
+if sys.argv[1] == "simulated":
+    from tests.simulated_cuda.loading import load
+    load()
+import torch
+rebuild, arguments = pickle.loads(sys.stdin.buffer.read())
+mapped = rebuild(*arguments)
+mapped += torch.arange(mapped.numel(), device=mapped.device)
+print(mapped.device, torch.cuda.memory_allocated())
+"""
+
+
+def test_another_process_writes_what_it_has_mapped() -> None:
+    x = torch.full((3000,), 7, device="cuda")
+    before = torch.cuda.memory_allocated()
+    handle = pickle.dumps(reduce_tensor(x[1000:]))
+    device = "simulated" if "simulated_cuda" in sys.modules else "real"
+    command = [sys.executable, "-c", ANOTHER_PROCESS, device]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, input=handle, capture_output=True, cwd=root, check=False)
+    assert run.returncode == 0, run.stderr.decode()
+    where, held = run.stdout.decode().split()
+    assert where == "cuda:0"
+    assert int(held) < 8 * 3000 + 8 * 3000  # what it has mapped is not its own
+    torch.testing.assert_close(x[1000:], 7 + torch.arange(2000, device="cuda"))
+    assert (x[:1000] == 7).all()
+    assert torch.cuda.memory_allocated() == before
