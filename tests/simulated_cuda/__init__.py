@@ -8,9 +8,9 @@ On a CPU build of PyTorch tensors say `cuda:0`, and memory and arithmetic are th
 device refuses is refused: tensors on two devices, generators of another device, a wait for the
 device inside a capture or under `torch.cuda.set_sync_debug_mode("error")`, more memory than there
 is. Fresh memory holds garbage, memory is accounted for each process, other processes can map it,
-pinned memory is told apart, a captured graph runs nothing before its replay. torch.distributed has the backend nccl (gloo on the same memory),
-PyTorch's varlen attention is there in plain PyTorch (a package `flash_attn` too, for a test that
-asks for it), and Triton's kernels run in its interpreter.
+pinned memory is told apart, a captured graph runs nothing before its replay. torch.distributed has
+the backend nccl (gloo on the same memory), PyTorch's varlen attention is there in plain PyTorch (a
+package `flash_attn` too, for a test that asks for it), and Triton's kernels run in its interpreter.
 
 Streams run in the order of their calls, so a missing wait does not show. CUDA C++ kernels,
 torch.compile and speeds do not exist here.
