@@ -18,6 +18,7 @@ Where recording fails, the steps run as they are, at the same padded width: the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 import torch
@@ -183,14 +184,19 @@ class CudaRecorder:
             try:
                 body()
             except BaseException:
-                try:
-                    graph.capture_end()
-                except RuntimeError:  # it says again that the capture is spoilt
-                    abandon(graph, self._pool)
+                with suppress(RuntimeError):  # it says again that the capture is spoilt
+                    self._end(graph)
                 raise
-            graph.capture_end()
+            self._end(graph)
         current.wait_stream(self._stream)
         # PyTorch refuses a pool whose graphs are all gone.
         self._first = self._first or graph
         self.pool_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
         return graph.replay
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            abandon(graph, self._pool)
+            raise

@@ -126,3 +126,12 @@ def test_a_failed_capture_is_over_for_the_allocator(
     calls = [("_cuda_endAllocateToPool", 0, POOL), ("_cuda_releasePool", 0, POOL)]
     assert told == (calls if spoilt else [])
     assert len(spoilt_captures._GRAPHS) == spoilt
+
+
+def test_a_capture_that_fails_only_as_it_ends_is_over_as_well(
+    told: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Graph, "spoilt", True)
+    with pytest.raises(RuntimeError, match="previous error"):
+        CudaRecorder(GPU).record(lambda: None, [])
+    assert [call[0] for call in told] == ["_cuda_endAllocateToPool", "_cuda_releasePool"]
