@@ -59,9 +59,14 @@ class LiveRequests:
             and modules.
         room: what a run is laid out for at first: response tokens, tokens of a whole sequence and
             stop ids. A request that needs more waits until nothing runs, and the next run has it.
+
+    Raises:
+        ValueError: there is room for no sample.
     """
 
     def __init__(self, engine: HybridEngine, room: Room) -> None:
+        if room.samples < 1:
+            raise ValueError(f"room for {room.samples} samples, of which no request can be one")
         self._engine = engine
         self._base = self._room = room
         self._changed = threading.Condition()

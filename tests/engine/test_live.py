@@ -245,6 +245,11 @@ def test_no_page_at_all_fails_everybody_instead_of_waiting_for_ever() -> None:
     live.close()
 
 
+def test_room_for_nobody_is_refused_instead_of_waiting_for_ever() -> None:
+    with pytest.raises(ValueError, match="room for 0 samples"):
+        LiveRequests(build_engine(), Room(samples=0, columns=WIDTH, longest=WIDTH, stops=1))
+
+
 def test_a_path_whose_requests_cannot_join_says_so() -> None:
     engine = HybridEngine(build_model(), eos_ids=[3], settings=EngineSettings(path="padded"))
     live = LiveRequests(engine, ROOM)
