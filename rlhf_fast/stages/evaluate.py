@@ -27,6 +27,7 @@ from rlhf_fast.data import (
     load_prompts,
     pack_by_tokens,
 )
+from rlhf_fast.default_device import on_the_host
 from rlhf_fast.engine.best_of_n import best_of_n_curve
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.progress import Progress
@@ -129,6 +130,7 @@ class EvalResult:
         return "\n".join([*lines, f"  files: {self.output_dir}/{EVAL_NAME}, {SAMPLES_NAME}"])
 
 
+@on_the_host
 def run_evaluate(config: EvalConfig, *, quiet: bool = False) -> EvalResult:
     """Generate, score and compare; writes `eval.json` and `samples.jsonl`.
 

@@ -39,8 +39,8 @@ def as_metrics(result: EvalResult) -> dict[str, float]:
 def files_of(result: EvalResult, samples: Samples, config: EvalConfig) -> dict[str, bytes]:
     """What an evaluation leaves, by name; its result comes last."""
     tree = {
-        "model": config.model,
-        "reference": config.reference,
+        "model": str(config.model),  # whoever builds a config in Python may have put a Path there
+        "reference": str(config.reference),
         "prompts": result.prompts,
         "samples_per_prompt": result.samples_per_prompt,
         "estimates": {

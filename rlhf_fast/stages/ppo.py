@@ -23,6 +23,7 @@ from rlhf_fast.data import (
     load_sft,
 )
 from rlhf_fast.data.readers import RowSource
+from rlhf_fast.default_device import on_the_host
 from rlhf_fast.distributed.work import WorldSplit
 from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.memory_held import MemoryWatch
@@ -139,6 +140,7 @@ class PPOTrainer:
         world: the ranks that torchrun started, from `joined`; None: this process alone.
     """
 
+    @on_the_host
     def __init__(
         self,
         config: PPOConfig,
@@ -245,6 +247,7 @@ class PPOTrainer:
             data.examples, sampler, self.config.microbatch_tokens, self.device, split
         )
 
+    @on_the_host
     def train(self) -> PPOResult:
         """Run to `config.total_steps`, continuing a run found in the output directory.
 
@@ -357,6 +360,7 @@ class PPOTrainer:
             world=self.world,
         )
 
+    @on_the_host
     def save_model(self, directory: str | Path) -> None:
         """Export the policy and its tokenizer as a Hugging Face directory, or its adapter."""
         actor, target = self.roles.actor, Path(directory)

@@ -34,6 +34,7 @@ from rlhf_fast.data import (
     warn_overlap,
 )
 from rlhf_fast.data.packing import Share
+from rlhf_fast.default_device import on_the_host
 from rlhf_fast.distributed.world import World
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.models.adapter_roles import adapted_last_hidden
@@ -131,6 +132,7 @@ def _accuracy_text(result: RewardModelResult) -> str:
     )
 
 
+@on_the_host
 def run_reward_model(
     config: RewardModelConfig, *, quiet: bool = False, world: World | None = None
 ) -> RewardModelResult:

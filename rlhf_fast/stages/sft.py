@@ -31,6 +31,7 @@ from rlhf_fast.data import (
     pack_by_tokens,
     warn_overlap,
 )
+from rlhf_fast.default_device import on_the_host
 from rlhf_fast.distributed.world import World
 from rlhf_fast.metrics import MetricLogger
 from rlhf_fast.models.adapter_roles import AdapterActor
@@ -93,6 +94,7 @@ class SFTResult:
         return "\n".join([*lines, f"  model: {self.model_dir}"])
 
 
+@on_the_host
 def run_sft(config: SFTConfig, *, quiet: bool = False, world: World | None = None) -> SFTResult:
     """Train, evaluate and export, or continue where an earlier run stopped.
 

@@ -207,6 +207,14 @@ def test_sampled_kl_and_entropy_are_those_of_enumeration(base: Path, tmp_path: P
     assert result.estimates["length"] == Estimate(1.0, 0.0, 12)
 
 
+def test_directories_may_be_given_as_paths(base: Path, tmp_path: Path) -> None:
+    """As `PPOResult.model_dir` is one."""
+    places: dict[str, Any] = {"model": base / "policy", "reference": base / "reference"}
+    run_evaluate(config_for(base, tmp_path, **places), quiet=True)
+    found = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
+    assert {name: found[name] for name in places} == {k: str(v) for k, v in places.items()}
+
+
 def test_policy_against_itself_has_no_kl(base: Path, tmp_path: Path) -> None:
     config = config_for(base, tmp_path, reference=str(base / "policy"))
     assert all(row["kl"] == 0.0 for row in run_rows(config, tmp_path))
