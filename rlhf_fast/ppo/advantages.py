@@ -120,12 +120,14 @@ def grpo(totals: Tensor, valid: Tensor, group: int) -> Tensor:
     A group whose std is below GROUP_STD_FLOOR says nothing about its members: advantage 0, not
     amplified rounding noise. Arguments as in `rloo`.
     """
-    x, ok, n = _grouped(totals, valid, group)
+    # In fp64: the fp32 mean of rewards of 1e4 is off by more than the floor, and equal ones differ.
+    x, ok, n = _grouped(totals.double(), valid, group)
     mean = x.sum(1, keepdim=True) / n.clamp(min=1)
     centred = (x - mean) * ok
     std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
     scaled = centred / std.clamp(min=GROUP_STD_FLOOR)
-    return torch.where((n > 1) & (std > GROUP_STD_FLOOR), scaled, x.new_zeros(())).flatten()
+    told = (n > 1) & (std > GROUP_STD_FLOOR)
+    return torch.where(told, scaled, x.new_zeros(())).flatten().to(totals.dtype)
 
 
 def whitened(advantages: Tensor, mask: Tensor, *, unbiased: bool) -> Tensor:

@@ -24,7 +24,7 @@ def test_grpo_standardises_within_the_group_and_zeroes_a_constant_group():
 @pytest.mark.parametrize("estimator", [rloo, grpo])
 @pytest.mark.parametrize("group", [2, 3, 7, 8, 16])
 def test_a_group_of_equal_rewards_has_advantage_exactly_zero(estimator, group):
-    totals = torch.tensor([0.7, -1.3, 1e-3, 3.1e4]).repeat_interleave(group)
+    totals = torch.tensor([0.7, -1.3, 1e-3, 3.1e4, 20000.3, 140000.1]).repeat_interleave(group)
     assert torch.all(estimator(totals, torch.ones(len(totals), dtype=torch.bool), group) == 0)
 
 
