@@ -21,6 +21,7 @@ from rlhf_fast.errors import (
     EXIT_INTERRUPTED,
     EXIT_PREEMPTED,
     Interrupted,
+    PeerError,
     Preempted,
     StoppedEarly,
 )
@@ -35,17 +36,14 @@ def ending_at_once() -> Iterator[None]:
     """SIGTERM raises, until `StopSignals` takes over: while models load there is nothing to save.
 
     Raises:
-        StoppedEarly: RF8303, where the signal arrives.
+        StoppedEarly: RF8303, where the signal arrives. Whoever catches it there may go on, or leave
+            with an error of its own (a model that cannot be loaded), which becomes this one.
     """
 
     def stop(number: int, _frame: FrameType | None) -> None:
         # What is raised within a destructor or a callback of C code goes nowhere.
         _early.append(signal.Signals(number))
-        raise StoppedEarly(
-            "RF8303",
-            "SIGTERM: the run stopped before its first step",
-            remedy="start the same command again",
-        )
+        raise _stopped_early()
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -53,11 +51,26 @@ def ending_at_once() -> Iterator[None]:
     previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except (StoppedEarly, PeerError):
+        raise
+    except Exception as error:
+        if not _early:
+            raise
+        raise _stopped_early() from error
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
         _early.clear()
 
 
+def _stopped_early() -> StoppedEarly:
+    return StoppedEarly(
+        "RF8303",
+        "SIGTERM: the run stopped before its first step",
+        remedy="start the same command again",
+    )
+
+
+# Signals that no `StopSignals` has taken over yet.
 _early: list[signal.Signals] = []
 
 
@@ -84,6 +97,7 @@ class StopSignals:
             for number in _HANDLED:
                 self._previous[number] = signal.signal(number, self._handle)
             self.received = _early[0] if _early else self.received
+            _early.clear()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -110,6 +110,25 @@ def test_a_stop_signal_whose_error_got_lost_stops_the_run():
         assert signals.received is None
 
 
+def test_a_stop_signal_whose_error_became_another_is_what_ends_the_run():
+    def load() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except StoppedEarly as error:  # as around a loader that fails in all manners
+            raise ValueError("the model cannot be loaded") from error
+
+    def train() -> None:
+        with contextlib.suppress(StoppedEarly):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with StopSignals(silent=True):
+            raise ValueError("of its own")  # the signal has been taken over
+
+    with pytest.raises(StoppedEarly, match="RF8303"), ending_at_once():
+        load()
+    with pytest.raises(ValueError, match="of its own"), ending_at_once():
+        train()
+
+
 def _differ(world: World, base: str):
     config = sft_config(Path(base), Path(base))
     rates = dataclasses.replace(config.optim, lr=1e-3 * (1 + world.rank))
