@@ -33,7 +33,12 @@ class RunConfig:
     """Where a run lives and how it is kept."""
 
     output_dir: str = setting("", "folder of the run: checkpoints, metrics.jsonl, exported model")
-    seed: int = setting(1, "seeds data order, weights made here and every sample", low=0)
+    seed: int = setting(
+        1,
+        "seeds data order, weights made here and every sample",
+        low=0,
+        high=2**64 - 1,  # of torch's generators
+    )
     device: str = setting("auto", "auto, cpu or cuda")
     dtype: str = setting(
         "float32",

@@ -55,6 +55,7 @@ def choose_path(module: nn.Module, wish: str) -> tuple[str, str]:
         raise GenerationError(
             "RF4032",
             f"engine.path={wish} cannot run: {obstacle}",
+            where=f"engine.path, {type(module).__name__}",
             remedy="use engine.path=auto",
         )
     return wish, "asked for"

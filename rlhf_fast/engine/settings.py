@@ -28,7 +28,8 @@ class EngineSettings:
         max_batch: samples decoded side by side at most.
         kv_bytes: key-value memory at most; 0: four fifths of the free memory of a GPU, a quarter of
             that of the host.
-        page_size: tokens of a page; 0: 64 on a CPU, 256 on a GPU.
+        page_size: tokens of a page; 0: 64 on a CPU, 256 on a GPU. At least 4 with
+            path=transformers.
         prefill_tokens: tokens of one prefill forward.
         burst: decoding steps between two looks of the host; 0: 8, or 1 where an ended row would go
             on until then.
@@ -55,6 +56,8 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         least = {"max_batch": 1, "kv_bytes": 0, "page_size": 0, "prefill_tokens": 1, "burst": 0}
+        if self.path == "transformers" and self.page_size != 0:  # 0 is the default
+            least["page_size"] = 4  # transformers refuses smaller ones
         faults = [
             f"{name}={value!r}: an integer, at least {low}"
             for name, low in least.items()
@@ -66,6 +69,7 @@ class EngineSettings:
                 f"{len(faults)} size{'s' if len(faults) > 1 else ''} with which nothing can run",
                 where="EngineSettings",
                 expected="; ".join(faults),
+                remedy="raise what is named, or leave it at its default",
             )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from rlhf_fast.errors import ModelError
 
@@ -44,6 +45,28 @@ def get_calibration(module: nn.Module) -> Calibration:
     """The calibration stored in the module's config; the identity if there is none."""
     stored = getattr(module.config, CALIBRATION_KEY, None)
     return Calibration(**stored) if stored else Calibration()
+
+
+def require_classifier(config_class: type, where: str) -> None:
+    """Refuse an architecture of which transformers has no sequence classifier (Granite, Cohere).
+
+    Args:
+        config_class: of the model's config.
+        where: what was to be one.
+
+    Raises:
+        ModelError: RF3028.
+    """
+    if config_class not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        kind = getattr(config_class, "model_type", "") or config_class.__name__
+        raise ModelError(
+            "RF3028",
+            f"transformers has no sequence classifier of architecture {kind}",
+            where=where,
+            expected="one: reward models, critics and their exports are sequence classifiers",
+            remedy="PPO: algorithm.estimator=rloo or grpo, or lora.rank, with reward.function; "
+            "reward model: lora.rank without lora.merge_on_export; or another base model",
+        )
 
 
 def scalar_head(module: nn.Module) -> nn.Linear:

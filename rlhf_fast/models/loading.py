@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
 
 from rlhf_fast.errors import ModelError
@@ -31,7 +32,7 @@ from rlhf_fast.models.checks import check_finite
 from rlhf_fast.models.directory import read_config, resolve, weight_files
 from rlhf_fast.models.dropout import disable_dropout
 from rlhf_fast.models.forward import ComputeDtype, compute_dtype, set_compute_dtype
-from rlhf_fast.models.heads import scalar_head
+from rlhf_fast.models.heads import require_classifier, scalar_head
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -137,6 +138,7 @@ def critic_from(module: nn.Module) -> Any:
         critic = copy.deepcopy(module)
     else:
         source: Any = module
+        require_classifier(type(source.config), type(module).__name__)
         config = copy.deepcopy(source.config)
         config.num_labels = 1
         critic = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -260,6 +262,8 @@ class _Report:
 
 
 def _load_classifier(directory: Path) -> tuple[Any, bool]:
+    kind = read_config(directory)["model_type"]
+    require_classifier(CONFIG_MAPPING[kind], str(directory))
     module, report = _load(AutoModelForSequenceClassification, directory, {"num_labels": 1})
     had_head = not any(name.startswith("score.") for name in report.missing)
     if not had_head:

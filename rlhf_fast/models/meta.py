@@ -18,6 +18,7 @@ from rlhf_fast.errors import ModelError
 from rlhf_fast.models.attention_mode import keep_softcap
 from rlhf_fast.models.directory import read_config_file, resolve
 from rlhf_fast.models.forward import ComputeDtype, set_compute_dtype
+from rlhf_fast.models.heads import require_classifier
 from rlhf_fast.models.loading import quiet_transformers
 
 
@@ -48,11 +49,12 @@ def meta_model(config: Any, *, dtype: ComputeDtype, classifier: bool = False) ->
         classifier: with a scalar head instead of the vocabulary head.
 
     Raises:
-        ModelError: RF3025, transformers cannot build it.
+        ModelError: RF3025, transformers cannot build it; RF3028, it has no such classifier.
     """
     config = copy.deepcopy(config)
     maker: Any = AutoModelForCausalLM
     if classifier:
+        require_classifier(type(config), str(config.model_type))
         config.num_labels = 1
         maker = AutoModelForSequenceClassification
     try:

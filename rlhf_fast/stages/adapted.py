@@ -19,6 +19,7 @@ from rlhf_fast.models.adapters import AdapterModule, SharedTrunk
 from rlhf_fast.models.checks import check_positions, check_vocabulary
 from rlhf_fast.models.export import export_model
 from rlhf_fast.models.forward import compute_dtype
+from rlhf_fast.models.heads import require_classifier
 from rlhf_fast.models.loading import load_causal_lm
 from rlhf_fast.models.merged_export import export_merged
 from rlhf_fast.stages.placing import place
@@ -70,11 +71,12 @@ def one_adapter(
         longest: tokens of the longest sequence it will read.
 
     Raises:
-        ModelError: as `load_causal_lm`, RF3021, RF3050, RF3063, RF3064.
+        ModelError: as `load_causal_lm`, RF3021, RF3028, RF3050, RF3063, RF3064.
     """
     module = load_causal_lm(config.model, dtype=compute_type(config.run))
     check_vocabulary(tokenizer, module)
     check_positions(module, longest)
+    require_mergeable(config, module)
     trunk = open_trunk(module, config.model)
     shape = trunk.shape(config.lora.rank, config.lora.alpha, config.lora.targets)
     trunk.add(name, shape, seed=config.run.seed, trainable=True)
@@ -85,6 +87,17 @@ def one_adapter(
         world=world,
     )
     return trunk
+
+
+def require_mergeable(config: SFTConfig | RewardModelConfig, module: nn.Module) -> None:
+    """Refuse a merged export that could not be written at the end, before anything is trained.
+
+    Raises:
+        ModelError: RF3028, a merged reward model is a sequence classifier.
+    """
+    if isinstance(config, RewardModelConfig) and config.lora.merge_on_export:
+        model: Any = module
+        require_classifier(type(model.config), f"lora.merge_on_export of {config.model}")
 
 
 def trunk_digest(module: nn.Module) -> dict[str, str]:

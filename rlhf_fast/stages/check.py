@@ -29,24 +29,30 @@ from rlhf_fast.data import (
     load_sft,
     warn_overlap,
 )
+from rlhf_fast.engine.path_choice import choose_path
+from rlhf_fast.engine.settings import engine_settings
 from rlhf_fast.models.checks import (
     check_context,
     check_positions,
     check_same_tokenizer,
     check_vocabulary,
 )
+from rlhf_fast.models.forward import ComputeDtype
+from rlhf_fast.models.heads import require_classifier
 from rlhf_fast.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
+from rlhf_fast.models.meta import model_config
 from rlhf_fast.models.reward_function import load_reward_function
 from rlhf_fast.models.vocabulary import vocabulary_head
 from rlhf_fast.ppo.exact_kl import require_exact_kl
 from rlhf_fast.ppo.trunk import require_trunk_head
-from rlhf_fast.stages.adapted import open_trunk
+from rlhf_fast.stages.adapted import open_trunk, require_mergeable
 from rlhf_fast.stages.device_choice import choose_device
 from rlhf_fast.stages.evaluate import choose_prompts
 from rlhf_fast.stages.held_out import split_by_prompt
 from rlhf_fast.stages.ppo_checks import check_tokenizers
 from rlhf_fast.stages.shared_roles import check_adapters
 from rlhf_fast.stages.training import (
+    compute_type,
     load_options,
     load_stage_tokenizer,
     require_budget,
@@ -120,6 +126,7 @@ def _adapter(config: SFTConfig | RewardModelConfig, module: nn.Module) -> list[s
     lora = config.lora
     if lora.rank == 0:
         return []
+    require_mergeable(config, module)
     layers = open_trunk(module, config.model).shape(lora.rank, lora.alpha, lora.targets).layers
     return [f"adapter: rank {lora.rank} on {len(layers)} layers"]
 
@@ -144,11 +151,24 @@ def _ppo(config: PPOConfig) -> list[str]:
     critic = config.critic if config.algorithm.estimator == "gae" else ""
     check_tokenizers(tokenizer, reference=config.reference, critic=critic)
     longest, new = max(len(e) for e in data.examples), config.sampling.max_new_tokens
-    line, head = _policy("actor", config.actor, tokenizer, longest, new, text=text)
+    engine_settings(config.engine, config.rollout.max_batch)
+    # A trunk of adapters is held in bf16 where it computes so: no masters, whatever the type.
+    dtype: ComputeDtype = "float32" if config.lora.rank > 0 else compute_type(config.run)
+    line, head = _policy(
+        *("actor", config.actor, tokenizer, longest, new),
+        text=text,
+        dtype=dtype,
+        path=config.engine.path,
+    )
     lines, reference_head = [line], head
     if config.reference:
         line, reference_head = _policy("reference", config.reference, tokenizer, longest, new)
         lines.append(line)
+    if config.algorithm.estimator == "gae" and config.lora.rank == 0:
+        on_trunk = config.memory.value_head == "actor"
+        if on_trunk or not (critic or config.reward.model):  # made of the actor
+            where = "memory.value_head=actor" if on_trunk else "the critic, made of the actor"
+            require_classifier(type(model_config(config.actor)), where)
     if config.kl.estimator == "exact":
         require_exact_kl(head, reference_head)
     if config.memory.value_head == "actor":
@@ -167,7 +187,13 @@ def _evaluation(config: EvalConfig) -> list[str]:
     data, examples = choose_prompts(config, tokenizer)
     check_tokenizers(tokenizer, reference=config.reference)
     longest, new = max(len(e) for e in examples), config.sampling.max_new_tokens
-    lines = [_policy("model", config.model, tokenizer, longest, new)[0]]
+    engine_settings(config.engine, config.max_batch)
+    line, _ = _policy(
+        *("model", config.model, tokenizer, longest, new),
+        dtype=compute_type(config.run),
+        path=config.engine.path,
+    )
+    lines = [line]
     if config.reference:
         lines.append(_policy("reference", config.reference, tokenizer, longest, new)[0])
     lines += _reward(config.reward, tokenizer, longest, new)
@@ -189,18 +215,31 @@ def _training_data(
 
 
 def _policy(
-    role: str, path: str, tokenizer: Any, prompt: int, response: int, *, text: int = 0
+    role: str,
+    directory: str,
+    tokenizer: Any,
+    prompt: int,
+    response: int,
+    *,
+    text: int = 0,
+    dtype: ComputeDtype = "float32",
+    path: str = "",
 ) -> tuple[str, VocabularyHead | None]:
-    """(a line about a causal LM, its head without the numbers in it); `text`: PPO-ptx's longest."""
-    module = load_causal_lm(path, dtype="float32")
+    """(a line about a causal LM, its head without the numbers in it).
+
+    `text`: PPO-ptx's longest; `path`: of the engine, if this one generates.
+    """
+    module = load_causal_lm(directory, dtype=dtype)
     check_vocabulary(tokenizer, module, role=role)
     check_context(module, prompt, response, role=role)
     check_positions(module, text)
+    if path:
+        choose_path(module, path)
     head = vocabulary_head(module)
     if head is not None:
         # The weights go with the module: the next one needs their memory.
         head = dataclasses.replace(head, weight=head.weight.to("meta"), bias=None)
-    return _described(role, path, module), head
+    return _described(role, directory, module), head
 
 
 def _judge(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.config import EvalConfig, PPOConfig, to_dict
+from rlhf_fast.config_loading import require_valid
 from rlhf_fast.environment import collect
 from rlhf_fast.errors import CheckpointError
 from rlhf_fast.metrics import METRICS_NAME, read_metrics
@@ -61,13 +62,14 @@ def run_demo(
         overwrite: discard an earlier demo in `folder`.
 
     Raises:
-        RLHFError: `folder` holds something else or a demo with other arguments.
+        RLHFError: `folder` holds something else or a demo with other arguments; `seed` is none.
     """
+    plan = (demo_plan.quick if quick else demo_plan.full)(folder, seed)
+    require_valid(demo_plan.sft(plan, folder, folder))  # the seed, before anything is made with it
     _claim(folder, {"seed": seed, "quick": quick}, overwrite)
     if (folder / DEMO_RESULTS_NAME).exists():
         say([f"this demo has finished before; --overwrite runs it again ({folder})"])
         return DemoResults.load(folder / DEMO_RESULTS_NAME)
-    plan = (demo_plan.quick if quick else demo_plan.full)(folder, seed)
     return Demo(plan, quick=quick).run()
 
 

@@ -22,6 +22,7 @@ from rlhf_fast.engine.sharded_views import WeightView
 from rlhf_fast.engine.stopping import stops_of
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.models.adapter_roles import AdapterGenerator
+from rlhf_fast.models.heads import require_classifier
 from rlhf_fast.models.loading import (
     classifier_over,
     critic_from,
@@ -99,6 +100,8 @@ def build_critic(
 
     Raises:
         ConfigError: RF1043, one is given beside a head on the actor's trunk.
+        ModelError: RF3028, transformers has no classifier of the actor's architecture; as
+            `load_critic`.
     """
     if config.algorithm.estimator != "gae":
         return None
@@ -110,6 +113,8 @@ def build_critic(
                 where="critic, memory.value_head",
                 remedy="leave out critic, or set memory.value_head=separate",
             )
+        policy: Any = actor
+        require_classifier(type(policy.config), "memory.value_head=actor")  # its export is one
         return TrunkCritic(actor)
     if critic is None:
         directory = config.critic or config.reward.model

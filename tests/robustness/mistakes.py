@@ -60,6 +60,21 @@ def wrong_types_all_at_once(w: Workshop) -> list[str]:
     return ["total_steps=many", "kl.adaptive=maybe"]
 
 
+@case("RF1005", "run.seed=18446744073709551616", "at most 18446744073709551615", stage="sft")
+def seed_beyond_the_generators(w: Workshop) -> list[str]:
+    return ["run.seed=18446744073709551616"]
+
+
+@case("RF4038", "page_size=3: an integer, at least 4")
+def pages_that_transformers_refuses(w: Workshop) -> list[str]:
+    return ["engine.path=transformers", "engine.page_size=3"]
+
+
+@case("RF4038", "page_size=3: an integer, at least 4", stage="eval")
+def pages_that_transformers_refuses_in_an_evaluation(w: Workshop) -> list[str]:
+    return ["engine.path=transformers", "engine.page_size=3"]
+
+
 @case("RF1005", "kl.coef=-1", "algorithm.gamma=2", "actor_optim.lr=nan", "clip_eps_low=0.0")
 def out_of_range_all_at_once(w: Workshop) -> list[str]:
     return [

@@ -144,6 +144,47 @@ def no_head_where_none_may_be_made(w: Workshop) -> list[str]:
     return ["init_head=false"]
 
 
+def _granite(w: Workshop) -> None:
+    """transformers has no sequence classifier of this architecture."""
+    build("granite").save_pretrained(w.path / "policy")
+
+
+@case("RF3028", "granite", "policy", stage="rm")
+def reward_model_of_an_architecture_without_classifier(w: Workshop) -> list[str]:
+    _granite(w)
+    return []
+
+
+@case("RF3028", "granite", "lora.merge_on_export", stage="rm")
+def merged_reward_model_of_an_architecture_without_classifier(w: Workshop) -> list[str]:
+    _granite(w)
+    return ["lora.rank=2", "lora.merge_on_export=true"]
+
+
+@case("RF3028", "granite", "critic")
+def critic_of_an_architecture_without_classifier(w: Workshop) -> list[str]:
+    _granite(w)
+    return ["reward.model=", f"reward.function={w.path}/reward.py:score"]
+
+
+@case("RF3028", "granite", "memory.value_head=actor")
+def value_head_that_could_not_be_exported(w: Workshop) -> list[str]:
+    _granite(w)
+    function = f"reward.function={w.path}/reward.py:score"
+    return ["reward.model=", function, "memory.value_head=actor"]
+
+
+@case("RF4032", "no fused forward for gpt2")
+def path_that_cannot_run_the_actor(w: Workshop) -> list[str]:
+    build("gpt2").save_pretrained(w.path / "policy")
+    return ["engine.path=fused", f"reference={w.path}/policy", f"critic={w.path}/judge"]
+
+
+@case("RF4032", "fp32 masters", stage="eval")
+def path_that_cannot_run_the_type(w: Workshop) -> list[str]:
+    return ["engine.path=transformers", "run.dtype=bfloat16"]
+
+
 @case("RF3022", "64 positions")
 def response_beyond_the_positions(w: Workshop) -> list[str]:
     return ["sampling.max_new_tokens=64", "data.max_length=80"]
