@@ -46,8 +46,11 @@ class MemoryReport:
             passes = self.plan.passes[phase] if self.sharding.shards == 1 else {}  # FSDP fetches
             for role, parts in passes.items():
                 slot = Slot(role, "streamed")
+                # The actor's pass is beside the reference's head, which the reference streamed.
+                lives_in_host_memory = Slot(role, "weights", "host") in predicted
                 # Whether samples are scored in a rollout depends on how long they are.
-                if "streamed" in parts and (phase != "generate" or slot in held):
+                seen = phase != "generate" or slot in held
+                if "streamed" in parts and lives_in_host_memory and seen:
                     predicted[slot] = parts["streamed"]
             for slot in dict.fromkeys([*predicted, *held]):
                 yield phase, slot, predicted.get(slot, 0), held.get(slot, 0)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_fast import PPOTrainer
-from rlhf_fast.config import AlgorithmConfig, LoraConfig, MemoryConfig, OptimConfig
+from rlhf_fast.config import AlgorithmConfig, KLConfig, LoraConfig, MemoryConfig, OptimConfig
 from rlhf_fast.engine.memory_ledger import COPIES, PHASES, Slot
 from rlhf_fast.tasks.tiny import build_tokenizer
 from tests.stages.test_ppo import PROMPTS, settings, short_is_good
@@ -34,6 +34,10 @@ MODES = {
             AWAY, optimizer="adamw8bit", value_head="actor", step_in_backward=True
         ),
         "actor_optim": NO_CLIP,
+    },
+    "exact KL in the loss, offloaded": {
+        "memory": MemoryConfig(reference="offload"),
+        "kl": KLConfig(estimator="exact", placement="loss"),
     },
     "no critic": {
         "algorithm": AlgorithmConfig(estimator="grpo", ppo_epochs=1),
