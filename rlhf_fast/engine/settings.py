@@ -104,7 +104,10 @@ def choose_attention_for(
         )
     except ValueError as error:
         raise GenerationError(
-            "RF4032", f"engine.attention: {error}", remedy="use engine.attention=auto"
+            "RF4032",
+            f"engine.attention: {error}",
+            where=f"engine.attention, {type(module).__name__}",
+            remedy="use engine.attention=auto",
         ) from error
 
 

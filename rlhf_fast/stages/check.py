@@ -30,14 +30,14 @@ from rlhf_fast.data import (
     warn_overlap,
 )
 from rlhf_fast.engine.path_choice import choose_path
-from rlhf_fast.engine.settings import engine_settings
+from rlhf_fast.engine.settings import choose_attention_for, engine_settings
 from rlhf_fast.models.checks import (
     check_context,
     check_positions,
     check_same_tokenizer,
     check_vocabulary,
 )
-from rlhf_fast.models.forward import ComputeDtype
+from rlhf_fast.models.forward import set_compute_dtype
 from rlhf_fast.models.heads import require_classifier
 from rlhf_fast.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 from rlhf_fast.models.meta import model_config
@@ -151,14 +151,9 @@ def _ppo(config: PPOConfig) -> list[str]:
     critic = config.critic if config.algorithm.estimator == "gae" else ""
     check_tokenizers(tokenizer, reference=config.reference, critic=critic)
     longest, new = max(len(e) for e in data.examples), config.sampling.max_new_tokens
-    engine_settings(config.engine, config.rollout.max_batch)
-    # A trunk of adapters is held in bf16 where it computes so: no masters, whatever the type.
-    dtype: ComputeDtype = "float32" if config.lora.rank > 0 else compute_type(config.run)
+    generates = _generating(config, config.rollout.max_batch, on_trunk=config.lora.rank > 0)
     line, head = _policy(
-        *("actor", config.actor, tokenizer, longest, new),
-        text=text,
-        dtype=dtype,
-        path=config.engine.path,
+        *("actor", config.actor, tokenizer, longest, new), text=text, generates=generates
     )
     lines, reference_head = [line], head
     if config.reference:
@@ -187,12 +182,8 @@ def _evaluation(config: EvalConfig) -> list[str]:
     data, examples = choose_prompts(config, tokenizer)
     check_tokenizers(tokenizer, reference=config.reference)
     longest, new = max(len(e) for e in examples), config.sampling.max_new_tokens
-    engine_settings(config.engine, config.max_batch)
-    line, _ = _policy(
-        *("model", config.model, tokenizer, longest, new),
-        dtype=compute_type(config.run),
-        path=config.engine.path,
-    )
+    generates = _generating(config, config.max_batch)
+    line, _ = _policy("model", config.model, tokenizer, longest, new, generates=generates)
     lines = [line]
     if config.reference:
         lines.append(_policy("reference", config.reference, tokenizer, longest, new)[0])
@@ -214,32 +205,48 @@ def _training_data(
     return [train, held_out]
 
 
+def _generating(
+    config: PPOConfig | EvalConfig, max_batch: int, *, on_trunk: bool = False
+) -> Callable[[nn.Module], None]:
+    """What refuses a model that the engine would refuse; it may change the model."""
+    settings, device = engine_settings(config.engine, max_batch), choose_device(config.run)
+
+    def refuse(module: nn.Module) -> None:
+        set_compute_dtype(module, compute_type(config.run))
+        if on_trunk and config.run.dtype == "bfloat16":
+            module.bfloat16()  # a frozen trunk has no masters
+        path, _ = choose_path(module, settings.path)
+        if path == "fused":
+            choose_attention_for(module, settings, device)
+
+    return refuse
+
+
 def _policy(
     role: str,
-    directory: str,
+    path: str,
     tokenizer: Any,
     prompt: int,
     response: int,
     *,
     text: int = 0,
-    dtype: ComputeDtype = "float32",
-    path: str = "",
+    generates: Callable[[nn.Module], None] | None = None,
 ) -> tuple[str, VocabularyHead | None]:
     """(a line about a causal LM, its head without the numbers in it).
 
-    `text`: PPO-ptx's longest; `path`: of the engine, if this one generates.
+    `text`: PPO-ptx's longest; `generates`: refuses what cannot, if this one is to.
     """
-    module = load_causal_lm(directory, dtype=dtype)
+    module = load_causal_lm(path, dtype="float32")
     check_vocabulary(tokenizer, module, role=role)
     check_context(module, prompt, response, role=role)
     check_positions(module, text)
-    if path:
-        choose_path(module, path)
+    if generates is not None:
+        generates(module)
     head = vocabulary_head(module)
     if head is not None:
         # The weights go with the module: the next one needs their memory.
         head = dataclasses.replace(head, weight=head.weight.to("meta"), bias=None)
-    return _described(role, directory, module), head
+    return _described(role, path, module), head
 
 
 def _judge(

@@ -180,6 +180,11 @@ def path_that_cannot_run_the_actor(w: Workshop) -> list[str]:
     return ["engine.path=fused", f"reference={w.path}/policy", f"critic={w.path}/judge"]
 
 
+@case("RF4032", "not float32")
+def attention_that_cannot_run_the_type(w: Workshop) -> list[str]:
+    return ["engine.attention=torch_varlen"]
+
+
 @case("RF4032", "fp32 masters", stage="eval")
 def path_that_cannot_run_the_type(w: Workshop) -> list[str]:
     return ["engine.path=transformers", "run.dtype=bfloat16"]
