@@ -55,12 +55,34 @@ struct Done final : c10d::Work {
 
 Ended done(Tensors outputs) { return c10::make_intrusive<Done>(std::move(outputs)); }
 
+struct NcclOptions final : c10d::Backend::Options {
+  explicit NcclOptions(bool is_high_priority_stream = false)
+      : Options("nccl"), is_high_priority_stream(is_high_priority_stream) {}
+
+  bool is_high_priority_stream;
+  // Of NCCL alone: gloo makes a group anew.
+  c10::intrusive_ptr<c10d::Backend> split_from;
+  int64_t split_color = 0;
+};
+
 class SimulatedNccl : public c10d::Backend {
  public:
-  explicit SimulatedNccl(c10::intrusive_ptr<c10d::Backend> gloo)
-      : Backend(gloo->getRank(), gloo->getSize()), gloo_(std::move(gloo)) {}
+  SimulatedNccl(c10::intrusive_ptr<c10d::Backend> gloo, c10::intrusive_ptr<Options> options)
+      : Backend(gloo->getRank(), gloo->getSize()),
+        gloo_(std::move(gloo)),
+        options_(std::move(options)) {}
 
   const std::string getBackendName() const override { return "nccl"; }
+  c10::intrusive_ptr<Options> getBackendOptions() override { return options_; }
+  // How PyTorch makes the axes of a mesh where the default group is bound to a device.
+  bool supportsSplitting() const override { return true; }
+  c10::intrusive_ptr<Backend> split(const c10::intrusive_ptr<c10d::Store>& store,
+                                    const std::vector<int>& ranks,
+                                    const c10::intrusive_ptr<Options>& options) override {
+    auto part = gloo_->split(store, ranks, gloo_->getBackendOptions());
+    if (!part) return nullptr;
+    return c10::make_intrusive<SimulatedNccl>(std::move(part), options);
+  }
   bool supportsCoalescing() const override { return true; }
   void startCoalescing() override {}
   Ended endCoalescing() override { return done({}); }
@@ -181,6 +203,7 @@ class SimulatedNccl : public c10d::Backend {
   }
 
   c10::intrusive_ptr<c10d::Backend> gloo_;
+  c10::intrusive_ptr<Options> options_;
 };
 
 }  // namespace
@@ -188,6 +211,17 @@ class SimulatedNccl : public c10d::Backend {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   py::module_::import("torch.distributed");
   using Held = c10::intrusive_ptr<SimulatedNccl>;
-  py::class_<SimulatedNccl, Held, c10d::Backend>(module, "SimulatedNccl")
-      .def(py::init<c10::intrusive_ptr<c10d::Backend>>());
+  using Options = c10::intrusive_ptr<NcclOptions>;
+  py::class_<SimulatedNccl, Held, c10d::Backend> nccl(module, "SimulatedNccl");
+  py::class_<NcclOptions, Options, c10d::Backend::Options>(nccl, "Options")
+      .def(py::init<bool>(), py::arg("is_high_priority_stream") = false)
+      .def_readwrite("is_high_priority_stream", &NcclOptions::is_high_priority_stream)
+      .def_readwrite("split_from", &NcclOptions::split_from)
+      .def_readwrite("split_color", &NcclOptions::split_color)
+      .def("__deepcopy__", [](const NcclOptions& options, py::dict) {
+        return c10::make_intrusive<NcclOptions>(options);
+      });
+  nccl.def(py::init<c10::intrusive_ptr<c10d::Backend>, Options>())
+      .def_property_readonly("options", &SimulatedNccl::getBackendOptions)
+      .def("perform_nocolor_split", [](const SimulatedNccl&, py::object) {});
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as distributed
 import torch.distributed.distributed_c10d as c10d
-from torch._C._distributed_c10d import Backend, ProcessGroupGloo
+from torch._C._distributed_c10d import ProcessGroupGloo
 
 TIMEOUT = timedelta(seconds=120)
 VERSION = 2 << 32 | 27 << 16
@@ -18,14 +18,12 @@ def install(extension: ModuleType) -> None:
     """Give PyTorch's code for NCCL a class to make groups of."""
 
     class ProcessGroupNCCL(extension.SimulatedNccl):  # type: ignore[name-defined, misc]
-        class Options(Backend.Options):
-            def __init__(self, is_high_priority_stream: bool = False) -> None:
-                super().__init__("nccl")
-
         def __init__(self, store: Any, rank: int, size: int, options: Any = None) -> None:
-            super().__init__(ProcessGroupGloo(store, rank, size, timeout=TIMEOUT))
+            gloo = ProcessGroupGloo(store, rank, size, timeout=TIMEOUT)
+            super().__init__(gloo, options or self.Options())
 
     c10d.ProcessGroupNCCL = ProcessGroupNCCL  # type: ignore[attr-defined]
     c10d._NCCL_AVAILABLE = True
+    c10d.default_pg_nccl_timeout = TIMEOUT
     for module in (c10d, distributed):
         module.is_nccl_available = lambda: True  # type: ignore[attr-defined]

@@ -63,8 +63,11 @@ class Stream(torch.Stream):
         return hash(self.stream_id)
 
 
-class Event:
-    """`torch.cuda.Event`."""
+class Event(torch.Event):
+    """`torch.cuda.Event`: streams that PyTorch makes in C++ are told to wait for it, too."""
+
+    def __new__(cls, enable_timing: bool = False, **_: Any) -> Any:
+        return super().__new__(cls, device=_device())
 
     def __init__(self, enable_timing: bool = False, **_: Any) -> None:
         self.enable_timing = enable_timing
