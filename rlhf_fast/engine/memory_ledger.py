@@ -88,7 +88,8 @@ class MemoryPlan:
             other; the generator beside them.
         kv: keys and values.
         parameters: of the model that generates.
-        vocabulary: those of them in embedding and head.
+        vocabulary: those of them in embedding and head, once where the two are tied.
+        embedding: those of the embedding alone.
         layers: of that model.
         compute: bytes of a value in the type of its products.
         frozen: whether that model is a frozen trunk.
@@ -103,6 +104,7 @@ class MemoryPlan:
     kv: KVPlan
     parameters: int
     vocabulary: int
+    embedding: int
     layers: int
     compute: int
     frozen: bool

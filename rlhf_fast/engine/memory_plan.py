@@ -98,11 +98,13 @@ def plan_memory(
             add(held[phase], *COPIES[:2], weight_copies(generating))
     shape = roles["actor"].shape
     assert shape is not None
-    vocabulary = {part.weight for part in vocabulary_modules(generating)}  # tied: one
+    embedding, *heads = vocabulary_modules(generating)
+    vocabulary = {part.weight for part in (embedding, *heads)}  # tied: one
     return MemoryPlan(
         *(held, passes, kv),
         parameters=sum(p.numel() for p in generating.parameters()),
         vocabulary=sum(weight.numel() for weight in vocabulary),
+        embedding=embedding.weight.numel(),
         layers=shape.layers,
         compute=2 if config.run.dtype == "bfloat16" else 4,
         frozen="trunk" in roles,

@@ -15,11 +15,18 @@ one alone would hold. Keys and values are divided by the number of all GPUs.
 G = 3 blocks are gathered at a time: the one that computes and those fetched ahead. In backward the
 gradients of a block exist whole, in the compute type and in the fp32 buffer that is reduced. After
 it, gradients that are whole on every GPU (of whole models, or of adapters) are summed in copies of
-256 MB or one tensor. W, the weights that generation reads, is 0 for one GPU (they alias those that
-are trained) and for tensor-parallel slices in the type they are read in; c P / N for slices of fp32
-weights under bf16; c P where every GPU gathers the whole model to generate samples of its own (and
-2 more a parameter of the embedding, which stays in fp32); two layers of that, embedding and head,
-where they are gathered one by one.
+256 MB or one tensor. W, the weights that generation reads, is
+
+    0                 for one GPU (they alias those that are trained), and for tensor-parallel
+                      slices in the type they are read in
+    c (P - E) / N     for slices of fp32 weights under bf16, E of them in the embedding, which is
+                      read where it lies
+    c P               where every GPU gathers the model to generate samples of its own
+    c 2 P / L         of the layers, embedding and head, where layers are gathered one by one; of
+                      the two layers one is there between two forwards
+
+The embedding of a model that is trained is gathered in fp32, 2 more a parameter of it under bf16,
+and a head that is tied to it apart from it, in bf16.
 """
 
 from __future__ import annotations
@@ -69,13 +76,34 @@ class Sharding:
 
     def generation_weights(self, plan: MemoryPlan) -> int:
         """W of the module's text."""
-        width = plan.compute
-        if self.view == "alias" or (self.view == "tp" and (plan.frozen or width == 4)):
+        layers = plan.parameters - plan.vocabulary
+        if self.view == "alias":
             return 0
+        if self.view == "tp":
+            copied = 0 if plan.frozen or plan.compute == 4 else layers + self._head(plan)
+            return plan.compute * copied // self.shards
+        blocks = 2 * layers // plan.layers if self.view == "layerwise" else layers
+        embedding = plan.embedding * (plan.compute if plan.frozen else 4)
+        return plan.compute * (blocks + self._head(plan)) + embedding
+
+    def _head(self, plan: MemoryPlan) -> int:
+        """Parameters of a head that is read apart from the embedding."""
+        tied = plan.vocabulary == plan.embedding
+        if tied and not plan.frozen and plan.compute != 4:
+            return plan.embedding
+        return plan.vocabulary - plan.embedding
+
+    def _read(self, plan: MemoryPlan) -> int:
+        """Bytes beside the shards while samples are drawn, between two forwards."""
+        read = self.generation_weights(plan)
+        adapters = plan.held["generate"].get(Slot("actor", "weights"), 0) if plan.frozen else 0
         if self.view == "layerwise":
-            blocks = 2 * (plan.parameters - plan.vocabulary) // plan.layers
-            return width * (blocks + plan.vocabulary)
-        return width * plan.parameters // (self.shards if self.view == "tp" else 1)
+            one = plan.compute * (plan.parameters - plan.vocabulary) // plan.layers
+            return read - one + adapters // plan.layers
+        # A frozen trunk is read as it is: what one GPU copies are the actor's adapters, of which
+        # slices are about as much in all. Whoever gathers the trunk holds them twice.
+        read += plan.copies("generate") if plan.frozen else 0
+        return read + (adapters if self.view == "gather" else 0)
 
     def held(self, plan: MemoryPlan, phase: str) -> int:
         """Bytes on each GPU throughout a phase, without W."""
@@ -90,12 +118,7 @@ class Sharding:
         found = {slot: self._share(plan, slot, size) for slot, size in plan.held[phase].items()}
         if self.shards > 1:
             found.pop(COPIES, None)
-            read = self.generation_weights(plan) if phase == "generate" else 0
-            # A frozen trunk is read as it is: what one GPU copies are the actor's adapters, of
-            # which slices are about as much in all. Whoever gathers the trunk holds them twice.
-            read += plan.copies(phase) if plan.frozen else 0
-            if plan.frozen and phase == "generate" and self.view != "tp":
-                read += plan.held[phase].get(Slot("actor", "weights"), 0)
+            read = self._read(plan) if phase == "generate" else 0
             if read:
                 found[COPIES] = read
         return found

@@ -6,15 +6,13 @@ import torch
 from torch import nn
 
 from rlhf_fast.distributed.world import World
-from rlhf_fast.engine.fused_support import COMPUTE
 from rlhf_fast.engine.host_memory import available_host_memory
 from rlhf_fast.engine.settings import GPU_SHARE
-from rlhf_fast.engine.shard_gather import named_parts
 from rlhf_fast.engine.sharded_views import WeightView
+from rlhf_fast.engine.twin import read_types
 from rlhf_fast.engine.view_gather import GatherView, LayerwiseView, blocks_of
 from rlhf_fast.engine.view_tp import TensorParallelView, why_not_tensor_parallel
 from rlhf_fast.errors import GenerationError
-from rlhf_fast.models.forward import compute_dtype
 
 VIEWS = ("auto", "tp", "gather", "layerwise")
 # Of the free memory, for the gathered weights: keys and values want the rest.
@@ -59,8 +57,9 @@ def choose_view(
         return LayerwiseView(module, twin, world, "asked for")
     if wish == "gather":
         return GatherView(module, twin, world, "asked for")
-    parts = named_parts(module)
-    size = COMPUTE[compute_dtype(twin)].itemsize * sum(p.shape.numel() for p in parts.values())
+    trained = dict(module.named_parameters(remove_duplicate=False))
+    types = read_types(twin, trained)
+    size = sum(trained[name].numel() * dtype.itemsize for name, dtype in types.items())
     room = int(_GATHER_SHARE * _free(world.device))
     # The rank with the least memory decides for all: a view is one for the group.
     fits = not world.any(size > room)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,27 +65,12 @@ class GatherView:
     def reading(self) -> Iterator[None]:
         """See `WeightView`."""
         try:
-            self._make_room()
+            _make_room(self.gatherer, self.weights.restore, self._buckets)
             for bucket in self._buckets:
                 self.gatherer.whole([(target, part_of(p)) for target, p in bucket])
             yield
         finally:
             self.weights.release()
-
-    def _make_room(self) -> None:
-        """Memory for the weights and for gathering each bucket, on all ranks or on none.
-
-        A rank without it would leave the others in the first all-gather.
-        """
-        exhausted = False
-        try:
-            self.weights.restore()
-            for bucket in self._buckets:
-                self.gatherer.take_room([(target, part_of(p)) for target, p in bucket])
-        except torch.OutOfMemoryError:
-            exhausted = True
-        if self.gatherer.least(0 if exhausted else 1) == 0:
-            raise torch.OutOfMemoryError("no room for the gathered weights on some rank")
 
     def agreed(self, number: int) -> int:
         """See `WeightView`."""
@@ -96,7 +81,8 @@ class LayerwiseView:
     """`WeightView`: one block at a time, gathered again for every forward.
 
     Embedding, head and final norm are gathered once a rollout. Blocks share one buffer, so the
-    ranks of a shard group take all steps together: they generate the same samples.
+    ranks of a shard group take all steps together: they generate the same samples. Between
+    rollouts nothing is held.
 
     Args:
         module, twin, world, reason: as for `GatherView`.
@@ -128,9 +114,12 @@ class LayerwiseView:
             used[inside[name]] = -(-stop // _ALIGNMENT) * _ALIGNMENT
             put(twin, name, self._buffer[start:stop].view(dtype).view(shape))
         self.weights: Weights = _NoFusedPath()
-        *each, self._rest = _buckets(module, twin)
+        self._buckets = _buckets(module, twin)
+        *each, self._rest = self._buckets
         for bucket, (_, block_module) in zip(each, blocks, strict=True):
             block_module.register_forward_pre_hook(self._fetching(bucket))
+        self._held = [self._buffer, *(target for target, _ in self._rest)]
+        self._release()
 
     def _fetching(self, bucket: list[tuple[Tensor, nn.Parameter]]) -> Any:
         def fetch(*_: Any) -> None:
@@ -141,18 +130,49 @@ class LayerwiseView:
     @property
     def nbytes(self) -> int:
         """See `WeightView`."""
-        rest = sum(target.untyped_storage().nbytes() for target, _ in self._rest)
-        return self._buffer.untyped_storage().nbytes() + rest
+        return sum(held.untyped_storage().nbytes() for held in self._held)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """See `WeightView`."""
-        self.gatherer.whole([(target, part_of(p)) for target, p in self._rest])
-        yield
+        try:
+            _make_room(self.gatherer, self._restore, self._buckets)
+            self.gatherer.whole([(target, part_of(p)) for target, p in self._rest])
+            yield
+        finally:
+            self._release()
+
+    def _restore(self) -> None:
+        for held in self._held:
+            held.untyped_storage().resize_(held.numel() * held.itemsize)
+
+    def _release(self) -> None:
+        for held in self._held:
+            held.untyped_storage().resize_(0)
 
     def agreed(self, number: int) -> int:
         """See `WeightView`."""
         return self.gatherer.least(number)
+
+
+def _make_room(
+    gatherer: Gatherer,
+    restore: Callable[[], None],
+    buckets: list[list[tuple[Tensor, nn.Parameter]]],
+) -> None:
+    """Memory for the weights and for gathering each bucket, on all ranks or on none.
+
+    A rank without it would leave the others in the first all-gather.
+    """
+    exhausted = False
+    try:
+        restore()
+        for bucket in buckets:
+            gatherer.take_room([(target, part_of(p)) for target, p in bucket])
+    except torch.OutOfMemoryError:
+        exhausted = True
+    if gatherer.least(0 if exhausted else 1) == 0:
+        raise torch.OutOfMemoryError("no room for the gathered weights on some rank")
 
 
 def room(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -240,8 +240,10 @@ def test_several_gpus_share_all_but_adapters_and_gathered_blocks(llama, capsys):
     assert sharding == Sharding(8, "tp")
     share = resident(eight, "generate") / 8
     assert share == pytest.approx(196 / 8 * plan.parameters / 7e9, rel=0.02)
-    assert sharding.generation_weights(plan) == 2 * plan.parameters // 8
-    assert Sharding(8, "gather").generation_weights(plan) == 2 * plan.parameters
+    embedding = 32000 * 4096  # in fp32: looked up where it lies, or gathered as it is
+    assert sharding.generation_weights(plan) == 2 * (plan.parameters - embedding) // 8
+    gathered = Sharding(8, "gather").generation_weights(plan)
+    assert gathered == 2 * plan.parameters + 2 * embedding
     assert one.sharding.generation_weights(plan) == 0
     assert Sharding.over(8, 1, "auto", sliced=False) == Sharding(8, "gather")
     update = plan.resident("update") // 8 + 12 * plan.parameters // 32 + plan.transient("update")
@@ -317,7 +319,7 @@ def test_several_gpus_read_weights_as_the_config_and_the_model_have_it(llama, tm
     plan = layers.plan
     outside = 2 * 32000 * 4096
     blocks = 2 * (plan.parameters - outside) // 32
-    assert layers.sharding.generation_weights(plan) == 2 * (blocks + outside)
+    assert layers.sharding.generation_weights(plan) == 2 * (blocks + outside) + outside
     assert on_eight(llama, "engine.path=modules").sharding.view == "gather"
     sizes = {"vocab_size": 96, "num_hidden_layers": 2}
     odd = {"hidden_size": 64, "intermediate_size": 132, "num_attention_heads": 8}
