@@ -168,9 +168,14 @@ def test_a_run_resumed_from_a_checkpoint_draws_what_it_would_have_drawn(tmp_path
 def test_two_ranks_draw_different_samples_and_keep_equal_weights(tmp_path: Path) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = Path(__file__).with_name("trl_ranks.py")
+    simulated = "simulated_cuda" in sys.modules
     run = subprocess.run(
-        [sys.executable, *launch, str(script), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [
+            *(sys.executable, *launch),
+            *(("-m", "tests.simulated_cuda") if simulated else ()),
+            *(str(script), str(tmp_path)),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "SIMULATED_CUDA_DEVICES": "2"},
         cwd=script.parents[2],
         capture_output=True,
         text=True,
@@ -179,6 +184,8 @@ def test_two_ranks_draw_different_samples_and_keep_equal_weights(tmp_path: Path)
     first, second = (json.loads((tmp_path / f"rank-{r}.json").read_text()) for r in range(2))
     assert first["wrapper"] == second["wrapper"] == "DistributedDataParallel"
     assert first["weights"] == second["weights"]
+    if simulated:
+        assert [first["device"], second["device"]] == ["cuda:0", "cuda:1"]
     drawn = {tuple(ids) for ids in first["completions"]}
     assert len(drawn) > 12
     assert not drawn & {tuple(ids) for ids in second["completions"] if len(ids) == LIMIT}

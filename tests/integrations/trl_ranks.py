@@ -19,6 +19,7 @@ def main(folder: Path) -> None:
     trl_rollout.attach(trainer)
     trainer.train()
     found = {
+        "device": str(trainer.model.device),
         "wrapper": type(trainer.model_wrapped).__name__,
         "completions": recorder.completions,
         "weights": [float(p.detach().double().sum()) for p in trainer.model.parameters()],

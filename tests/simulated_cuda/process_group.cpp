@@ -2,6 +2,7 @@
 
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Work.hpp>
+#include <torch/csrc/distributed/c10d/reducer_timer.hpp>
 #include <torch/csrc/utils/pybind.h>
 
 namespace {
@@ -206,7 +207,21 @@ class SimulatedNccl : public c10d::Backend {
   c10::intrusive_ptr<Options> options_;
 };
 
+// DistributedDataParallel times its passes on the device of its parameters.
+struct HostTimer final : c10d::Timer {
+  explicit HostTimer(c10::Device) {}
+  std::optional<int64_t> measureDifference(Event start, Event end) override {
+    const auto from = getTimestamp(start), to = getTimestamp(end);
+    if (!from || !to) return std::nullopt;
+    return *to - *from;
+  }
+};
+
 }  // namespace
+
+namespace c10d {
+C10_REGISTER_TYPED_CLASS(TimerRegistry, c10::kCUDA, HostTimer);
+}
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   py::module_::import("torch.distributed");
