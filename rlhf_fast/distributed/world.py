@@ -12,6 +12,7 @@ ranks, bit for bit, so that decisions taken from it agree.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -140,6 +141,13 @@ class World:
             dist.distributed_c10d._abort_process_group()  # of NCCL alone; gloo never waits
         else:
             dist.destroy_process_group()
+        if not failed:
+            # Threads of gloo that are there when the interpreter ends may still be about to drop a
+            # tensor, which then aborts the process; they end with their group. The mesh has the
+            # groups of its axes, and DTensor's caches have the mesh to the end of the process; cut
+            # models have them too, in cycles.
+            getattr(self.mesh, "_pg_registry", {}).clear()
+            gc.collect()
 
     @property
     def is_main(self) -> bool:

@@ -1,13 +1,17 @@
 """Ranks, axes and collectives; what one returns is the same everywhere."""
 
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 
+from rlhf_fast.distributed.sharding import shard_module
 from rlhf_fast.distributed.world import World
 from rlhf_fast.errors import EnvironmentFault
+from rlhf_fast.models.vocabulary import target_logprobs
 from tests.distributed.ranks import on_ranks
+from tests.models.tiny import build, next_token_targets, random_sequences
 
 
 def _facts(world: World) -> dict[str, object]:
@@ -80,3 +84,27 @@ def test_a_rank_that_finds_no_other_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(EnvironmentFault, match=r"RF7054.*rank 1 of 2"):
         World.join(torch.device("cpu"), timeout_seconds=1.0)
     assert not torch.distributed.is_initialized()
+
+
+def _train(world: World) -> None:
+    module = build("llama")
+    shard_module(module, world, dtype="float32")
+    sequences = random_sequences([5, 4])
+    targets = next_token_targets(sequences)
+    logprobs, _ = target_logprobs(module, sequences, targets, temperature=1.0, with_entropy=False)
+    logprobs.sum().backward()
+
+
+def _threads_at_the_end(world: World) -> list[str]:
+    _train(world)
+    world.sum(torch.ones(3))
+    world.leave()
+    tasks = Path("/proc/self/task")
+    return [(task / "comm").read_text().strip() for task in tasks.iterdir()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
+def test_no_thread_of_a_group_is_left_when_ranks_have_left() -> None:
+    """One that drops a tensor while the interpreter ends aborts a job that is done."""
+    for names in on_ranks(2, _threads_at_the_end):
+        assert not [name for name in names if "gloo" in name]
