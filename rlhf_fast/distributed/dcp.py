@@ -80,12 +80,17 @@ class ShareOfState(DefaultSavePlanner):
         return self.plan
 
     def stage(self, buffers: HostBuffers) -> None:
-        """Copy the planned boxes to the host; from then on those are what is written."""
+        """Copy the planned boxes to the host; from then on those are what is written.
+
+        The state itself is let go of: moments that move to the host while the files are written
+        would else stay on their device too, until the save is committed.
+        """
         self._staged = {
             item.index.fqn: buffers.copy(item.index.fqn, self.resolve_data(item))
             for item in self.plan.items
         }
         buffers.synchronize()
+        self.state_dict = {}
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """The box of an item: a copy if the state was staged, else the live tensor."""

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,19 @@ def test_training_goes_on_while_the_files_are_written(tmp_path: Path) -> None:
     assert value_at(tmp_path) in (2, 3)
     saver.wait()
     assert value_at(tmp_path) == 3
+
+
+def test_the_state_is_let_go_of_while_its_files_are_written(tmp_path: Path) -> None:
+    """Moments that move to the host meanwhile would stay on their device too."""
+    gate = Gate()
+    saver = BackgroundSaver(tmp_path, keep_last=1, fs=gate)
+    weights = begin(saver, 1)
+    freed = weakref.ref(weights)
+    del weights
+    assert freed() is None
+    gate.open.set()
+    saver.wait()
+    assert value_at(tmp_path) == 1
 
 
 def test_host_memory_is_kept_between_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
