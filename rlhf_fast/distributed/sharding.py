@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -180,6 +181,10 @@ class ShardedModule:
         return sum(storages.values())
 
 
+# Layers whose shards lie in host memory.
+_away: WeakSet[nn.Module] = WeakSet()
+
+
 def shard_module(
     module: nn.Module,
     world: World,
@@ -221,6 +226,12 @@ def shard_module(
         )
     compute = torch.bfloat16 if dtype == "bfloat16" else None
     return _Cutter(module, world, compute, offload=offload).cut()
+
+
+def shards_on_host(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a model whose shards `shard_module` has left in host memory."""
+    for layer in (part for part in module.modules() if part in _away):
+        yield from (p for p in layer.parameters() if isinstance(p, DTensor))
 
 
 def forget_forwards(module: nn.Module) -> None:
@@ -299,6 +310,8 @@ class _Cutter:
             self._shard(layer, self._compute, self._away)
             # What is only read through FSDP may lie anywhere.
             flat = lay_flat(layer) if self._away is None else FlatShards({}, ())
+            if self._away is not None:
+                _away.add(layer)
             blocks.append(BlockShards(names[layer], flat))
         self._bring(self._module)
         # Positions are added in fp32, as they are without shards.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.distributed.flat_shards import local_part
+from rlhf_fast.distributed.sharding import shards_on_host
 from rlhf_fast.engine.dealt_generator import DealtGenerator
 from rlhf_fast.engine.hybrid import HybridEngine
 from rlhf_fast.engine.memory_ledger import COPIES, PAGES, PHASES, Ledger, add, host_block
@@ -46,7 +47,11 @@ def held_bytes(roles: Roles) -> Ledger:
         place = "host" if _streamed(role) is not None else "device"
         # Adapters lie in one flat buffer with their trunk, where they are generated from.
         count = seen.views if isinstance(module, AdapterModule) else seen.storages
-        add(ledger, name, "weights", count(module.parameters()), place)
+        away = list(shards_on_host(module))
+        known = set(map(id, away))
+        here = (p for p in module.parameters() if id(p) not in known)
+        add(ledger, name, "weights", count(away), "host")
+        add(ledger, name, "weights", count(here), place)
         add(ledger, name, "weights", seen.storages(module.buffers()))
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         add(ledger, name, "gradients", seen.storages(gradients))

@@ -79,6 +79,28 @@ class KVPlan:
 
 
 @dataclass(frozen=True)
+class ShardsAway:
+    """Weights of an offloaded role that is cut over ranks, whose layers alone are in host memory.
+
+    Args:
+        matrices: bytes of each matrix of the layers.
+        rows: bytes of those outside of the layers, which are cut too and stay on the device.
+        whole: bytes of vectors and buffers, which every rank has on its device.
+        pinned: whether the host memory is.
+    """
+
+    matrices: tuple[int, ...]
+    rows: int
+    whole: int
+    pinned: bool
+
+    def on(self, shards: int) -> dict[str, int]:
+        """Bytes of one of so many ranks, by place."""
+        host = sum(host_block(-(-size // shards), self.pinned) for size in self.matrices)
+        return {"device": self.rows // shards + self.whole, "host": host}
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Predicted bytes.
 
@@ -96,6 +118,7 @@ class MemoryPlan:
         adapted: roles that hold adapters on it and no model.
         buckets: role -> bytes of the largest bucket in which ranks that hold what it trains whole
             sum its gradients.
+        away: offloaded role -> its weights where it is cut over ranks.
         notes: what is estimated or assumed.
     """
 
@@ -110,6 +133,7 @@ class MemoryPlan:
     frozen: bool
     adapted: frozenset[str]
     buckets: Mapping[str, int]
+    away: Mapping[str, ShardsAway]
     notes: tuple[str, ...] = ()
 
     def device(self, phase: str) -> int:

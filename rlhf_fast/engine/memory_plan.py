@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from rlhf_fast.adamw8bit import fresh_state
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.distributed.gradients import buckets_of
-from rlhf_fast.distributed.placement import vocabulary_modules
+from rlhf_fast.distributed.placement import decoder_layers, vocabulary_modules
 from rlhf_fast.engine.memory_activations import ForwardPlan, runs_layer_ops
 from rlhf_fast.engine.memory_copies import adapter_copies, weight_copies
 from rlhf_fast.engine.memory_ledger import (
@@ -34,6 +35,7 @@ from rlhf_fast.engine.memory_ledger import (
     KVPlan,
     Ledger,
     MemoryPlan,
+    ShardsAway,
     add,
     host_block,
 )
@@ -110,8 +112,24 @@ def plan_memory(
         frozen="trunk" in roles,
         adapted=frozenset(name for name, role in roles.items() if role.rank),
         buckets={name: _largest_bucket(role) for name, role in roles.items() if role.trained},
+        away={
+            name: _away(role.module, pinned=device != "cpu")
+            for name, role in roles.items()
+            if role.streamed is not None
+        },
         notes=notes,
     )
+
+
+def _away(module: Any, *, pinned: bool) -> ShardsAway:
+    layers = decoder_layers(module.base_model)
+    inside = set() if layers is None else set(layers.parameters())
+    # A scalar head is one row, which nobody can cut.
+    cut = [p for p in module.parameters() if p.dim() > 1 and len(p) > 1]
+    whole = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+    whole -= sum(p.nbytes for p in cut)
+    rows = sum(p.nbytes for p in cut if p not in inside)
+    return ShardsAway(tuple(p.nbytes for p in cut if p in inside), rows, whole, pinned)
 
 
 def _largest_bucket(role: RolePlan) -> int:

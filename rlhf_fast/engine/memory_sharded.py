@@ -121,6 +121,9 @@ class Sharding:
             read = self._read(plan) if phase == "generate" else 0
             if read:
                 found[COPIES] = read
+            for role, away in plan.away.items():
+                for place, size in away.on(self.shards).items():
+                    found[Slot(role, "weights", place)] = size
         return found
 
     def _share(self, plan: MemoryPlan, slot: Slot, size: int) -> int:

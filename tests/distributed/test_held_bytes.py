@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from rlhf_fast.config import AlgorithmConfig, LoraConfig, RewardConfig
+from rlhf_fast.config import AlgorithmConfig, LoraConfig, MemoryConfig, RewardConfig
 from rlhf_fast.config_distributed import DistributedConfig
 from rlhf_fast.distributed.world import World
 from rlhf_fast.engine.memory_held import role_models
@@ -230,6 +230,32 @@ def test_embedding_and_head_that_bf16_reads(base: Path, tied: bool) -> None:
         for weights, (predicted, held) in found.items():
             assert predicted == pytest.approx(held, rel=0.02), weights
         assert found["tp"][1] < found["layerwise"][1] < found["gather"][1]
+
+
+def _report_of_offloaded(world: World, base: str) -> list[Any]:
+    config = ppo_config(Path(base), Path(base))
+    run = dataclasses.replace(config.run, output_dir=str(Path(base) / "offloaded"))
+    config = dataclasses.replace(
+        config,
+        run=run,
+        reward=RewardConfig(model=str(Path(base) / "judge")),
+        memory=MemoryConfig(reference="offload", reward_model="offload"),
+        total_steps=1,
+    )
+    trainer = PPOTrainer(config, quiet=True, world=world)
+    trainer.watch_memory()
+    trainer.train()
+    return [row for row in trainer.memory_report().rows() if row[1].part == "weights"]
+
+
+def test_offloaded_shards_are_counted_where_they_are(base: Path) -> None:
+    for rows in on_ranks(2, _report_of_offloaded, str(base)):
+        assert {slot.role for _, slot, *_ in rows if slot.place == "host"} == {
+            *("reference", "reward_model")
+        }
+        for phase, slot, predicted, held in rows:
+            near = 0.02 * held + (0 if held > 16384 else 512)  # padding to whole rows
+            assert abs(predicted - held) <= near, (phase, slot, predicted, held)
 
 
 @pytest.mark.parametrize(
