@@ -51,7 +51,10 @@ def render() -> str:
     parts = [INTRODUCTION]
     for command, (title, kind) in STAGES.items():
         parts.append(f"## {title}: `rlhf-fast {command}`\n\n```yaml\n{documented_yaml(kind)}```\n")
-    parts.append("## Bounds\n\nKeys with bounds, in any stage that has them.\n")
+    parts.append(
+        "## Bounds\n\nKeys with bounds, in any stage that has them. Beside these, whole numbers "
+        "are of 64 bits and others\nwithin the range of float32.\n"
+    )
     parts.append("\n".join(_bounds()) + "\n")
     return "\n".join(parts)
 

@@ -8,6 +8,9 @@ import os
 from dataclasses import field
 from typing import Any
 
+LARGEST_INT = 2**63 - 1
+LARGEST_FLOAT = 3.4028234e38  # of float32
+
 
 def setting(
     default: Any,
@@ -56,4 +59,12 @@ def leaf_violation(key: str, value: Any, rules: Any) -> str | None:
         return f"{key}={value}: expected at least {low}"
     if high is not None and value > high:
         return f"{key}={value}: expected at most {high}"
+    return None if high is not None else _size_violation(key, value)
+
+
+def _size_violation(key: str, value: Any) -> str | None:
+    """A number that neither tensors nor C++ can hold."""
+    for kind, most in ((int, LARGEST_INT), (float, LARGEST_FLOAT)):
+        if isinstance(value, kind) and abs(value) > most:
+            return f"{key}={value}: expected at most {most} in size"
     return None
