@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench.integrations.verl_alone import leave_alone
+from .verl_alone import leave_alone
 
 
 class _NoDevice(ModuleType):

@@ -180,8 +180,8 @@ def path_that_cannot_run_the_actor(w: Workshop) -> list[str]:
     return ["engine.path=fused", f"reference={w.path}/policy", f"critic={w.path}/judge"]
 
 
-@case("RF4032", "not float32")
-def attention_that_cannot_run_the_type(w: Workshop) -> list[str]:
+@case("RF4032", "attention torch_varlen cannot run")  # float32 is not for it, nor is a CPU
+def attention_that_cannot_run_here(w: Workshop) -> list[str]:
     return ["engine.attention=torch_varlen"]
 
 
