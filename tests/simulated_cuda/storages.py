@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import weakref
 from typing import Any
@@ -25,13 +26,16 @@ def _copied(storage: Any, device: Any, non_blocking: bool = False) -> Any:
     return copy
 
 
+_numbers = itertools.count()
 _shared: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary()
 
 
 def _handles(storage: Any, *_: Any) -> tuple[Any, ...]:
     """As of CUDA IPC: good for as long as this process holds the storage."""
     file = simulated_cuda.share_storage(_over(storage, 0))
-    handle = f"/proc/{os.getpid()}/fd/{file}".encode()
+    # Files get the numbers of others that are closed, and PyTorch remembers what it has mapped by
+    # the handle.
+    handle = f"{next(_numbers)} /proc/{os.getpid()}/fd/{file}".encode()
     _shared[handle] = storage
     index = torch.device(storage.device).index
     return index, handle, storage.nbytes(), 0, b"counter", 0, b"event", False
@@ -41,7 +45,8 @@ def _of_handles(cls: Any, device: int, handle: bytes, size: int, *_: Any) -> Any
     storage = _shared.get(handle)
     if storage is None:
         storage = torch.empty(0, dtype=torch.uint8, device=f"cuda:{device}").untyped_storage()
-        simulated_cuda.map_storage(_over(storage, 0), handle.decode(), size)
+        path = handle.decode().partition(" ")[2]
+        simulated_cuda.map_storage(_over(storage, 0), path, size)
     assert (storage.device.index, storage.nbytes()) == (device, size)
     return storage
 

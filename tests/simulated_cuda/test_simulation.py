@@ -168,3 +168,14 @@ def test_another_process_writes_what_it_has_mapped() -> None:
     torch.testing.assert_close(x[1000:], 7 + torch.arange(2000, device="cuda"))
     assert (x[:1000] == 7).all()
     assert torch.cuda.memory_allocated() == before
+
+
+def test_a_handle_is_of_one_memory_alone() -> None:
+    """As a server's whose weights were given up and allocated again."""
+    handles = []
+    for _ in range(3):
+        x = torch.ones(100, device="cuda")
+        handles.append(reduce_tensor(x)[1])
+        x.untyped_storage().resize_(0)
+    names = {next(part for part in handle if isinstance(part, bytes)) for handle in handles}
+    assert len(names) == 3
