@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.distributed.flat_shards import adjacent, groups, padded_numel
+from rlhf_fast.engine.buffers import allocate_again, give_up, nbytes_of
 from rlhf_fast.engine.fused_support import COMPUTE, active_adapters, why_not_fused
 from rlhf_fast.engine.module_forward import unwrapped
 from rlhf_fast.errors import GenerationError
@@ -136,17 +137,15 @@ class TwinBuffers:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the buffers have now."""
-        return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers)
+        return nbytes_of(self._buffers)
 
     def restore(self) -> None:
         """Memory for all of them, without values."""
-        for buffer in self._buffers:
-            buffer.untyped_storage().resize_(buffer.numel() * buffer.itemsize)
+        allocate_again(self._buffers)
 
     def release(self) -> None:
         """Give the memory back; parameters stay views of it."""
-        for buffer in self._buffers:
-            buffer.untyped_storage().resize_(0)
+        give_up(self._buffers)
 
     def check(self) -> None:
         """See `Weights`: a twin belongs to nobody who could move it."""

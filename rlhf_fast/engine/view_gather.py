@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from rlhf_fast.distributed.placement import decoder_layers
 from rlhf_fast.distributed.world import World
+from rlhf_fast.engine.buffers import allocate_again, give_up, nbytes_of
 from rlhf_fast.engine.shard_gather import Gatherer, part_of
 from rlhf_fast.engine.sharded_views import Weights
 from rlhf_fast.engine.tensor_parallel import TensorParallel
@@ -119,7 +121,7 @@ class LayerwiseView:
         for bucket, (_, block_module) in zip(each, blocks, strict=True):
             block_module.register_forward_pre_hook(self._fetching(bucket))
         self._held = [self._buffer, *(target for target, _ in self._rest)]
-        self._release()
+        give_up(self._held)
 
     def _fetching(self, bucket: list[tuple[Tensor, nn.Parameter]]) -> Any:
         def fetch(*_: Any) -> None:
@@ -130,25 +132,17 @@ class LayerwiseView:
     @property
     def nbytes(self) -> int:
         """See `WeightView`."""
-        return sum(held.untyped_storage().nbytes() for held in self._held)
+        return nbytes_of(self._held)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """See `WeightView`."""
         try:
-            _make_room(self.gatherer, self._restore, self._buckets)
+            _make_room(self.gatherer, partial(allocate_again, self._held), self._buckets)
             self.gatherer.whole([(target, part_of(p)) for target, p in self._rest])
             yield
         finally:
-            self._release()
-
-    def _restore(self) -> None:
-        for held in self._held:
-            held.untyped_storage().resize_(held.numel() * held.itemsize)
-
-    def _release(self) -> None:
-        for held in self._held:
-            held.untyped_storage().resize_(0)
+            give_up(self._held)
 
     def agreed(self, number: int) -> int:
         """See `WeightView`."""

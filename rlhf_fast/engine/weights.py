@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rlhf_fast.distributed.flat_shards import adjacent, padded_numel
 from rlhf_fast.distributed.placement import ADJACENT
+from rlhf_fast.engine.buffers import allocate_again, give_up
 from rlhf_fast.errors import GenerationError
 from rlhf_fast_kernels import native
 
@@ -183,13 +184,11 @@ class AliasedWeights:
 
     def give_up(self) -> None:
         """Give the memory back; parameters keep their shapes and lose their values."""
-        for buffer in self._buffers.values():
-            buffer.untyped_storage().resize_(0)
+        give_up(self._buffers.values())
 
     def allocate_again(self) -> None:
         """After `give_up`: memory for all parameters, which hold nothing yet."""
-        for buffer in self._buffers.values():
-            buffer.untyped_storage().resize_(buffer.numel() * buffer.itemsize)
+        allocate_again(self._buffers.values())
         self._places = [(name, p, p.data_ptr()) for name, p, _ in self._places]
 
     @property

@@ -94,10 +94,14 @@ def own_share(scored: ScoredRollout, exact_kl: Tensor) -> Tensor:
 
 
 def _grouped(totals: Tensor, valid: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(totals [B, G] with invalid rows 0, valid [B, G] as float, count [B, 1])."""
+    """(totals [B, G] with invalid rows 0, valid [B, G], count [B, 1]), all in fp64.
+
+    There sums of fp32 rewards are exact: the fp32 mean of rewards of 1e4 is off by more than the
+    floor under a group's std, and equal ones would differ.
+    """
     ok = valid.view(-1, group)
-    x = torch.where(ok, totals.view(-1, group), totals.new_zeros(()))
-    return x, ok.to(totals.dtype), ok.sum(1, keepdim=True).to(totals.dtype)
+    x = torch.where(ok, totals.double().view(-1, group), 0.0)
+    return x, ok.double(), ok.sum(1, keepdim=True).double()
 
 
 def rloo(totals: Tensor, valid: Tensor, group: int) -> Tensor:
@@ -108,8 +112,8 @@ def rloo(totals: Tensor, valid: Tensor, group: int) -> Tensor:
         valid: [S] bool; invalid rows get 0 and are in no baseline. A row alone gets 0.
         group: samples per prompt G.
     """
-    # In fp64 these sums are exact: equal rewards give 0, and no rounding that Adam would scale up.
-    x, ok, n = _grouped(totals.double(), valid, group)
+    # Exact: equal rewards give 0, and no rounding that Adam would scale up.
+    x, ok, n = _grouped(totals, valid, group)
     over = (n * x - x.sum(1, keepdim=True)) / (n - 1).clamp(min=1)
     return torch.where((ok > 0) & (n > 1), over, x.new_zeros(())).flatten().to(totals.dtype)
 
@@ -120,8 +124,7 @@ def grpo(totals: Tensor, valid: Tensor, group: int) -> Tensor:
     A group whose std is below GROUP_STD_FLOOR says nothing about its members: advantage 0, not
     amplified rounding noise. Arguments as in `rloo`.
     """
-    # In fp64: the fp32 mean of rewards of 1e4 is off by more than the floor, and equal ones differ.
-    x, ok, n = _grouped(totals.double(), valid, group)
+    x, ok, n = _grouped(totals, valid, group)
     mean = x.sum(1, keepdim=True) / n.clamp(min=1)
     centred = (x - mean) * ok
     std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
